@@ -1,0 +1,219 @@
+"""Where batches come from: arrays in memory, or any iterable of batches."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+Data = Any
+
+
+class Batch(NamedTuple):
+    """A batch in a compiled loop: array leaves, row numbers, and a weight for each row."""
+
+    arrays: tuple[Array, ...]
+    indices: Array
+    weights: Array | None
+
+
+def as_arguments(data: Data) -> tuple[tuple, dict[str, Any]]:
+    """Return data as the model's arguments: an array, a tuple of them, or a dict by keyword.
+
+    Example:
+        >>> as_arguments({"x": 1})
+        ((), {'x': 1})
+    """
+    if isinstance(data, dict):
+        return (), data
+    return (tuple(data) if isinstance(data, tuple) else (data,)), {}
+
+
+def is_in_memory(data: Data) -> bool:
+    """Return whether data is an array, or a tuple or dict of them, rather than an iterable.
+
+    Raises:
+        TypeError: if it is neither.
+    """
+    if isinstance(data, tuple | dict) or hasattr(data, "__array__"):
+        return True
+    if isinstance(data, Iterable):
+        return False
+    raise TypeError(
+        f"data must be an array, a tuple or dict of arrays, or an iterable of batches; found "
+        f"{type(data).__name__}."
+    )
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How arrays become a model's arguments; hashable, so that compiled code can depend on it.
+
+    Attributes:
+        static: the leaves of the arguments, None where an array belongs.
+        axes: for each array its datum axis, or None.
+        treedef: the structure of ``(args, kwargs)``.
+    """
+
+    static: tuple[Any, ...]
+    axes: tuple[int | None, ...]
+    treedef: Any
+
+    def rows(self, arrays: Sequence[Array], indices: Array) -> tuple[tuple, dict[str, Any]]:
+        """Return the model's arguments with just the given rows of each batched array."""
+        return self.whole(self.take(arrays, indices))
+
+    def take(self, arrays: Sequence[Array], indices: Array) -> tuple[Array, ...]:
+        """Return the given rows of each batched array."""
+        return tuple(
+            array if axis is None else jnp.take(array, indices, axis=axis, mode="clip")
+            for array, axis in zip(arrays, self.axes, strict=True)
+        )
+
+    def num_data(self, arrays: Sequence[Array]) -> int:
+        """Return how many rows the arrays have."""
+        batched = zip(arrays, self.axes, strict=True)
+        return next(array.shape[axis] for array, axis in batched if axis is not None)
+
+    def whole(self, arrays: Sequence[Array]) -> tuple[tuple, dict[str, Any]]:
+        """Return the model's arguments with arrays in their places."""
+        rest = iter(arrays)
+        filled = [next(rest) if leaf is None else leaf for leaf in self.static]
+        return jax.tree.unflatten(self.treedef, filled)
+
+
+@dataclass(frozen=True, eq=False)
+class ArrayData:
+    """The model's arguments in memory.
+
+    Attributes:
+        arrays: those that are arrays.
+        layout: how they become arguments.
+        num_data: how many data there are.
+    """
+
+    arrays: tuple[Array, ...]
+    layout: Layout
+    num_data: int
+
+    @classmethod
+    def read(cls, data: Data, batch_axes: Any = 0, name: str = "data") -> ArrayData:
+        """Check data and bring it to the device.
+
+        Args:
+            data: an array, a tuple of positional arguments, or a dict of keyword arguments.
+            batch_axes: the datum axis of each leaf, as ``in_axes`` of `jax.vmap`: an int, or a
+                structure that is a prefix of the data's, with None for what is not batched.
+            name: what the data are called in messages.
+
+        Raises:
+            ValueError: if there are no data, their numbers disagree, or a value is not finite.
+
+        Example:
+            >>> ArrayData.read((np.zeros((5, 2)), 3.0), batch_axes=(0, None)).num_data
+            5
+        """
+        axes_tree = jax.tree.broadcast(batch_axes, data, is_leaf=lambda x: x is None)
+        axes = jax.tree.leaves(axes_tree, is_leaf=lambda x: x is None)
+        paths = [name + jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(data)]
+        leaves, treedef = jax.tree.flatten(as_arguments(data))
+        num_data = _num_data(leaves, axes, paths, name)
+        is_array = [hasattr(leaf, "__array__") for leaf in leaves]
+        arrays = tuple(
+            _to_device(leaf, axis, path)
+            for leaf, axis, path, array in zip(leaves, axes, paths, is_array, strict=True)
+            if array
+        )
+        array_axes = tuple(axis for axis, array in zip(axes, is_array, strict=True) if array)
+        static = tuple(
+            None if array else leaf for leaf, array in zip(leaves, is_array, strict=True)
+        )
+        return cls(arrays, Layout(static, array_axes, treedef), num_data)
+
+    def whole(self) -> tuple[tuple, dict[str, Any]]:
+        """Return the model's arguments with all rows."""
+        return self.layout.whole(self.arrays)
+
+    def rows(self, indices: Array) -> tuple[tuple, dict[str, Any]]:
+        """Return the model's arguments with the given rows."""
+        return self.layout.rows(self.arrays, indices)
+
+
+def _num_data(leaves: list, axes: list, paths: list[str], name: str) -> int:
+    sizes = {}
+    for leaf, axis, path in zip(leaves, axes, paths, strict=True):
+        if axis is None:
+            continue
+        shape = np.shape(leaf)
+        if not -len(shape) <= axis < len(shape):
+            raise ValueError(
+                f"{path} has shape {shape}, so no axis {axis} that counts the data. Give each "
+                "argument's datum axis with batch_axes=, None for what is not batched."
+            )
+        sizes[path] = shape[axis]
+    if not sizes:
+        raise ValueError(f"{name} holds no array with a datum axis. Pass the data to learn from.")
+    if len(set(sizes.values())) > 1:
+        raise ValueError(
+            f"{name} disagrees on the number of data: {sizes}. Give the same number of rows, or "
+            "say with batch_axes= which axis counts the data and, by None, what is not batched."
+        )
+    num_data = next(iter(sizes.values()))
+    if num_data == 0:
+        raise ValueError(f"{name} is empty: {sizes}. Pass at least one row.")
+    return num_data
+
+
+def _to_device(leaf: Any, axis: int | None, path: str) -> Array:
+    """Return the leaf as a JAX array, refusing values that are not finite there."""
+    array = jnp.asarray(leaf)
+    if jnp.issubdtype(array.dtype, jnp.floating) and not bool(jnp.isfinite(array).all()):
+        bad = np.argwhere(~np.isfinite(np.asarray(array)))
+        row = "" if axis is None else f", the first in row {bad[0][axis]}"
+        if np.isfinite(np.asarray(leaf)).all():
+            raise ValueError(
+                f"{path} is {leaf.dtype} and has {len(bad)} values beyond the range of "
+                f"{array.dtype}{row}. Rescale the data, or call numpyro.enable_x64()."
+            )
+        raise ValueError(
+            f"{path} has {len(bad)} values that are NaN or infinite{row}. Remove them, or fill "
+            "them in and hide them from the likelihood with a mask."
+        )
+    return array
+
+
+def padded_batches(num_data: int, batch_size: int) -> Iterator[tuple[Array, Array]]:
+    """Yield ``(indices, weights)`` of every row in order, the last batch filled up.
+
+    The weights of a batch add up to ``batch_size``; those of rows that fill up are zero.
+
+    Example:
+        >>> [weights.tolist() for _, weights in padded_batches(3, 2)]
+        [[1.0, 1.0], [2.0, 0.0]]
+    """
+    for start in range(0, num_data, batch_size):
+        indices = np.arange(start, start + batch_size)
+        real = indices < num_data
+        weights = real * np.float32(batch_size / real.sum())
+        yield jnp.asarray(np.where(real, indices, start)), jnp.asarray(weights)
+
+
+def prefetch(batches: Iterable[Any], size: int = 2) -> Iterator[Any]:
+    """Yield batches, keeping ``size`` of them ahead on their way to the device.
+
+    Example:
+        >>> list(prefetch([1, 2, 3]))
+        [1, 2, 3]
+    """
+    queue: deque = deque()
+    for batch in batches:
+        queue.append(batch)
+        if len(queue) > size:
+            yield queue.popleft()
+    yield from queue

@@ -1,0 +1,92 @@
+"""Handlers that say which rows of the data a run sees, and what each of them weighs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+from numpyro.primitives import Messenger
+
+
+class all_rows(Messenger):  # noqa: N801 - handlers are lower case, as in numpyro.handlers
+    """Let every plate hold all of its rows, in order, whatever it would subsample.
+
+    Example:
+        >>> import numpyro
+        >>> from numpyro import handlers
+        >>> def model():
+        ...     with numpyro.plate("data", 5, subsample_size=2) as rows:
+        ...         return rows
+        >>> handlers.seed(all_rows(model), 0)()
+        Array([0, 1, 2, 3, 4], dtype=int32)
+    """
+
+    def process_message(self, msg: Any) -> None:
+        """Give the plate all of its indices."""
+        if msg["type"] == "plate":
+            size = msg["args"][0]
+            msg["value"] = jnp.arange(size)
+            msg["args"] = (size, size)
+
+
+class minibatch(Messenger):  # noqa: N801
+    """Tell a model, or a guide, that its plate is a minibatch of ``num_data`` rows.
+
+    Every site in the plate is weighted so that the ELBO of the batch is an unbiased estimate of
+    that of all ``num_data`` rows: by ``num_data / batch`` where the model declares a plate of
+    just the batch's size, and by nothing more where it declares the full size itself.
+
+    Args:
+        fn: a model or a guide.
+        plate: the name of the local plate.
+        num_data: how many rows there are in all.
+        indices: which of them the batch holds; None leaves the plate's own.
+        weights: a factor for each row of the batch; zero makes a row count for nothing.
+
+    Example:
+        >>> import numpyro, numpyro.distributions as dist
+        >>> from numpyro import handlers
+        >>> def model(x):
+        ...     with numpyro.plate("data", len(x)):
+        ...         numpyro.sample("x", dist.Normal(0.0, 1.0), obs=x)
+        >>> batch_model = minibatch(model, plate="data", num_data=100)
+        >>> float(handlers.trace(batch_model).get_trace(jnp.zeros(20))["x"]["scale"])
+        5.0
+    """
+
+    def __init__(
+        self,
+        fn: Callable[..., Any] | None = None,
+        *,
+        plate: str,
+        num_data: int,
+        indices: Int[Array, "batch"] | None = None,
+        weights: Float[Array, "batch"] | None = None,
+    ):
+        self.plate, self.num_data = plate, num_data
+        self.indices, self.weights = indices, weights
+        self._factor = 1.0
+        super().__init__(fn)
+
+    def process_message(self, msg: Any) -> None:
+        """Fill in the plate's rows, and weight the sites inside it."""
+        if msg["type"] == "plate" and msg["name"] == self.plate:
+            declared, length = msg["args"]
+            if self.indices is not None:
+                msg["value"], length = self.indices, len(self.indices)
+            msg["args"] = (self.num_data, length)
+            self._factor = self.num_data / declared
+        elif msg["type"] in ("sample", "param"):
+            for frame in msg["cond_indep_stack"]:
+                if frame.name == self.plate:
+                    self._weight(msg, frame.dim)
+
+    def _weight(self, msg: Any, dim: int) -> None:
+        factor = self._factor
+        if self.weights is not None:
+            factor = factor * self.weights.reshape(-1, *[1] * (-dim - 1))
+        elif factor == 1.0:
+            return
+        msg["scale"] = factor if msg["scale"] is None else msg["scale"] * factor

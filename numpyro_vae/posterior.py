@@ -1,0 +1,366 @@
+"""A trained posterior for any rows of data: encode, sample, weigh, predict, in batches."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Array
+
+from numpyro_vae import rows as compiled
+from numpyro_vae.batches import ArrayData
+from numpyro_vae.datatree import build_datatree, site_dims
+from numpyro_vae.guide import AutoAmortizedNormal
+from numpyro_vae.rows import Rows, View
+from numpyro_vae.sites import read_model
+
+if TYPE_CHECKING:
+    from xarray import DataTree
+
+__all__ = ["Posterior", "SiteEncoding"]
+
+ROWS = 256  # rows at once
+DRAWS = 2**22  # unconstrained values drawn at once
+
+
+class SiteEncoding(NamedTuple):
+    """The guide's ``loc`` and ``scale`` of a site's unconstrained values, a row a datum."""
+
+    loc: np.ndarray
+    scale: np.ndarray
+
+
+class Posterior:
+    """The posterior that a trained guide gives for any rows of data.
+
+    Every method takes data as `fit` does, runs in batches over rows and draws, keeps the rows in
+    order, and moves results off the device batch by batch. All rows share one set of draws of the
+    global sites. A row's draws depend on the key and on its number, not on the batches.
+
+    Args:
+        guide: the guide that was trained.
+        params: what `fit` or ``svi.run`` returned, or its parameters.
+        static_kwargs: keyword arguments of the model that are the same in every call.
+
+    Raises:
+        TypeError: if the guide is not an amortized one.
+
+    Example:
+        >>> import numpyro, numpyro.distributions as dist, optax
+        >>> from numpyro.infer import SVI, Trace_ELBO
+        >>> from numpyro_vae import fit
+        >>> def model(x):
+        ...     with numpyro.plate("data", len(x)):
+        ...         z = numpyro.sample("z", dist.Normal(0.0, 1.0))
+        ...         numpyro.sample("x", dist.Normal(z, 0.5), obs=x)
+        >>> guide = AutoAmortizedNormal(model)
+        >>> svi = SVI(model, guide, optax.adam(1e-2), Trace_ELBO())
+        >>> x = np.linspace(-2.0, 2.0, 100)
+        >>> result = fit(svi, jax.random.key(0), x, num_epochs=5, progress_bar=False)
+        >>> posterior = Posterior(guide, result)
+        >>> posterior.encode(x[:3])["z"].loc.shape
+        (3,)
+        >>> posterior.sample(jax.random.key(1), x[:3], 10)["z"].shape
+        (10, 3)
+    """
+
+    def __init__(self, guide: AutoAmortizedNormal, params: Any, **static_kwargs: Any):
+        if not isinstance(guide, AutoAmortizedNormal):
+            raise TypeError(
+                f"The guide is a {type(guide).__name__}, expected an amortized guide such as "
+                "AutoAmortizedNormal. Pass the guide itself, not what wraps it."
+            )
+        self.guide, self.static_kwargs = guide, static_kwargs
+        state = getattr(getattr(params, "state", None), "mutable_state", None)
+        self.params = {**getattr(params, "params", params), **(state or {})}
+        self._compiled: dict[Callable, Callable] = {}
+
+    def encode(self, data: Any, *, batch_axes: Any = 0) -> dict[str, SiteEncoding]:
+        """Return ``loc`` and ``scale`` of every local site's unconstrained values.
+
+        Args:
+            data: as for `fit`, any number of rows.
+            batch_axes: as for `fit`.
+
+        Returns:
+            By site name, arrays of shape ``(num_data, *datum_shape)``.
+        """
+        rows = self._read(data, batch_axes)
+        found = rows.collect(partial(self._run, compiled.encode), ROWS)
+        return {name: SiteEncoding(*parts) for name, parts in found.items()}
+
+    def sample(
+        self,
+        rng_key: Array,
+        data: Any,
+        num_samples: int,
+        *,
+        var_names: Iterable[str] | None = None,
+        batch_axes: Any = 0,
+    ) -> dict[str, np.ndarray]:
+        """Draw every latent site, for every row.
+
+        Args:
+            rng_key: the random key.
+            data: as for `fit`, any number of rows.
+            num_samples: draws of each row.
+            var_names: the sites to return; by default all latent ones.
+            batch_axes: as for `fit`.
+
+        Returns:
+            By site name, ``(num_samples, *batch_shape, *event_shape)``.
+
+        Raises:
+            ValueError: if ``num_samples`` is below 1 or a site does not exist.
+        """
+        rows = self._read(data, batch_axes)
+        globals_ = self._globals(rng_key, rows, num_samples)
+        local = tuple(site.name for site in self.guide.local_sites)
+        names = self._names(var_names, (*local, *globals_))
+        kept = tuple(name for name in local if name in names)
+        fn = partial(self._run, compiled.sample, rng_key, num_samples=num_samples, names=kept)
+        draws = rows.collect(fn, self._rows_at_once(num_samples), row_axis=1) if kept else {}
+        for name, value in draws.items():
+            axis = self.guide.sites.sites[name].axis(self.guide.plate)
+            draws[name] = np.moveaxis(value, 1, 1 + axis)
+        return {name: np.asarray((draws | globals_)[name]) for name in names}
+
+    def predict(
+        self,
+        rng_key: Array,
+        data: Any,
+        num_samples: int,
+        *,
+        var_names: Iterable[str] | None = None,
+        batch_axes: Any = 0,
+    ) -> dict[str, np.ndarray]:
+        """Draw the observed sites anew from the posterior predictive of every row.
+
+        The latents are those that `sample` draws with the same key. Draws of the observed sites
+        depend on the batches.
+
+        Args:
+            rng_key: the random key.
+            data: as for `fit`, any number of rows.
+            num_samples: draws of each row.
+            var_names: the sites to return; by default all observed and deterministic ones that
+                lie in the local plate.
+            batch_axes: as for `fit`.
+
+        Returns:
+            By site name, the plate's axis after that of the draws: ``(num_samples, num_data, ...)``.
+
+        Raises:
+            ValueError: if ``num_samples`` is below 1 or a site does not exist.
+        """
+        rows = self._read(data, batch_axes)
+        globals_ = self._globals(rng_key, rows, num_samples)
+        fn = partial(self._run, compiled.predict, rng_key, globals_, num_samples=num_samples)
+        found = rows.collect(fn, self._rows_at_once(num_samples), row_axis=1)
+        return {name: found[name] for name in self._names(var_names, found)}
+
+    def log_weights(
+        self, rng_key: Array, data: Any, num_samples: int, *, batch_axes: Any = 0
+    ) -> np.ndarray:
+        r"""Return the log importance weight of every draw of every row.
+
+        .. math:: \log w_i = \log p(x_i, z_i \mid g) - \log q(z_i \mid x_i)
+
+        for the draws ``z`` and ``g`` (the global sites) that `sample` makes with the same key.
+
+        Args:
+            rng_key: the random key.
+            data: as for `fit`, any number of rows.
+            num_samples: draws of each row.
+            batch_axes: as for `fit`.
+
+        Returns:
+            An array of shape ``(num_samples, num_data)``.
+
+        Raises:
+            ValueError: if ``num_samples`` is below 1.
+        """
+        rows = self._read(data, batch_axes)
+        globals_ = self._globals(rng_key, rows, num_samples)
+        fn = partial(self._run, compiled.weigh, rng_key, globals_, num_samples=num_samples)
+        return rows.collect(fn, self._rows_at_once(num_samples), row_axis=1)["log_weights"]
+
+    def log_evidence(
+        self,
+        rng_key: Array,
+        data: Any,
+        num_samples: int,
+        *,
+        num_particles: int = 32,
+        batch_axes: Any = 0,
+    ) -> np.ndarray:
+        r"""Estimate the log-likelihood marginal over the local sites, for draws of the globals.
+
+        .. math:: \log p(x_i \mid g) \approx \log \frac{1}{K} \sum_k w_{ik}
+
+        with ``num_particles`` local draws for each of the ``num_samples`` draws of the globals;
+        its mean is a lower bound (Burda et al., *Importance Weighted Autoencoders*, ICLR 2016).
+
+        Args:
+            rng_key: the random key.
+            data: as for `fit`, any number of rows.
+            num_samples: draws of the global sites.
+            num_particles: local draws for each of them.
+            batch_axes: as for `fit`.
+
+        Returns:
+            An array of shape ``(num_samples, num_data)``.
+        """
+        rows = self._read(data, batch_axes)
+        globals_ = self._globals(rng_key, rows, num_samples)
+        sizes = {"num_samples": num_samples, "particles": num_particles}
+        fn = partial(self._run, compiled.evidence, rng_key, globals_, **sizes)
+        return rows.collect(fn, ROWS, row_axis=1)["log_evidence"]
+
+    def divergences(
+        self, rng_key: Array, data: Any, num_samples: int, *, batch_axes: Any = 0
+    ) -> dict[str, np.ndarray]:
+        """Return the KL divergence of each row's guide from its prior, by latent dimension.
+
+        Args:
+            rng_key: the random key.
+            data: as for `fit`, any number of rows.
+            num_samples: draws over which what is not known in closed form is averaged.
+            batch_axes: as for `fit`.
+
+        Returns:
+            By local site, in nats: ``(num_data, *datum_shape)``, or ``(num_data,)`` where the
+            prior is no product over dimensions.
+        """
+        rows = self._read(data, batch_axes)
+        globals_ = self._globals(rng_key, rows, num_samples)
+        fn = partial(self._run, compiled.diverge, rng_key, globals_, num_samples=num_samples)
+        return rows.collect(fn, self._rows_at_once(num_samples))
+
+    def to_datatree(
+        self,
+        rng_key: Array,
+        data: Any,
+        num_samples: int = 500,
+        *,
+        num_particles: int = 32,
+        var_names: Iterable[str] | None = None,
+        coords: Mapping[str, Any] | None = None,
+        batch_axes: Any = 0,
+    ) -> DataTree:
+        """Return everything ArviZ reads, for every row.
+
+        Args:
+            rng_key: the random key.
+            data: as for `fit`, any number of rows.
+            num_samples: draws of each row.
+            num_particles: local draws for each log-likelihood, see `log_evidence`.
+            var_names: the latent sites to return; by default all.
+            coords: coordinates by dimension.
+            batch_axes: as for `fit`.
+
+        Returns:
+            The groups ``posterior``; ``posterior_predictive``, the observed sites drawn anew;
+            ``log_likelihood``, marginal over the local sites, a value for each draw of the global
+            ones; ``sample_stats`` with the importance weights of the posterior's draws;
+            ``observed_data``; and ``constant_data``, the model's other data.
+        """
+        options = {"batch_axes": batch_axes}
+        rows = self._read(data, batch_axes)
+        observed = rows.collect(partial(self._run, compiled.observed), ROWS)
+        constant = self._constant_data(rows, observed)
+        predicted = self.predict(rng_key, data, num_samples, **options)
+        evidence = self.log_evidence(
+            rng_key, data, num_samples, num_particles=num_particles, **options
+        )
+        likelihood = next(iter(observed)) if len(observed) == 1 else "joint"
+        draws = self.sample(rng_key, data, num_samples, var_names=var_names, **options)
+        deterministic = {name: predicted.pop(name) for name in self._deterministic(predicted)}
+        groups = {
+            "posterior": draws | deterministic,
+            "posterior_predictive": predicted,
+            "log_likelihood": {likelihood: evidence},
+            "sample_stats": {
+                "log_weights": self.log_weights(rng_key, data, num_samples, **options)
+            },
+            "observed_data": observed,
+            "constant_data": constant,
+        }
+        plate = [self.guide.plate.name]
+        by_row = (*predicted, *deterministic, *observed, *constant, "joint", "log_weights")
+        by_row = dict.fromkeys(by_row, plate)
+        return build_datatree(groups, site_dims(self.guide.sites) | by_row, coords)
+
+    def _deterministic(self, names: Iterable[str]) -> list[str]:
+        return [name for name in names if name in self.guide.sites.deterministic]
+
+    def _constant_data(self, rows: Rows, observed: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Return the model's batched arguments by name, those that it observes apart."""
+        args, kwargs = rows.data.whole()
+        axes = rows.data.layout.whole(rows.data.layout.axes)
+        bound = inspect.signature(self.guide.model).bind_partial(*args, **kwargs).arguments
+        bound_axes = inspect.signature(self.guide.model).bind_partial(*axes[0], **axes[1]).arguments
+        return {
+            name: np.moveaxis(np.asarray(value), bound_axes[name], 0)
+            for name, value in bound.items()
+            if isinstance(value, jax.Array)
+            and isinstance(bound_axes.get(name), int)
+            and not any(np.array_equal(value, seen) for seen in observed.values())
+        }
+
+    def _read(self, data: Any, batch_axes: Any) -> Rows:
+        arrays = ArrayData.read(data, batch_axes)
+        args, kwargs = arrays.whole()
+        kwargs = {**kwargs, **self.static_kwargs}
+        self.guide.setup(*args, **kwargs)
+        name = self.guide.plate.name
+        plate = read_model(self.guide.model, args, kwargs).plates.get(name)
+        if plate is None or plate.size != arrays.num_data:
+            found = "none" if plate is None else plate.size
+            raise ValueError(
+                f"The data have {arrays.num_data} rows, but the model's plate {name!r} has {found}."
+                " Declare the plate with the length of the data that the model is given."
+            )
+        return Rows(arrays, plate.length < plate.size)
+
+    def _globals(self, rng_key: Array, rows: Rows, num_samples: int) -> dict[str, Array]:
+        """Draw the global sites, one set for all rows."""
+        if num_samples < 1:
+            raise ValueError(f"num_samples is {num_samples}, expected at least 1.")
+        args, kwargs = rows.data.whole()
+        kwargs = {**kwargs, **self.static_kwargs}
+        key = jax.random.fold_in(rng_key, rows.data.num_data)
+        return self.guide.sample_globals(key, self.params, (num_samples,), args, kwargs)
+
+    def _names(self, var_names: Iterable[str] | None, known: Iterable[str]) -> list[str]:
+        names = list(known if var_names is None else var_names)
+        missing = sorted(set(names) - set(known))
+        if missing:
+            raise ValueError(f"There are no sites {missing} here, choose from {sorted(known)}.")
+        return names
+
+    def _rows_at_once(self, num_samples: int) -> int:
+        size = sum(site.datum_size(self.guide.plate) for site in self.guide.local_sites)
+        return int(np.clip(DRAWS // (num_samples * max(size, 1)), 1, ROWS))
+
+    def _run(
+        self, fn: Callable[..., Any], *arguments: Any, layout: Any, subsamples: bool, **static: Any
+    ) -> Any:
+        """Call a function of a `View` on the last two arguments, arrays and indices, compiled."""
+        *dynamic, arrays, indices = arguments
+
+        def on_view(params: dict, arrays: tuple, indices: Array, *dynamic: Any, **kw: Any) -> Any:
+            names = {"layout": kw.pop("layout"), "subsamples": kw.pop("subsamples")}
+            view = View.build(
+                self.guide, params, arrays, indices, static_kwargs=self.static_kwargs, **names
+            )
+            return fn(view, *dynamic, **kw)
+
+        static |= {"layout": layout, "subsamples": subsamples}
+        if fn not in self._compiled:
+            self._compiled[fn] = jax.jit(on_view, static_argnames=tuple(static))
+        return self._compiled[fn](self.params, arrays, indices, *dynamic, **static)

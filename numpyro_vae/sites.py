@@ -1,0 +1,269 @@
+"""Reads a model: its latent and observed sites, their plates, shapes and supports."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+from jaxtyping import Array, Shaped
+from numpyro import handlers
+from numpyro.distributions import biject_to, constraints
+from numpyro.infer import init_to_sample
+
+Model = Callable[..., Any]
+
+# What JAX raises when a model asks for the values of an abstract array.
+_NEEDS_VALUES = (
+    jax.errors.ConcretizationTypeError,
+    jax.errors.TracerArrayConversionError,
+    jax.errors.TracerIntegerConversionError,
+    jax.errors.TracerBoolConversionError,
+    jax.errors.NonConcreteBooleanIndexError,
+)
+
+
+@dataclass(frozen=True)
+class Plate:
+    """A plate as the model declares it: ``size`` data in all, of which a run holds ``length``."""
+
+    name: str
+    size: int
+    length: int
+    dim: int
+
+
+@dataclass(frozen=True)
+class Site:
+    """A sample site: its shapes, and the names of the plates around it.
+
+    ``event_shape`` is the site's own, ``unconstrained_shape`` that of the values which
+    ``biject_to(support)`` maps to it (``None`` for a discrete site).
+    """
+
+    name: str
+    batch_shape: tuple[int, ...]
+    event_shape: tuple[int, ...]
+    unconstrained_shape: tuple[int, ...] | None
+    plates: tuple[str, ...]
+    is_observed: bool
+
+    def axis(self, plate: Plate) -> int:
+        """Return the plate's axis in ``batch_shape``, counted from the left."""
+        return len(self.batch_shape) + plate.dim
+
+    def datum_shape(self, plate: Plate) -> tuple[int, ...]:
+        """Return the shape of the unconstrained values that belong to one datum of the plate."""
+        axis = self.axis(plate)
+        return self.batch_shape[:axis] + self.batch_shape[axis + 1 :] + self.unconstrained_shape
+
+    def datum_size(self, plate: Plate) -> int:
+        """Return how many unconstrained values belong to one datum of the plate."""
+        return math.prod(self.datum_shape(plate))
+
+    def unpack(
+        self, packed: Shaped[Array, "*lead batch size"], plate: Plate
+    ) -> Shaped[Array, "..."]:
+        """Shape packed values, a row a datum, as the site's unconstrained value.
+
+        Args:
+            packed: ``(*lead, batch, datum_size)``.
+            plate: the local plate.
+
+        Returns:
+            ``(*lead, *batch_shape, *unconstrained_shape)`` with ``batch`` at the plate's axis.
+        """
+        lead = packed.ndim - 2
+        value = packed.reshape(*packed.shape[:-1], *self.datum_shape(plate))
+        return jnp.moveaxis(value, lead, lead + self.axis(plate))
+
+    def rows(self, value: Any, plate: Plate) -> Shaped[Array, "batch ..."]:
+        """Return the site's value with the plate's axis in front: a row a datum."""
+        shape = self.batch_shape + self.event_shape
+        return jnp.moveaxis(jnp.broadcast_to(value, shape), self.axis(plate), 0)
+
+
+@dataclass(frozen=True)
+class ModelSites:
+    """What a model holds: sites by name, in the order they are met, and plates by name."""
+
+    sites: dict[str, Site]
+    plates: dict[str, Plate]
+    deterministic: tuple[str, ...]
+
+    def latent(self) -> list[Site]:
+        """Return the sites to infer."""
+        return [site for site in self.sites.values() if not site.is_observed]
+
+    def local(self, plate: str) -> list[Site]:
+        """Return the latent sites inside the plate."""
+        return [site for site in self.latent() if plate in site.plates]
+
+    def globals(self, plate: str) -> list[Site]:
+        """Return the latent sites outside the plate."""
+        return [site for site in self.latent() if plate not in site.plates]
+
+    def observed(self, plate: str) -> list[Site]:
+        """Return the observed sites inside the plate."""
+        return [s for s in self.sites.values() if s.is_observed and plate in s.plates]
+
+
+def trace_model(model: Model, args: tuple, kwargs: dict, expose: Iterable[str] = ()) -> dict:
+    """Run a model out of sight of the enclosing handlers and return its trace.
+
+    No log-density is computed; a prior that cannot be sampled is drawn from uniformly. The random
+    keys come from the enclosing ``seed`` handler.
+
+    Args:
+        model: a NumPyro model.
+        args: its positional arguments.
+        kwargs: its keyword arguments.
+        expose: the types of message that the enclosing handlers do see.
+
+    Returns:
+        The trace, a dict of messages by site name.
+    """
+    hidden = handlers.block(hide_fn=lambda msg: msg["type"] not in expose)
+    with hidden, handlers.trace() as trace, handlers.substitute(substitute_fn=_draw_improper):
+        model(*args, **kwargs)
+    return trace
+
+
+def _draw_improper(msg: dict) -> Any:
+    """Draw from an improper prior, which has no sampler of its own."""
+    if msg["type"] == "sample" and not msg["is_observed"] and _is_improper(msg["fn"]):
+        return init_to_sample({**msg, "kwargs": {**msg["kwargs"], "rng_key": numpyro.prng_key()}})
+    return None
+
+
+def _is_improper(fn: Any) -> bool:
+    while hasattr(fn, "base_dist"):
+        fn = fn.base_dist
+    return isinstance(fn, numpyro.distributions.ImproperUniform)
+
+
+def read_model(model: Model, args: tuple, kwargs: dict) -> ModelSites:
+    """Read a model's structure without computing anything.
+
+    The model is traced abstractly (`jax.eval_shape`), so the cost does not depend on the size of
+    the data. A model whose Python code asks for the *values* of its arguments, as
+    ``plate("groups", len(np.unique(group)))`` does, is traced with the values it needs.
+
+    Args:
+        model: a NumPyro model.
+        args: its positional arguments; arrays may be replaced by `jax.ShapeDtypeStruct`.
+        kwargs: its keyword arguments.
+
+    Returns:
+        The model's sites and plates.
+
+    Example:
+        >>> import numpyro.distributions as dist
+        >>> def model(x):
+        ...     with numpyro.plate("data", len(x)):
+        ...         z = numpyro.sample("z", dist.Gamma(2.0, 1.0))
+        ...         numpyro.sample("x", dist.Normal(z, 1.0), obs=x)
+        >>> sites = read_model(model, (np.zeros(1_000_000),), {})
+        >>> sites.plates["data"]
+        Plate(name='data', size=1000000, length=1000000, dim=-1)
+        >>> [site.name for site in sites.local("data")]
+        ['z']
+    """
+    leaves, treedef = jax.tree.flatten((args, kwargs))
+    is_array = [isinstance(leaf, jax.Array | np.ndarray | jax.ShapeDtypeStruct) for leaf in leaves]
+    arrays = [leaf for leaf, array in zip(leaves, is_array, strict=True) if array]
+    found: list[ModelSites] = []
+
+    def run(arrays: list) -> None:
+        rest = iter(arrays)
+        filled = [
+            next(rest) if array else leaf for leaf, array in zip(leaves, is_array, strict=True)
+        ]
+        args, kwargs = jax.tree.unflatten(treedef, filled)
+        with handlers.seed(rng_seed=0):
+            found.append(sites_of_trace(trace_model(model, args, kwargs)))
+
+    try:
+        jax.eval_shape(run, arrays)
+    except _NEEDS_VALUES:
+        jax.eval_shape(lambda: run(arrays))
+    return found[-1]
+
+
+def sites_of_trace(trace: dict) -> ModelSites:
+    """Describe the sites and plates of a trace; nothing in the result is an array."""
+    sites, plates, deterministic = {}, {}, []
+    for name, msg in trace.items():
+        if msg["type"] == "deterministic":
+            deterministic.append(name)
+        if msg["type"] != "sample":
+            continue
+        frames = msg["cond_indep_stack"]
+        for frame in frames:
+            size = trace[frame.name]["args"][0] if frame.name in trace else frame.size
+            plates[frame.name] = Plate(frame.name, size, frame.size, frame.dim)
+        sites[name] = Site(
+            name,
+            tuple(msg["fn"].batch_shape),
+            tuple(msg["fn"].event_shape),
+            _unconstrained_shape(msg),
+            tuple(frame.name for frame in frames),
+            msg["is_observed"],
+        )
+    return ModelSites(sites, plates, tuple(deterministic))
+
+
+def _unconstrained_shape(msg: dict) -> tuple[int, ...] | None:
+    """Return the shape, batch apart, of the values that map to the site's support."""
+    fn = msg["fn"]
+    if msg["is_observed"] or fn.support is None or fn.support.is_discrete:
+        return None
+    shape = biject_to(fn.support).inverse_shape(fn.batch_shape + fn.event_shape)
+    return tuple(shape[len(fn.batch_shape) :])
+
+
+def is_real(support: Any) -> bool:
+    """Return whether the support is all of the reals, so that no transform is needed."""
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    return support is constraints.real
+
+
+def choose_plate(sites: ModelSites, plate: str | None) -> Plate:
+    """Return the local plate: the one named, else the one that subsamples, else the only one.
+
+    Args:
+        sites: what `read_model` found.
+        plate: the plate's name, or None to choose among those that hold latent sites.
+
+    Raises:
+        ValueError: if the named plate holds no latent site, no plate does, or several do.
+    """
+    candidates = {name: sites.plates[name] for s in sites.latent() for name in s.plates}
+    if plate is not None:
+        if plate not in candidates:
+            raise ValueError(
+                f"No latent site lies in a plate named {plate!r}. "
+                f"Plates with latent sites: {sorted(candidates) or 'none'}. Name one of them."
+            )
+        return candidates[plate]
+    if not candidates:
+        raise ValueError(
+            f"No latent site lies in a plate: the model has latent sites "
+            f"{[s.name for s in sites.latent()]} and plates {sorted(sites.plates)}. An amortized "
+            "guide needs latents of each datum: put numpyro.plate around them."
+        )
+    subsampled = {name: p for name, p in candidates.items() if p.length < p.size}
+    remaining = subsampled or candidates
+    if len(remaining) > 1:
+        held = {name: [s.name for s in sites.local(name)] for name in remaining}
+        raise ValueError(
+            f"Several plates hold latent sites: {held}. Say which one has a datum for each of "
+            f"its entries, for instance plate={next(iter(remaining))!r}."
+        )
+    return next(iter(remaining.values()))

@@ -1,0 +1,15 @@
+"""Checks every annotated call into the library at run time, on the CPU, without a display.
+
+Nothing here seeds anything: each test makes its own `rng_key`.
+"""
+
+import os
+
+# Before JAX and matplotlib are imported; a value that the caller has set is kept.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+from jaxtyping import install_import_hook
+
+# Before any test imports the library: the types and shapes of public calls are checked by beartype.
+install_import_hook("numpyro_vae", "beartype.beartype")
