@@ -84,8 +84,8 @@ class Site:
 
     def rows(self, value: Any, plate: Plate) -> Shaped[Array, "batch ..."]:
         """Return the site's value with the plate's axis in front: a row a datum."""
-        shape = self.batch_shape + self.event_shape
-        return jnp.moveaxis(jnp.broadcast_to(value, shape), self.axis(plate), 0)
+        shape = jnp.broadcast_shapes(self.batch_shape + self.event_shape, jnp.shape(value))
+        return jnp.moveaxis(jnp.broadcast_to(value, shape), plate.dim - len(self.event_shape), 0)
 
 
 @dataclass(frozen=True)
@@ -116,8 +116,9 @@ class ModelSites:
 def trace_model(model: Model, args: tuple, kwargs: dict, expose: Iterable[str] = ()) -> dict:
     """Run a model out of sight of the enclosing handlers and return its trace.
 
-    No log-density is computed; a prior that cannot be sampled is drawn from uniformly. The random
-    keys come from the enclosing ``seed`` handler.
+    No log-density is computed; a prior that cannot be sampled is drawn from uniformly. Hidden
+    sites take fixed random keys, so that they cost nothing where they are not read; plates draw
+    their rows, and ``numpyro.prng_key`` its keys, from the enclosing ``seed`` handler.
 
     Args:
         model: a NumPyro model.
@@ -129,7 +130,9 @@ def trace_model(model: Model, args: tuple, kwargs: dict, expose: Iterable[str] =
         The trace, a dict of messages by site name.
     """
     hidden = handlers.block(hide_fn=lambda msg: msg["type"] not in expose)
-    with hidden, handlers.trace() as trace, handlers.substitute(substitute_fn=_draw_improper):
+    keys = handlers.seed(rng_seed=0, hide_types=["plate", "prng_key"])
+    draw_improper = handlers.substitute(substitute_fn=_draw_improper)
+    with hidden, keys, handlers.trace() as trace, draw_improper:
         model(*args, **kwargs)
     return trace
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator
-from functools import cached_property, partial
 from itertools import batched
 from typing import Any
 
@@ -80,26 +79,24 @@ class ArraySource:
         """Return rows of data as the trainer takes them."""
         return Batch(data.arrays, indices, weights)
 
-    @cached_property
-    def _permute(self) -> Any:
-        return jax.jit(partial(jax.random.permutation, x=self.data.num_data))
-
-    def indices(self, rng_key: Array, epoch: int) -> Array:
+    def order(self, rng_key: Array, epoch: int | Array) -> Array:
         """Return the rows of each step of an epoch, ``(num_steps, batch_size)``."""
-        order = self._permute(jax.random.fold_in(rng_key, epoch))
-        missing = self.num_steps * self.batch_size - self.data.num_data
+        num_data = self.data.num_data
+        order = jax.random.permutation(jax.random.fold_in(rng_key, epoch), num_data)
+        missing = self.num_steps * self.batch_size - num_data
         if missing:
-            following = self._permute(jax.random.fold_in(rng_key, epoch + 1))
+            following = jax.random.permutation(jax.random.fold_in(rng_key, epoch + 1), num_data)
             order = jnp.concatenate([order, following[:missing]])
         return order.reshape(self.num_steps, self.batch_size)
 
     def run(self, state: SVIState, rng_key: Array, epoch: int) -> tuple[SVIState, np.ndarray]:
         """Run an epoch; steps that are not finite are skipped, with a warning."""
-        indices = self.indices(rng_key, epoch)
-        new_state, losses, ok = self.trainer.epoch(state, self.data.arrays, indices)
+        new_state, losses, ok = self.trainer.epoch(
+            state, self.data.arrays, rng_key, epoch, order=self.order
+        )
         if ok:
             return new_state, np.asarray(losses)
-        batches = (Batch(self.data.arrays, rows, None) for rows in indices)
+        batches = (Batch(self.data.arrays, rows, None) for rows in self.order(rng_key, epoch))
         return guarded_steps(self.trainer, state, batches, epoch)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import jax
@@ -18,6 +18,8 @@ from numpyro.infer.svi import SVIState
 from numpyro_vae.batches import Batch
 from numpyro_vae.guide import AutoAmortizedNormal
 from numpyro_vae.plates import minibatch
+
+Order = Callable[[Array, Array], Array]
 
 
 class Trainer:
@@ -90,13 +92,14 @@ class Trainer:
 
     @cached_property
     def epoch(self) -> Callable[..., tuple[SVIState, Float[Array, "num_steps"], Bool[Array, ""]]]:
-        """A compiled scan of steps over the rows of ``indices``, ``(num_steps, batch)``."""
+        """A compiled scan of steps over the rows that ``order(rng_key, epoch)`` gives them."""
 
-        @jax.jit
-        def scan(state: SVIState, arrays: tuple, indices: Array) -> tuple:
-            state, losses = jax.lax.scan(
-                lambda state, rows: self.update(state, Batch(arrays, rows, None)), state, indices
-            )
+        @partial(jax.jit, static_argnames="order")
+        def scan(state: SVIState, arrays: tuple, rng_key: Array, epoch: Array, order: Order) -> tuple:
+            def step(state: SVIState, rows: Array) -> tuple[SVIState, Array]:
+                return self.update(state, Batch(arrays, rows, None))
+
+            state, losses = jax.lax.scan(step, state, order(rng_key, epoch))
             return state, losses, jnp.isfinite(losses).all() & all_finite(state)
 
         return scan

@@ -66,10 +66,7 @@ class ConvNet(nnx.Module):
         self.image_shape = _image_shape(example_inputs)
         height, width, depth = (*self.image_shape, 1)[:3]
         self.activation = activation
-        self.standardize = None
-        if standardize:
-            example = jnp.asarray(example_inputs).reshape(-1, height, width, depth)
-            self.standardize = Standardize(example, axis=(0, 1, 2))
+        self.standardize = None if not standardize else _by_channel(example_inputs, depth)
         self.convolutions = nnx.List(
             Conv(before, after, (kernel_size, kernel_size), strides=2, rngs=rngs)
             for before, after in zip((depth, *channels[:-1]), channels, strict=True)
@@ -94,6 +91,12 @@ class ConvNet(nnx.Module):
         for convolution in self.convolutions:
             hidden = self.activation(convolution(hidden))
         return self.activation(self.dense(hidden.reshape(hidden.shape[0], -1)))
+
+
+def _by_channel(example_inputs: Any, depth: int) -> Standardize:
+    """Statistics over all pixels of each channel, whatever the dtype of the pixels."""
+    pixels = jnp.asarray(example_inputs, jnp.result_type(float)).reshape(-1, depth)
+    return Standardize(pixels)
 
 
 def _image_shape(inputs: Any) -> tuple[int, ...]:

@@ -1,0 +1,93 @@
+"""Draws of 50 latents of 10,000 rows, 1,000 each: time and peak memory, against drawing by hand.
+
+    python benchmarks/sampling.py
+
+Each way runs in a process of its own, in turn, and ends with the draws in memory on the host.
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+
+ROWS, DRAWS, LATENTS, PIXELS = 10_000, 1_000, 50, 64
+
+
+def library():
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    import numpyro
+    import numpyro.distributions as dist
+    import optax
+    from numpyro.infer import SVI, Trace_ELBO
+
+    from numpyro_vae import AutoAmortizedNormal, Posterior
+
+    def model(x):
+        with numpyro.plate("data", len(x)):
+            z = numpyro.sample("z", dist.Normal(0, 1).expand([LATENTS]).to_event(1))
+            numpyro.sample("x", dist.Normal(z.sum(-1, keepdims=True), 1).to_event(1), obs=x)
+
+    x = np.random.default_rng(0).normal(size=(ROWS, PIXELS)).astype(np.float32)
+    guide = AutoAmortizedNormal(model)
+    svi = SVI(model, guide, optax.adam(1e-3), Trace_ELBO())
+    params = svi.get_params(svi.init(jax.random.key(0), jnp.asarray(x[:8])))
+    posterior = Posterior(guide, params)
+    posterior.sample(jax.random.key(1), x[:200], DRAWS)  # compiles
+    return lambda: posterior.sample(jax.random.key(1), x, DRAWS)["z"]
+
+
+def by_hand():
+    import jax
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    loc, log_scale = rng.normal(size=(2, ROWS, LATENTS)).astype(np.float32)
+
+    @jax.jit
+    def draw(rng_key, loc, log_scale):
+        noise = jax.random.normal(rng_key, (DRAWS, *loc.shape))
+        return loc + jax.numpy.exp(log_scale) * noise
+
+    draw.lower(jax.random.key(0), loc, log_scale).compile()
+    return lambda: np.asarray(draw(jax.random.key(0), loc, log_scale))
+
+
+def measure(way: str) -> None:
+    run = {"library": library, "by_hand": by_hand}[way]()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    start = time.perf_counter()
+    draws = run()
+    seconds = time.perf_counter() - start
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    print(json.dumps({"seconds": seconds, "memory": peak * 1024 / draws.nbytes}))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--way", choices=["library", "by_hand"])
+    args = parser.parse_args()
+    if args.way:
+        return measure(args.way)
+    found = {"by_hand": [], "library": []}
+    for _ in range(args.repeats):
+        for way, results in found.items():
+            command = [sys.executable, __file__, "--way", way]
+            results.append(json.loads(subprocess.check_output(command).splitlines()[-1]))
+    print(f"\n{ROWS:,} rows x {DRAWS:,} draws x {LATENTS} latents")
+    medians = {
+        way: [statistics.median(r[key] for r in results) for key in ("seconds", "memory")]
+        for way, results in found.items()
+    }
+    for way, (seconds, memory) in medians.items():
+        ratio = seconds / medians["by_hand"][0]
+        print(f"  {way:<10}{seconds:8.2f} s {ratio:7.3f}x   peak memory {memory:5.2f}x the result")
+
+
+if __name__ == "__main__":
+    main()
