@@ -2,17 +2,14 @@
 
 One small VAE (1,797 handwritten digits of 8x8 pixels, each pixel a count out of 16, so a Binomial
 likelihood) is trained under every parameterization of `numpyro_vae`, from the same initial
-function, on the same minibatches, with the same noise, by SGD and by Adam, over two sweeps:
+function, on the same minibatches, with the same noise, by SGD and by Adam. The step size of all
+parameters is varied, then that of the scale head alone, where the parameterizations differ.
 
-- the step size of all parameters, and
-- the step size of the scale head alone, the only place where the parameterizations differ.
-
-Run ``python examples/parameterizations.py``. It writes one figure and one table, and prints the
-table with what follows from it. ``docs/parameterizations.md`` has the mathematics.
+``python examples/parameterizations.py`` writes one figure and one table, and prints the table with
+what follows from it. ``docs/parameterizations.md`` has the mathematics.
 """
 
 import argparse
-import csv
 import time
 from collections.abc import Iterable
 from functools import partial
@@ -28,7 +25,7 @@ from jax import Array
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpyro.distributions import kl_divergence
-from scipy.special import gammaln
+from scipy.special import binom
 from sklearn.datasets import load_digits
 
 from numpyro_vae.distributions import LogScaleNormal
@@ -43,6 +40,7 @@ FACTORS = 2.0 ** np.arange(0, 11)
 COLOURS = {"log_scale": "#0072B2", "log_variance": "#D55E00", "softplus": "#009E73"}
 MARKERS = {"log_scale": "o", "log_variance": "s", "softplus": "^"}
 MATCHING = {"SGD": 4, "Adam": 2}  # by how much a log_variance head is slower than a log_scale one
+UNITS = "held-out ELBO (nats per datum)"
 TOLERANCE = 10.0  # nats: a run is stable if it ends within this of the best it ever was
 
 
@@ -66,8 +64,8 @@ Params = dict[str, dict[str, Array]]
 def load() -> tuple[Data, Data]:
     """Digits in a fixed random order, split into training and held-out rows."""
     counts = np.random.default_rng(0).permutation(load_digits().data)
-    inverse = gammaln(counts + 1) + gammaln(LEVELS - counts + 1) - gammaln(LEVELS + 1)
-    x, c = jnp.asarray(counts, jnp.float32), jnp.asarray(-inverse.sum(1), jnp.float32)
+    columns = (counts, np.log(binom(LEVELS, counts)).sum(1))
+    x, c = (jnp.asarray(column, jnp.float32) for column in columns)
     return Data(x[:NUM_TRAIN], c[:NUM_TRAIN]), Data(x[NUM_TRAIN:], c[NUM_TRAIN:])
 
 
@@ -76,8 +74,8 @@ def init(seed: int, parameterization: AbstractParameterization) -> Params:
     rng = np.random.default_rng(seed)
 
     def dense(num_in: int, num_out: int) -> dict[str, Array]:
-        weight = rng.normal(size=(num_in, num_out)) / np.sqrt(num_in)
-        return {"weight": jnp.asarray(weight, jnp.float32), "bias": jnp.zeros(num_out)}
+        weight = jnp.asarray(rng.normal(size=(num_in, num_out)) / np.sqrt(num_in), jnp.float32)
+        return {"weight": weight, "bias": jnp.zeros(num_out)}
 
     bias = jnp.full(LATENT, parameterization.init_raw)
     return {
@@ -141,8 +139,7 @@ def train(
 ) -> tuple[Array, Params]:
     """Trains one VAE; ``head_factor`` multiplies the step of the scale head alone.
 
-    Returns:
-        The held-out ELBO before training and after each epoch, and the trained weights.
+    Returns the held-out ELBO before training and after each epoch, and the trained weights.
     """
     (training, held_out), optim = data, OPTIMIZERS[optimizer](step_size)
     eps = np.random.default_rng(2).normal(size=(len(held_out.counts), LATENT)).astype(np.float32)
@@ -156,9 +153,7 @@ def train(
         gradient = jax.grad(lambda p: -vae_elbo(p, minibatch, eps, which))(params)
         updates, state = optim.update(gradient, state)
         factors = {name: head_factor if name == "raw" else 1.0 for name in params}
-        updates = jax.tree.map(
-            lambda f, u: jax.tree.map(partial(jnp.multiply, f), u), factors, updates
-        )
+        updates = jax.tree.map(lambda f, u: {k: f * v for k, v in u.items()}, factors, updates)
         return (optax.apply_updates(params, updates), state), None
 
     def epoch(carry: tuple, batches: tuple[Array, Array]) -> tuple[tuple, Array]:
@@ -174,8 +169,7 @@ def sweep(
 ) -> tuple[dict[str, Sweep], Params]:
     """All runs with one optimizer, in one compiled call.
 
-    Returns:
-        The ELBOs by parameterization, and the weights that log_scale ends with at the base step.
+    Returns the ELBOs by parameterization, and the weights of log_scale at the base step.
     """
     steps, base = STEPS[optimizer], BASE_STEP[optimizer]
     step_sizes = np.concatenate([steps, np.full(len(FACTORS), base)])
@@ -195,47 +189,32 @@ def sweep(
 
 
 @jax.jit
-def raw_gradients(
-    params: Params, data: Data, rows: Array, eps: Array, which: Array
-) -> tuple[Array, Array]:
-    """Gradient of one minibatch's loss in a shift of the raw output, at the scales of ``params``.
-
-    The scales are those that ``params`` give under log_scale, whatever the parameterization.
-
-    Returns:
-        The gradient, and the change of log-scale per unit of raw output, by latent.
-    """
-    batch = Data(*(leaf[rows] for leaf in data))
-    loc, log_scale = encode(params, batch.counts)
+def raw_gradient(params: Params, data: Data, eps: Array, which: Array) -> Array:
+    """Gradient of the loss in a shift of all raw outputs, at the scales log_scale would give."""
+    loc, log_scale = encode(params, data.counts)
     choices = [cls() for cls in PARAMETERIZATIONS.values()]
     raw = jax.lax.switch(which, [p.inverse for p in choices], jnp.exp(log_scale))
 
-    def to_log_scale(shift: Array) -> Array:
-        return jax.lax.switch(which, [p.log_scale for p in choices], raw + shift)
+    def loss(shift: Array) -> Array:
+        log_scale = jax.lax.switch(which, [p.log_scale for p in choices], raw + shift)
+        return -elbo(params, data, eps, loc, log_scale)
 
-    shift = jnp.zeros(LATENT)
-    gradient = jax.grad(lambda s: -elbo(params, batch, eps, loc, to_log_scale(s)))(shift)
-    return gradient, jax.grad(lambda s: to_log_scale(s).sum())(shift) / len(rows)
+    return jax.grad(loss)(jnp.zeros(LATENT))
 
 
 def gradient_noise(params: Params, data: Data, num_draws: int) -> dict[str, dict[str, float]]:
-    """Statistics of `raw_gradients` over minibatches and noise, the same for each.
+    """Statistics of `raw_gradient` over minibatches and noise, the same for each.
 
-    Returns:
-        By parameterization, median over latents: ``sd`` and ``noise`` (sd over size of the mean)
-        of the gradient, and ``move``, the change of log-scale per unit of raw output.
+    For each parameterization, the medians over latents of ``sd``, and of ``noise``: sd / |mean|.
     """
     rng, found = np.random.default_rng(3), {}
     rows = rng.integers(NUM_TRAIN, size=(num_draws, BATCH))
     eps = rng.normal(size=(num_draws, BATCH, LATENT)).astype(np.float32)
     for which, name in enumerate(PARAMETERIZATIONS):
-        draws = [
-            raw_gradients(params, data, *inputs, which) for inputs in zip(rows, eps, strict=True)
-        ]
-        gradients, slopes = (np.stack(part) for part in zip(*draws, strict=True))
-        sd, mean = gradients.std(0), gradients.mean(0)
-        statistics = {"sd": sd, "noise": sd / abs(mean), "move": slopes.mean(0)}
-        found[name] = {key: float(np.median(value)) for key, value in statistics.items()}
+        batches = (Data(*(leaf[chosen] for leaf in data)) for chosen in rows)
+        draws = [raw_gradient(params, *pair, which) for pair in zip(batches, eps, strict=True)]
+        sd, mean = np.std(draws, 0), np.mean(draws, 0)
+        found[name] = {"sd": float(np.median(sd)), "noise": float(np.median(sd / abs(mean)))}
     return found
 
 
@@ -256,17 +235,16 @@ Noise = dict[str, dict[str, dict[str, float]]]
 
 def best(curves: np.ndarray) -> tuple[int, float, float]:
     """The stable row with the best final ELBO, its mean over seeds, and its sd over seeds."""
-    final = curves[: count_stable(curves), :, -1]
+    final = curves[: max(count_stable(curves), 1), :, -1]
     row = int(np.argmax(final.mean(1)))
-    return row, float(final[row].mean()), float(final[row].std(ddof=1))
+    return row, final[row].mean(), final[row].std(ddof=1)
 
 
 def table(results: Results, noise: Noise) -> list[dict[str, str]]:
     """One row for each optimizer and parameterization."""
     rows = []
     for (optimizer, name), sweep in results.items():
-        row, mean, sd = best(sweep.steps)
-        at_base = sweep.factors[0, :, -1]
+        (row, mean, sd), at_base = best(sweep.steps), sweep.factors[0, :, -1]
         rows.append(
             {
                 "optimizer": optimizer,
@@ -276,50 +254,50 @@ def table(results: Results, noise: Noise) -> list[dict[str, str]]:
                 "best step": f"{STEPS[optimizer][row]:.2g}",
                 "largest stable step": f"{largest_stable(STEPS[optimizer], sweep.steps):.2g}",
                 "largest stable head factor": f"{largest_stable(FACTORS, sweep.factors):g}",
-                "gradient sd at the start": f"{noise['start'][name]['sd']:.3g}",
-                "sd / mean at the start": f"{noise['start'][name]['noise']:.3g}",
-                "gradient sd when trained": f"{noise['trained'][name]['sd']:.3g}",
-                "sd / mean when trained": f"{noise['trained'][name]['noise']:.3g}",
-                "log-scale per raw when trained": f"{noise['trained'][name]['move']:.3g}",
+                **{
+                    f"{what}, {point}": f"{statistics[name][key]:.3g}"
+                    for point, statistics in noise.items()
+                    for key, what in (("sd", "gradient sd"), ("noise", "gradient sd / mean"))
+                },
             }
         )
     return rows
 
 
+def compare(results: Results, optimizer: str) -> list[str]:
+    """What one optimizer's runs say."""
+    one, two = results[optimizer, "log_scale"], results[optimizer, "log_variance"]
+    factor = MATCHING[optimizer]
+    plain = abs(two.factors[0] - one.factors[0]).max()
+    matched = abs(two.factors[np.argmax(factor == FACTORS)] - one.factors[0]).max()
+    tops = np.array([best(results[optimizer, name].steps)[1:] for name in PARAMETERIZATIONS])
+    spread, sd = np.ptp(tops[:, 0]), tops[:, 1].max()
+    lines = [
+        f"log_variance differs from log_scale by at most {plain:.2g} nats during training, and by "
+        f"{matched:.2g} once its head's step is multiplied by {factor}.",
+        f"with the best step for each, the parameterizations are {spread:.2f} nats apart, "
+        f"{'less' if spread < sd else 'more'} than one standard deviation over seeds ({sd:.2f}).",
+    ]
+    for what, values, index in (("step", STEPS[optimizer], 0), ("head factor", FACTORS, 1)):
+        found = [largest_stable(values, results[optimizer, n][index]) for n in PARAMETERIZATIONS]
+        text = ", ".join(f"{n} {v:.3g}" for n, v in zip(PARAMETERIZATIONS, found, strict=True))
+        lines.append(f"largest stable {what}: {text}; second over first {found[1] / found[0]:.3g}.")
+    return [f"{optimizer}: {line}" for line in lines]
+
+
 def findings(results: Results, noise: Noise) -> list[str]:
     """What the numbers say, computed from them."""
-    starts = np.stack([sweep.factors[0, :, 0] for sweep in results.values()])
-    lines = [
-        f"All start from one function: their first ELBOs differ by {np.ptp(starts, 0).max():.1g}."
-    ]
-    for optimizer, factor in MATCHING.items():
-        one, two = results[optimizer, "log_scale"], results[optimizer, "log_variance"]
-        (column,) = np.flatnonzero(factor == FACTORS)
-        plain = abs(two.factors[0] - one.factors[0]).max()
-        matched = abs(two.factors[column] - one.factors[0]).max()
-        lines.append(
-            f"{optimizer}: log_variance differs from log_scale by at most {plain:.2g} nats during "
-            f"training, and by {matched:.2g} once its head's step is multiplied by {factor}."
-        )
-        tops = {name: best(results[optimizer, name].steps)[1:] for name in PARAMETERIZATIONS}
-        spread = max(m for m, _ in tops.values()) - min(m for m, _ in tops.values())
-        sd = max(sd for _, sd in tops.values())
-        verdict = "less" if spread < sd else "more"
-        lines.append(
-            f"{optimizer}: with the best step for each, the parameterizations are {spread:.2f} "
-            f"nats apart, {verdict} than one standard deviation over seeds ({sd:.2f})."
-        )
-        for what, values, index in (("step", STEPS[optimizer], 0), ("head factor", FACTORS, 1)):
-            found = {n: largest_stable(values, results[optimizer, n][index]) for n in tops}
-            text = ", ".join(f"{name} {value:.3g}" for name, value in found.items())
-            lines.append(f"{optimizer}: largest stable {what}: {text}.")
+    starts = np.ptp([sweep.factors[0, :, 0] for sweep in results.values()], 0).max()
+    lines = [f"All start from one function: their first ELBOs differ by {starts:.1g}."]
+    for optimizer in OPTIMIZERS:
+        lines += compare(results, optimizer)
     for point, statistics in noise.items():
-        base = statistics["log_scale"]
-        text = ", ".join(
-            f"{name} {s['sd'] / base['sd']:.3f} and {s['noise'] / base['noise']:.3f}"
-            for name, s in statistics.items()
+        sd, ratio = statistics["log_scale"].values()
+        parts = (
+            f"{name} {found['sd'] / sd:.3f} and {found['noise'] / ratio:.3f}"
+            for name, found in statistics.items()
         )
-        lines.append(f"Gradient sd and sd / mean relative to log_scale, {point}: {text}.")
+        lines.append(f"Gradient sd, sd / mean over log_scale's, {point}: {', '.join(parts)}.")
     return lines
 
 
@@ -338,8 +316,8 @@ def draw_curves(axes: Axes, results: Results, optimizer: str) -> None:
     inset.plot((matched - reference).mean(0), color=colour, ls=":", lw=3)
     inset.set_title("minus the ELBO of log_scale", fontsize=8)
     inset.tick_params(labelsize=7)
-    title = f"{optimizer}: training at step {BASE_STEP[optimizer]:.2g}"
-    axes.set(xlabel="epoch", ylabel="held-out ELBO (nats per datum)", title=title)
+    step = BASE_STEP[optimizer]
+    axes.set(xlabel="epoch", ylabel=UNITS, title=f"{optimizer}: training at step {step:.2g}")
     axes.legend(frameon=False, fontsize=8, loc="lower right")
 
 
@@ -352,15 +330,12 @@ def draw_sweep(
         final = np.where(np.isfinite(curves[..., -1]), curves[..., -1], -np.inf)
         kept, colour = final.min(1) > final.max() - 200, COLOURS[name]
         mean, low, high = (f(final[kept], 1) for f in (np.mean, np.min, np.max))
-        limit = largest_stable(values, curves)
-        label = f"{name}, stable up to {limit:.3g}"
+        label = f"{name}, stable up to {(limit := largest_stable(values, curves)):.3g}"
         axes.plot(values[kept], mean, color=colour, marker=MARKERS[name], ms=4, label=label)
         axes.fill_between(values[kept], low, high, color=colour, alpha=0.15)
         axes.axvline(limit, color=colour, ls=(4 * place, (4, 8)), lw=1.8)
     bottom, top = axes.get_ylim()
-    axes.set(
-        xscale="log", ylabel="held-out ELBO (nats per datum)", ylim=(max(bottom, top - 150), top)
-    )
+    axes.set(xscale="log", ylabel=UNITS, ylim=(max(bottom, top - 150), top))
     corner = ("lower center", {"SGD": "lower right", "Adam": "lower left"}[optimizer])[index]
     axes.legend(fontsize=8, loc=corner)
 
@@ -370,9 +345,7 @@ def draw_noise(axes: Axes, noise: Noise, key: str) -> None:
     for offset, (point, hatch) in zip((-0.2, 0.2), (("start", "//"), ("trained", "")), strict=True):
         heights = [noise[point][name][key] for name in PARAMETERIZATIONS]
         places = np.arange(len(heights)) + offset
-        bars = axes.bar(places, heights, 0.38, color=list(COLOURS.values()), alpha=0.75)
-        for bar in bars:
-            bar.set(hatch=hatch, edgecolor="white")
+        bars = axes.bar(places, heights, 0.38, color=list(COLOURS.values()), hatch=hatch, ec="w")
         axes.bar_label(bars, [f"{height:.2g}" for height in heights], fontsize=8)
     axes.margins(y=0.12)
     axes.set_xticks(range(len(PARAMETERIZATIONS)), list(PARAMETERIZATIONS))
@@ -387,8 +360,7 @@ def draw(results: Results, noise: Noise, path: Path) -> None:
         draw_sweep(row[1], STEPS[optimizer], results, optimizer, 0)
         row[1].set(xlabel="step size of all parameters", title=f"{optimizer}: ELBO after training")
         draw_sweep(row[2], FACTORS, results, optimizer, 1)
-        title = f"{optimizer}: the scale head alone faster"
-        row[2].set(xlabel="step of the scale head / base step", title=title)
+        row[2].set(xlabel="step of the scale head / base", title=f"{optimizer}: scale head faster")
     draw_noise(grid[0, 3], noise, "sd")
     title = "Gradient noise at one common point:\nthe start (hatched), trained (plain)"
     grid[0, 3].set(ylabel="sd (nats per unit of raw output)", title=title)
@@ -397,16 +369,10 @@ def draw(results: Results, noise: Noise, path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def write(rows: list[dict[str, str]], folder: Path) -> str:
-    """Writes the table as CSV and Markdown; returns the Markdown."""
-    with (folder / "parameterizations.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+def to_markdown(rows: list[dict[str, str]]) -> str:
+    """The table as text."""
     lines = [list(rows[0]), ["---"] * len(rows[0]), *(list(row.values()) for row in rows)]
-    text = "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
-    (folder / "parameterizations.md").write_text(text)
-    return text
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
 def main() -> None:
@@ -421,14 +387,11 @@ def main() -> None:
     for optimizer in OPTIMIZERS:
         found, weights[optimizer] = sweep(optimizer, data, num_seeds, num_epochs)
         results |= {(optimizer, name): sweeps for name, sweeps in found.items()}
-        print(f"{optimizer}: {time.perf_counter() - start:.0f} s", flush=True)
-    points = {
-        "start": init(0, PARAMETERIZATIONS["log_scale"]()),
-        "trained": weights["Adam"],
-    }
+    points = {"start": init(0, PARAMETERIZATIONS["log_scale"]()), "trained": weights["Adam"]}
     noise = {point: gradient_noise(params, data[0], num_draws) for point, params in points.items()}
-    print("\n" + write(table(results, noise), args.output))
-    print("\n".join(findings(results, noise)))
+    text = to_markdown(table(results, noise))
+    (args.output / "parameterizations.md").write_text(text, encoding="utf-8")
+    print("\n" + text + "\n" + "\n".join(findings(results, noise)))
     draw(results, noise, args.output / "parameterizations.png")
     print(f"{time.perf_counter() - start:.0f} s; see {args.output / 'parameterizations.png'}")
 

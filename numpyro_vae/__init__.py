@@ -26,6 +26,14 @@ from numpyro_vae.parameterization import (
     get_parameterization,
     reparameterize,
 )
+from numpyro_vae.plots import (
+    plot_collapse,
+    plot_khat,
+    plot_latents,
+    plot_prior_samples,
+    plot_reconstructions,
+    plot_training,
+)
 from numpyro_vae.posterior import Posterior, SiteEncoding
 
 __version__ = "0.1.0"
@@ -55,5 +63,11 @@ __all__ = [
     "get_parameterization",
     "khat_threshold",
     "pareto_khat",
+    "plot_collapse",
+    "plot_khat",
+    "plot_latents",
+    "plot_prior_samples",
+    "plot_reconstructions",
+    "plot_training",
     "reparameterize",
 ]

@@ -81,8 +81,8 @@ class Layout:
         batched = zip(arrays, self.axes, strict=True)
         return next(array.shape[axis] for array, axis in batched if axis is not None)
 
-    def whole(self, arrays: Sequence[Array]) -> tuple[tuple, dict[str, Any]]:
-        """Return the model's arguments with arrays in their places."""
+    def whole(self, arrays: Sequence[Any]) -> tuple[tuple, dict[str, Any]]:
+        """Return the model's arguments with arrays, or what stands for them, in their places."""
         rest = iter(arrays)
         filled = [next(rest) if leaf is None else leaf for leaf in self.static]
         return jax.tree.unflatten(self.treedef, filled)

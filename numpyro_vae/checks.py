@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +37,7 @@ def khat_threshold(num_samples: int) -> float:
         >>> round(khat_threshold(100), 2), khat_threshold(10_000)
         (0.5, 0.7)
     """
-    return min(1 - 1 / np.log10(num_samples), 0.7)
+    return min(1 - 1 / math.log10(num_samples), 0.7)
 
 
 def pareto_khat(log_weights: np.ndarray) -> np.ndarray:
@@ -105,7 +106,7 @@ class Check:
         found = {}
         for name, kl in self.dataset.data_vars.items():
             if str(name).startswith("kl_"):
-                means = np.asarray(kl.mean(kl.dims[0]))
+                means = kl.values.mean(0)
                 found[str(name)[3:]] = (int((means < COLLAPSED).sum()), means.size)
         return found
 
@@ -164,14 +165,17 @@ def check(
     log_weights = posterior.log_weights(rng_key, data, num_samples, batch_axes=batch_axes)
     divergences = posterior.divergences(rng_key, data, DIVERGENCE_SAMPLES, batch_axes=batch_axes)
     plate = posterior.guide.plate.name
-    found = {name: (plate, values) for name, values in _importance(log_weights).items()}
+    found: dict[str, Any] = {
+        name: (plate, values) for name, values in _importance(log_weights).items()
+    }
     for name, values in divergences.items():
         dims = [f"{name}_dim_{axis}" for axis in range(values.ndim - 1)]
         found[f"kl_{name}"] = ([plate, *dims], values)
     attrs = {"num_samples": num_samples, "khat_threshold": khat_threshold(num_samples)}
     dataset = xr.Dataset(found, attrs=attrs)
-    coords = {dim: (coords or {}).get(dim, np.arange(n)) for dim, n in dataset.sizes.items()}
-    return Check(dataset.assign_coords(coords))
+    given = coords or {}
+    indexed = {dim: given.get(str(dim), np.arange(n)) for dim, n in dataset.sizes.items()}
+    return Check(dataset.assign_coords(indexed))
 
 
 def _importance(log_weights: np.ndarray) -> dict[str, np.ndarray]:

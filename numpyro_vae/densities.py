@@ -122,7 +122,7 @@ def row_divergences(
     """
     model = handlers.substitute(model, data=values)
     trace = _trace(model, rows, rng_key, args, kwargs)
-    plate, normal = encoding.run.plate, encoding.distribution.base_dist
+    plate, normal = encoding.run.plate, encoding.normal
     parts = zip(*map(encoding.unpack, (normal.loc, normal.log_scale, packed)), strict=True)
     found = {}
     for (site, loc), (_, log_scale), (_, draw) in parts:

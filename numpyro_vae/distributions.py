@@ -57,7 +57,6 @@ class LogScaleNormal(dist.Normal):
 
     arg_constraints = {"loc": constraints.real, "log_scale": constraints.real}  # noqa: RUF012
     reparametrized_params = ["loc", "log_scale"]  # noqa: RUF012
-    _arg_names = None  # else `infer_shapes` may find the argument names of Normal cached here
 
     def __init__(
         self,

@@ -12,7 +12,8 @@ import numpyro.distributions as dist
 from jaxtyping import Array, Float, Key
 from numpyro.distributions import biject_to
 
-from numpyro_vae.families import AbstractFamily
+from numpyro_vae.distributions import LogScaleNormal
+from numpyro_vae.families import DiagonalNormal
 from numpyro_vae.runs import Run
 from numpyro_vae.sites import Site
 
@@ -31,7 +32,7 @@ class Encoding:
     """
 
     raw: Any
-    family: AbstractFamily
+    family: DiagonalNormal
     sites: tuple[Site, ...]
     run: Run
 
@@ -40,13 +41,18 @@ class Encoding:
         """The distribution over packed unconstrained latents, ``batch_shape == (batch,)``."""
         return self.family.distribution(self.raw)
 
+    @property
+    def normal(self) -> LogScaleNormal:
+        """The Normals of the packed latents one by one, ``batch_shape == (batch, size)``."""
+        return self.family.normal(self.raw)
+
     def sample(
         self, row_keys: Key[Array, "batch"], num_samples: int
     ) -> Float[Array, "num_samples batch size"]:
         """Draw packed unconstrained latents, each row from its own key."""
 
         def one_row(raw: Any, rng_key: Array) -> Array:
-            return self.family.distribution(raw).sample(rng_key, (num_samples,))
+            return jnp.asarray(self.family.distribution(raw).sample(rng_key, (num_samples,)))
 
         return jax.vmap(one_row, out_axes=1)(self.raw, row_keys)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import jax
@@ -16,7 +17,7 @@ from numpyro import handlers
 from numpyro.distributions import biject_to
 from numpyro.infer import Predictive
 from numpyro.infer.autoguide import AutoGuide, AutoNormal
-from numpyro.primitives import Messenger
+from numpyro.primitives import Messenger, mutable
 
 from numpyro_vae.distributions import LogScaleNormal
 from numpyro_vae.encoders import MLP
@@ -117,7 +118,7 @@ class AutoAmortizedNormal(AutoGuide):
         self.plate = choose_plate(self.sites, self.plate_name)
         self.local_sites = tuple(self.sites.local(self.plate.name))
         for site in self.local_sites:
-            if site.unconstrained_shape is None:
+            if site.is_discrete:
                 raise ValueError(
                     f"Site {site.name!r} in plate {self.plate.name!r} is discrete; the guide needs "
                     "continuous latents. Hide it from the guide with handlers.block(model, "
@@ -135,9 +136,7 @@ class AutoAmortizedNormal(AutoGuide):
         """Return the model with all but its global latent sites and their plates hidden."""
         kept = set(self.global_names)
         kept |= {plate for name in self.global_names for plate in self.sites.sites[name].plates}
-        return handlers.block(
-            self.model, hide_fn=lambda msg: "name" in msg and msg["name"] not in kept
-        )
+        return handlers.block(self.model, hide_fn=partial(_is_not_among, frozenset(kept)))
 
     def eval(self) -> AutoAmortizedNormal:
         """Return the guide in evaluation mode: dropout off, batch statistics frozen."""
@@ -165,11 +164,11 @@ class AutoAmortizedNormal(AutoGuide):
         encoding = self._encode(args, kwargs)
         for site, fn in self._site_distributions(encoding):
             with encoding.run.enter_plates(site):
-                yield site.name, numpyro.sample(site.name, fn)
+                yield site.name, jnp.asarray(numpyro.sample(site.name, fn))
 
     def _site_distributions(self, encoding: Encoding) -> Iterator[tuple[Site, dist.Distribution]]:
         """Yield each local site with its distribution, Normal through the support's bijection."""
-        normal = encoding.distribution.base_dist
+        normal = encoding.normal
         log_scales = encoding.unpack(normal.log_scale)
         for (site, loc), (_, log_scale) in zip(
             encoding.unpack(normal.loc), log_scales, strict=True
@@ -188,21 +187,27 @@ class AutoAmortizedNormal(AutoGuide):
     def _raw(self, inputs: Any) -> Any:
         """Return the network's raw outputs, its parameters declared as a param site."""
         structure = self.network.structure(inputs)
-        params = numpyro.param(
+        params: Any = numpyro.param(
             f"{self.prefix}$params", lambda key: self.network.init(key, inputs)[0]
         )
-        holder = {"state": {}}
-        if structure.has_state:
-            holder = numpyro.mutable(f"{self.prefix}$state")
-            if holder is None:
-                _, state = self.network.init(numpyro.prng_key(), inputs)
-                holder = numpyro.mutable(f"{self.prefix}$state", {"state": state})
+        holder: Any = self._state(inputs) if structure.has_state else {"state": {}}
         raw, state = apply_network(
             structure.graphdef, params, holder["state"], inputs, train=self.training
         )
         if self.training:
             holder["state"] = state
         return raw
+
+    def _state(self, inputs: Any) -> dict[str, Any]:
+        """Return the holder of the network's state, which what is put into it updates."""
+        name = f"{self.prefix}$state"
+        holder: Any = mutable(name)
+        if holder is not None:
+            return holder
+        rng_key: Any = numpyro.prng_key()
+        initial: Any = {"state": self.network.init(rng_key, inputs)[1]}
+        mutable(name, initial)
+        return initial
 
     def encode(self, params: dict[str, Any], *args: Any, **kwargs: Any) -> Encoding:
         """Encode every row of the arguments, in evaluation mode.
@@ -250,7 +255,7 @@ class AutoAmortizedNormal(AutoGuide):
         """
         local_key, global_key, model_key = jax.random.split(rng_key, 3)
         encoding = self.encode(params, *args, **kwargs)
-        packed = encoding.distribution.sample(local_key, sample_shape)
+        packed = jnp.asarray(encoding.distribution.sample(local_key, sample_shape))
         draws, _ = encoding.constrain(packed)
         draws |= self.sample_globals(global_key, params, sample_shape, args, kwargs)
         if self.sites.deterministic:
@@ -276,7 +281,7 @@ class AutoAmortizedNormal(AutoGuide):
         if self.globals is None:
             return {}
         if isinstance(self.globals, AutoGuide):
-            self._setup_globals(params, args, kwargs)
+            _setup(self.globals, params, args, kwargs)
             return self.globals.sample_posterior(
                 rng_key, params, *args, sample_shape=sample_shape, **kwargs
             )
@@ -290,12 +295,6 @@ class AutoAmortizedNormal(AutoGuide):
 
         draws = jax.vmap(draw)(keys)
         return jax.tree.map(lambda x: x.reshape(*sample_shape, *x.shape[1:]), draws)
-
-    def _setup_globals(self, params: dict[str, Any], args: tuple, kwargs: dict[str, Any]) -> None:
-        """Let an automatic global guide read the model, which it does when first called."""
-        if self.globals.prototype_trace is None:
-            with handlers.block(), handlers.seed(rng_seed=0), handlers.substitute(data=params):
-                self.globals(*args, **kwargs)
 
     def median(self, params: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Array]:
         """Return the posterior median of each latent site for every row of the arguments."""
@@ -318,9 +317,20 @@ class AutoAmortizedNormal(AutoGuide):
         """
         quantiles = jnp.atleast_1d(jnp.asarray(quantiles))
         encoding = self.encode(params, *args, **kwargs)
-        packed = encoding.distribution.base_dist.icdf(quantiles.reshape(-1, 1, 1))
+        packed = jnp.asarray(encoding.normal.icdf(quantiles.reshape(-1, 1, 1)))
         values, _ = encoding.constrain(packed)
-        if self.globals is not None:
-            self._setup_globals(params, args, kwargs)
+        if isinstance(self.globals, AutoGuide):
+            _setup(self.globals, params, args, kwargs)
             values |= self.globals.quantiles(params, quantiles)
         return values
+
+
+def _is_not_among(names: frozenset[str], msg: Any) -> bool:
+    return "name" in msg and msg["name"] not in names
+
+
+def _setup(guide: AutoGuide, params: dict[str, Any], args: tuple, kwargs: dict[str, Any]) -> None:
+    """Let an automatic guide read the model, which it does when first called."""
+    if guide.prototype_trace is None:
+        with handlers.block(), handlers.seed(rng_seed=0), handlers.substitute(data=params):
+            guide(*args, **kwargs)

@@ -140,7 +140,8 @@ class Network:
             )
         head = self._head(encoder, inputs, rngs)
         network = _EncoderWithHead(encoder, head, [site.name for site in self.sites])
-        return nnx.split(network, nnx.Param, ...)
+        graphdef, params, *state = nnx.split(network, nnx.Param, ...)
+        return graphdef, params, state[0]
 
     def _head(self, encoder: nnx.Module, inputs: Any, rngs: nnx.Rngs) -> nnx.Module | None:
         """Return the head that the encoder's output needs: None if it is a pair already."""

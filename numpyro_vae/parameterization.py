@@ -22,14 +22,12 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float
 
 __all__ = [
-    "PARAMETERIZATIONS",
     "AbstractParameterization",
     "LogScale",
     "LogVariance",
     "Softplus",
     "get_parameterization",
     "reparameterize",
-    "saturating_exp",
 ]
 
 Floats = Float[Array, "*shape"]

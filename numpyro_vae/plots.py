@@ -1,9 +1,15 @@
-"""Pictures of a fit, a posterior and its checks; matplotlib is imported when one is drawn."""
+"""Pictures of a fit, a posterior and its checks; matplotlib is imported when one is drawn.
+
+Every function draws into ``ax``, by default the axes of a new figure, and returns it. Those that
+draw images take ``var_name``, the observed site that holds them (by default the only one), and
+``image_shape``, ``(height, width)`` or with channels (by default the site's own).
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -35,14 +41,7 @@ MAX_LABELS = 20  # more distinct labels than this are taken as values on a scale
 
 
 def plot_training(result: FitResult, *, ax: Axes | None = None) -> Axes:
-    """Plot the training loss, and the validation loss if there is one, of every epoch.
-
-    Args:
-        result: what `fit` returned.
-        ax: where to draw; by default a new figure.
-
-    Returns:
-        The axes: a line for each loss, and a point at the best validation loss.
+    """Plot the loss of every epoch, and the validation loss if there is one with its minimum.
 
     Example:
         >>> history = {"loss": np.array([3.0, 2.0, 1.5]), "validation_loss": np.array([3, 2, 2.1])}
@@ -75,33 +74,19 @@ def plot_reconstructions(
     batch_axes: Any = 0,
     ax: Axes | None = None,
 ) -> Axes:
-    """Plot images above their posterior predictive means.
+    """Plot the images of all rows of data, as `fit` takes them, above what the posterior predicts.
 
-    A mean is that of ``num_samples`` draws of the observed site, each with latents of its own.
-
-    Args:
-        posterior: the trained posterior.
-        rng_key: the random key.
-        data: the rows to draw, as for `fit`.
-        num_samples: draws behind each mean.
-        var_name: the observed site with the images; by default the only one.
-        image_shape: ``(height, width)``, or with channels; by default the site's own.
-        batch_axes: as for `fit`.
-        ax: where to draw; by default a new figure.
-
-    Returns:
-        The axes, with one picture: the data in its first row, the means in its second.
+    That is the mean of ``num_samples`` draws of the observed site, each with latents of its own.
 
     Raises:
         ValueError: if there are several observed sites to choose from, or they hold no images.
     """
-    trace = _trace(posterior, posterior.guide.model, rng_key, data, batch_axes)
-    name = _only(sites_of_trace(trace).observed(posterior.guide.plate.name), var_name, "observed")
+    site, show = _image_site(posterior, posterior.guide.model, rng_key, data, batch_axes, var_name)
+    name = site["name"]
     draws = posterior.predict(rng_key, data, num_samples, var_names=[name], batch_axes=batch_axes)
-    rows = (_rows(posterior, trace, name, trace[name]["value"]), draws[name].mean(0))
-    images = np.stack([_images(row, image_shape, name) for row in rows])
-    ax = _show(images, ax)
-    height = images.shape[2] + 1
+    images = [_images(x, image_shape, name) for x in (show(site["value"]), draws[name].mean(0))]
+    ax = _show(np.stack(images), ax)
+    height = images[0].shape[1] + 1
     ax.set_yticks([height / 2 - 1, 1.5 * height - 1], ["data", "mean"])
     ax.set_title("Data, and their posterior predictive means")
     return ax
@@ -120,37 +105,21 @@ def plot_prior_samples(
 ) -> Axes:
     """Plot a grid of what the trained model expects of latents drawn from their prior.
 
-    Each image is the mean of the likelihood given one draw of the latents: exact where the
-    distribution knows its mean, else that of ``num_samples`` draws. Global sites are drawn from
-    their posterior, once for all images.
-
-    Args:
-        posterior: the trained posterior, for the parameters of the model and its global sites.
-        rng_key: the random key.
-        data: rows as for `fit`, of which observed values are ignored; an image is drawn for each.
-        num_samples: draws behind each mean that is not known.
-        var_name: the observed site with the images; by default the only one.
-        image_shape: ``(height, width)``, or with channels; by default the site's own.
-        batch_axes: as for `fit`.
-        ax: where to draw; by default a new figure.
-
-    Returns:
-        The axes, with one picture: a grid of images, as square as their number allows.
+    There is an image for each row of data, whose observed values are ignored. It is the mean of
+    the likelihood given one draw of the latents: exact where the distribution knows its mean, else
+    that of ``num_samples`` draws. Global sites are drawn from their posterior, once for all.
 
     Raises:
         ValueError: if there are several observed sites to choose from, or they hold no images.
     """
-    model = posterior.guide.model
-    trace = _trace(posterior, model, rng_key, data, batch_axes)
-    name = _only(sites_of_trace(trace).observed(posterior.guide.plate.name), var_name, "observed")
-    trace = _trace(posterior, handlers.uncondition(model), rng_key, data, batch_axes)
-    fn = trace[name]["fn"]
+    model = handlers.uncondition(posterior.guide.model)
+    site, show = _image_site(posterior, model, rng_key, data, batch_axes, var_name)
     try:
-        mean = fn.mean
+        mean = site["fn"].mean
     except NotImplementedError:
-        mean = fn.sample(jax.random.fold_in(rng_key, 1), (num_samples,)).mean(0)
-    images = _images(_rows(posterior, trace, name, mean), image_shape, name)
-    columns = int(np.ceil(np.sqrt(len(images))))
+        mean = site["fn"].sample(jax.random.fold_in(rng_key, 1), (num_samples,)).mean(0)
+    images = _images(show(mean), image_shape, site["name"])
+    columns = math.ceil(math.sqrt(len(images)))
     missing = np.full((-len(images) % columns, *images.shape[1:]), _white(images, images.ndim == 4))
     grid = np.concatenate([images, missing]).reshape(-1, columns, *images.shape[1:])
     ax = _show(grid, ax)
@@ -168,22 +137,17 @@ def plot_latents(
     batch_axes: Any = 0,
     ax: Axes | None = None,
 ) -> Axes:
-    """Plot where each datum lies in two dimensions of its latents, by the ``loc`` of the guide.
-
-    By default they are those along which ``loc`` varies most from datum to datum, in units of the
-    guide's scale: the most active ones in the sense of Burda et al. (2016).
+    """Plot the guide's ``loc`` of every datum in two dimensions of a local site.
 
     Args:
         posterior: the trained posterior.
         data: as for `fit`, any number of rows.
         labels: for each datum what to colour it by, categories or numbers.
-        dims: the two dimensions of the site, flattened.
+        dims: the dimensions, counted in the flattened site; by default the two along which ``loc``
+            varies most from datum to datum, in units of the guide's scale.
         var_name: the local site; by default the only one.
         batch_axes: as for `fit`.
-        ax: where to draw; by default a new figure.
-
-    Returns:
-        The axes, with a point for each datum.
+        ax: where to draw.
 
     Raises:
         ValueError: if there are several local sites to choose from, or it has one dimension.
@@ -195,37 +159,27 @@ def plot_latents(
     loc, scale = (part.reshape(len(part), -1) for part in encodings[name])
     if loc.shape[1] < 2:
         raise ValueError(f"Site {name!r} has one dimension, and a map needs two.")
-    if dims is None:
-        activity = loc.var(0) / (scale**2).mean(0)
-        dims = tuple(np.argsort(-activity, kind="stable")[:2].tolist())
-    ax = _axes(ax)
-    points = loc[:, list(dims)]
-    style = {"s": 12, "alpha": 0.8, "linewidths": 0}
-    if labels is None:
-        ax.scatter(*points.T, **style)
-    elif len(kinds := np.unique(labels)) > MAX_LABELS:
-        ax.figure.colorbar(ax.scatter(*points.T, c=np.asarray(labels), **style), ax=ax)
+    first, second = np.argsort(-loc.var(0) / (scale**2).mean(0))[:2] if dims is None else dims
+    points, ax = loc[:, [first, second]], _axes(ax)
+    scatter = partial(ax.scatter, s=12, alpha=0.8, linewidths=0)
+    kinds = np.unique([""] if labels is None else labels)
+    if len(kinds) > MAX_LABELS:
+        ax.figure.colorbar(scatter(*points.T, c=np.asarray(labels)), ax=ax)
+    elif labels is None:
+        scatter(*points.T)
     else:
-        palette = "tab10" if len(kinds) <= 10 else "tab20"
+        colours = colormaps["tab10" if len(kinds) <= 10 else "tab20"]
         for number, kind in enumerate(kinds):
-            chosen = points[np.asarray(labels) == kind]
-            colour = colormaps[palette](number)
-            ax.scatter(*chosen.T, color=colour, label=str(kind), **style)
+            scatter(*points[np.asarray(labels) == kind].T, color=colours(number), label=str(kind))
         ax.legend(frameon=False, markerscale=2, loc="center left", bbox_to_anchor=(1, 0.5))
-    ax.set(xlabel=f"{name}[{dims[0]}]", ylabel=f"{name}[{dims[1]}]", title="Latents")
+    ax.set(xlabel=f"{name}[{first}]", ylabel=f"{name}[{second}]", title="Latents")
     return ax
 
 
 def plot_khat(check: Check, *, ax: Axes | None = None) -> Axes:
     """Plot the k-hat of every datum, sorted, coloured and counted by what it means.
 
-    Args:
-        check: what `numpyro_vae.check` returned.
-        ax: where to draw; by default a new figure.
-
-    Returns:
-        The axes, with a point for each datum, those with no tail at all (minus infinity) at the
-        bottom, and a line at each threshold.
+    A k-hat of minus infinity (weights without a tail) is drawn at the bottom.
 
     Example:
         >>> import xarray as xr
@@ -235,10 +189,9 @@ def plot_khat(check: Check, *, ax: Axes | None = None) -> Axes:
         ['fine: 2 (67%)', 'borderline: 0 (0%)', 'not to be trusted: 1 (33%)']
     """
     khat = check.dataset["khat"].values
-    order = np.argsort(khat, kind="stable")
-    floor = min(0.0, np.min(khat[np.isfinite(khat)], initial=0.0))
-    heights, verdict = np.maximum(khat, floor)[order], check.verdict[order]
-    ax = _axes(ax)
+    order = np.argsort(khat)
+    bottom = np.min(khat[np.isfinite(khat)], initial=0.0)
+    heights, verdict, ax = np.maximum(khat, bottom)[order], check.verdict[order], _axes(ax)
     for value, (label, colour) in enumerate(zip(VERDICTS, COLOURS, strict=True)):
         places = np.flatnonzero(verdict == value)
         label = f"{label}: {len(places)} ({len(places) / len(khat):.0%})"
@@ -251,46 +204,36 @@ def plot_khat(check: Check, *, ax: Axes | None = None) -> Axes:
 
 
 def plot_collapse(check: Check, *, ax: Axes | None = None) -> Axes:
-    """Plot how far the guide is from the prior in each latent dimension, on average over data.
+    """Plot the mean KL divergence from the prior of each latent dimension, and what is collapsed.
 
-    Args:
-        check: what `numpyro_vae.check` returned.
-        ax: where to draw; by default a new figure.
-
-    Returns:
-        The axes: a bar for each dimension, largest first, on a logarithmic scale, and a line at
-        the divergence below which a dimension counts as collapsed.
+    Bars are sorted; one below the axis says that a dimension is practically the prior.
 
     Example:
         >>> import xarray as xr
         >>> kl = xr.Dataset({"kl_z": (["data", "z_dim_0"], [[1.0, 0.0], [3.0, 0.001]])})
-        >>> ax = plot_collapse(Check(kl))
-        >>> [label.get_text() for label in ax.get_xticklabels()]
+        >>> [label.get_text() for label in plot_collapse(Check(kl)).get_xticklabels()]
         ['z[0]', 'z[1]']
     """
     means = {}
-    for name, kl in check.dataset.data_vars.items():
-        if str(name).startswith("kl_"):
-            for index, value in np.ndenumerate(np.asarray(kl.mean(kl.dims[0]))):
-                place = f"[{', '.join(map(str, index))}]" if index else ""
-                means[str(name)[3:] + place] = float(value)
+    for key, kl in check.dataset.data_vars.items():
+        if (name := str(key)).startswith("kl_"):
+            for index, value in np.ndenumerate(kl.values.mean(0)):
+                means[f"{name[3:]}[{', '.join(map(str, index))}]".removesuffix("[]")] = value
     names = sorted(means, key=lambda name: -means[name])
-    heights = np.array([means[name] for name in names])
-    collapsed, floor = heights < COLLAPSED, COLLAPSED / 10
-    colours = np.where(collapsed, COLOURS[2], COLOURS[0])
-    ax = _axes(ax)
-    ax.bar(names, np.maximum(heights, floor) - floor, bottom=floor, color=colours.tolist())
+    heights, ax = np.array([means[name] for name in names]), _axes(ax)
+    collapsed = heights < COLLAPSED
+    colours = [COLOURS[2] if low else COLOURS[0] for low in collapsed]
+    ax.bar(names, np.maximum(heights, COLLAPSED / 10), color=colours)
     label = f"collapsed below {COLLAPSED} nats: {collapsed.sum()} of {len(names)}"
     ax.axhline(COLLAPSED, color="grey", linestyle="--", linewidth=0.8, label=label)
     ax.set(yscale="log", ylabel="KL from the prior (nats)", title="Latent dimensions")
-    ax.set_ylim(floor, 3 * max(heights.max(), COLLAPSED))
+    ax.set_ylim(COLLAPSED / 10, 5 * max(heights.max(), COLLAPSED))
     ax.tick_params("x", rotation=90 if len(names) > 8 else 0)
-    ax.legend(frameon=False)
+    ax.legend(frameon=False, loc="upper right")
     return ax
 
 
 def _axes(ax: Axes | None) -> Axes:
-    """Return the axes given, or those of a new figure."""
     if ax is not None:
         return ax
     import matplotlib.pyplot as plt
@@ -301,31 +244,37 @@ def _axes(ax: Axes | None) -> Axes:
 def _only(sites: Iterable[Site], var_name: str | None, kind: str) -> str:
     """Return the name of the site meant."""
     names = [site.name for site in sites]
-    if var_name in names:
-        return var_name
-    if var_name is None and len(names) == 1:
-        return names[0]
+    if var_name in names or (var_name is None and len(names) == 1):
+        return var_name or names[0]
     raise ValueError(f"var_name is {var_name!r}; choose one of the {kind} sites {names}.")
 
 
-def _trace(
-    posterior: Posterior, model: Callable[..., Any], rng_key: Array, data: Any, batch_axes: Any
-) -> dict:
-    """Run a model on all rows, with trained parameters and a draw of the global sites."""
+def _image_site(
+    posterior: Posterior,
+    model: Callable[..., Any],
+    rng_key: Array,
+    data: Any,
+    batch_axes: Any,
+    var_name: str | None,
+) -> tuple[dict[str, Any], Callable[[Any], np.ndarray]]:
+    """Run a trained model on all rows.
+
+    Returns:
+        The message of the site with the images, and a function that puts the rows of a value of
+        that site in front.
+    """
     guide = posterior.guide
     args, kwargs = ArrayData.read(data, batch_axes).whole()
     kwargs = {**kwargs, **posterior.static_kwargs}
     guide.setup(*args, **kwargs)
+    name = _only(guide.sites.observed(guide.plate.name), var_name, "observed")
     globals_ = guide.sample_globals(rng_key, posterior.params, (1,), args, kwargs)
     values = posterior.params | {name: value[0] for name, value in globals_.items()}
     with handlers.seed(rng_seed=rng_key):
-        return trace_model(all_rows(handlers.substitute(model, data=values)), args, kwargs)
-
-
-def _rows(posterior: Posterior, trace: dict, name: str, value: Any) -> np.ndarray:
-    """Return a value of a site with a row for each datum."""
+        trace = trace_model(all_rows(handlers.substitute(model, data=values)), args, kwargs)
     sites = sites_of_trace(trace)
-    return np.asarray(sites.sites[name].rows(value, sites.plates[posterior.guide.plate.name]))
+    site, plate = sites.sites[name], sites.plates[guide.plate.name]
+    return trace[name], lambda value: np.asarray(site.rows(value, plate))
 
 
 def _images(rows: np.ndarray, image_shape: tuple[int, ...] | None, name: str) -> np.ndarray:

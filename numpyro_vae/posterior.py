@@ -152,7 +152,7 @@ class Posterior:
             batch_axes: as for `fit`.
 
         Returns:
-            By site name, the plate's axis after that of the draws: ``(num_samples, num_data, ...)``.
+            By site name, ``(num_samples, num_data, ...)``, the plate's axis second.
 
         Raises:
             ValueError: if ``num_samples`` is below 1 or a site does not exist.
@@ -301,9 +301,9 @@ class Posterior:
     def _constant_data(self, rows: Rows, observed: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Return the model's batched arguments by name, those that it observes apart."""
         args, kwargs = rows.data.whole()
-        axes = rows.data.layout.whole(rows.data.layout.axes)
+        axes, kw_axes = rows.data.layout.whole(rows.data.layout.axes)
         bound = inspect.signature(self.guide.model).bind_partial(*args, **kwargs).arguments
-        bound_axes = inspect.signature(self.guide.model).bind_partial(*axes[0], **axes[1]).arguments
+        bound_axes = inspect.signature(self.guide.model).bind_partial(*axes, **kw_axes).arguments
         return {
             name: np.moveaxis(np.asarray(value), bound_axes[name], 0)
             for name, value in bound.items()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -14,7 +15,7 @@ from jax.scipy.special import logsumexp
 from jaxtyping import Array, Key
 from numpyro.primitives import Messenger
 
-from numpyro_vae.batches import ArrayData, Layout, padded_batches
+from numpyro_vae.batches import ArrayData, Layout, padded_batches, prefetch
 from numpyro_vae.densities import predict_rows, row_densities, row_divergences
 from numpyro_vae.encoding import Encoding
 from numpyro_vae.guide import AutoAmortizedNormal
@@ -93,9 +94,9 @@ class View:
         }
 
 
-def encode(view: View) -> dict[str, tuple[Array, Array]]:
+def encode(view: View) -> dict[str, tuple[Array, ...]]:
     """Return ``loc`` and ``scale`` by site, the plate's axis in front."""
-    normal, plate = view.encoding.distribution.base_dist, view.encoding.run.plate
+    normal, plate = view.encoding.normal, view.encoding.run.plate
     parts = zip(*map(view.encoding.unpack, (normal.loc, normal.scale)), strict=True)
     return {
         site.name: tuple(jnp.moveaxis(x, site.axis(plate), 0) for x in (loc, scale))
@@ -191,31 +192,24 @@ class Rows:
         """
         batch_size = min(batch_size, self.data.num_data)
         options = {"layout": self.data.layout, "subsamples": self.subsamples}
-        out, pending, start = None, None, 0
-        for indices, _ in (*padded_batches(self.data.num_data, batch_size), (None, None)):
-            found = None if indices is None else fn(self.data.arrays, indices, **options)
-            if pending is not None:
-                out = out or self._allocate(pending, row_axis)
-                self._write(out, pending, start, row_axis)
-                start += batch_size
-            pending = found
-        return out[0]
+        batches = (indices for indices, _ in padded_batches(self.data.num_data, batch_size))
+        results = prefetch(fn(self.data.arrays, indices, **options) for indices in batches)
+        first = next(results)
+        out = jax.tree.map(partial(_room, self.data.num_data, row_axis), first)
+        starts = range(0, self.data.num_data, batch_size)
+        for start, found in zip(starts, itertools.chain([first], results), strict=True):
+            jax.tree.map(partial(_write, start, row_axis), out, found)
+        return out
 
-    def _allocate(self, like: Any, row_axis: int) -> list[Any]:
-        """Return room for all rows; the rows are the slowest axis, so that writing is fast."""
 
-        def room(x: Array) -> np.ndarray:
-            shape = list(x.shape)
-            shape.pop(row_axis)
-            return np.moveaxis(np.empty((self.data.num_data, *shape), x.dtype), 0, row_axis)
+def _room(num_data: int, row_axis: int, like: Array) -> np.ndarray:
+    """Return room for all rows; the rows are the slowest axis, so that writing is fast."""
+    shape = [size for axis, size in enumerate(like.shape) if axis != row_axis]
+    return np.moveaxis(np.empty((num_data, *shape), like.dtype), 0, row_axis)
 
-        return [jax.tree.map(room, like)]
 
-    def _write(self, out: list[Any], found: Any, start: int, row_axis: int) -> None:
-        index = (slice(None),) * row_axis
-
-        def write(room: np.ndarray, x: Array) -> None:
-            stop = min(start + x.shape[row_axis], self.data.num_data)
-            room[(*index, slice(start, stop))] = np.asarray(x)[(*index, slice(stop - start))]
-
-        jax.tree.map(write, out[0], found)
+def _write(start: int, row_axis: int, room: np.ndarray, found: Array) -> None:
+    """Copy a batch of rows to its place, without what fills it up."""
+    room, rows = np.moveaxis(room, row_axis, 0), np.moveaxis(np.asarray(found), row_axis, 0)
+    stop = min(start + len(rows), len(room))
+    room[start:stop] = rows[: stop - start]

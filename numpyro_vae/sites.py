@@ -43,15 +43,16 @@ class Site:
     """A sample site: its shapes, and the names of the plates around it.
 
     ``event_shape`` is the site's own, ``unconstrained_shape`` that of the values which
-    ``biject_to(support)`` maps to it (``None`` for a discrete site).
+    ``biject_to(support)`` maps to it; the two are the same for a site that is not to be inferred.
     """
 
     name: str
     batch_shape: tuple[int, ...]
     event_shape: tuple[int, ...]
-    unconstrained_shape: tuple[int, ...] | None
+    unconstrained_shape: tuple[int, ...]
     plates: tuple[str, ...]
     is_observed: bool
+    is_discrete: bool
 
     def axis(self, plate: Plate) -> int:
         """Return the plate's axis in ``batch_shape``, counted from the left."""
@@ -217,15 +218,20 @@ def sites_of_trace(trace: dict) -> ModelSites:
             _unconstrained_shape(msg),
             tuple(frame.name for frame in frames),
             msg["is_observed"],
+            _is_discrete(msg["fn"]),
         )
     return ModelSites(sites, plates, tuple(deterministic))
 
 
-def _unconstrained_shape(msg: dict) -> tuple[int, ...] | None:
+def _is_discrete(fn: Any) -> bool:
+    return fn.support is None or fn.support.is_discrete
+
+
+def _unconstrained_shape(msg: dict) -> tuple[int, ...]:
     """Return the shape, batch apart, of the values that map to the site's support."""
     fn = msg["fn"]
-    if msg["is_observed"] or fn.support is None or fn.support.is_discrete:
-        return None
+    if msg["is_observed"] or _is_discrete(fn):
+        return tuple(fn.event_shape)
     shape = biject_to(fn.support).inverse_shape(fn.batch_shape + fn.event_shape)
     return tuple(shape[len(fn.batch_shape) :])
 

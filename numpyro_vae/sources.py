@@ -172,7 +172,7 @@ def guarded_steps(
         FloatingPointError: if no step of the epoch is finite.
     """
     losses, where = [np.zeros(0, np.float32)], ""
-    for chunk in batched(batches, CHUNK, strict=False):
+    for chunk in batched(batches, CHUNK):
         before, found = state, []
         for batch in chunk:
             state, loss = trainer.guarded_update(state, batch)

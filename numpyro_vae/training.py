@@ -95,7 +95,9 @@ class Trainer:
         """A compiled scan of steps over the rows that ``order(rng_key, epoch)`` gives them."""
 
         @partial(jax.jit, static_argnames="order")
-        def scan(state: SVIState, arrays: tuple, rng_key: Array, epoch: Array, order: Order) -> tuple:
+        def scan(
+            state: SVIState, arrays: tuple, rng_key: Array, epoch: Array, order: Order
+        ) -> tuple:
             def step(state: SVIState, rows: Array) -> tuple[SVIState, Array]:
                 return self.update(state, Batch(arrays, rows, None))
 

@@ -15,7 +15,7 @@ NOISE = 0.5
 
 @dataclass(frozen=True)
 class Exact:
-    """A model, its data, and by site the exact ``loc`` and ``scale`` of the unconstrained values."""
+    """A model, its data, and by site the exact ``loc`` and ``scale``, unconstrained."""
 
     model: Any
     data: Any
@@ -97,7 +97,7 @@ def hierarchical_model(x):
 
 
 def hierarchical() -> Exact:
-    """A global mean. The guide's optimum is mean-field, so that `mu` is as sure as if z were known."""
+    """A global mean; the guide is mean-field, so its `mu` is as sure as if z were known."""
     x = np.random.default_rng(3).normal(1.0, np.sqrt(1 + NOISE**2), NUM_DATA)
     marginal, precision = 1 + NOISE**2, 1 + 1 / NOISE**2
     mu_variance = 1 / (1 + NUM_DATA / marginal)

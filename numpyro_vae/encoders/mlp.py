@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -54,8 +55,7 @@ class MLP(nnx.Module):
         self.activation = activation
         self.standardize = Standardize(example) if standardize else None
         self.layers = nnx.List(
-            nnx.Linear(fan_in, fan_out, rngs=rngs)
-            for fan_in, fan_out in zip(sizes[:-1], sizes[1:], strict=True)
+            nnx.Linear(fan_in, fan_out, rngs=rngs) for fan_in, fan_out in itertools.pairwise(sizes)
         )
 
     def __call__(self, inputs: Any) -> Float[Array, "batch k"]:

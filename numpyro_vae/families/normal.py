@@ -54,9 +54,15 @@ class DiagonalNormal(AbstractFamily):
         """Return the two linear maps from features to ``(loc, raw_scale)``."""
         return NormalHead(num_features, size, self.parameterization.init_raw, rngs=rngs)
 
+    def normal(
+        self, raw: tuple[Float[Array, "*batch size"], Float[Array, "*batch size"]]
+    ) -> LogScaleNormal:
+        """Return ``Normal(loc, scale(raw_scale))`` of every latent value by itself."""
+        loc, raw_scale = raw
+        return LogScaleNormal(loc, self.parameterization.log_scale(raw_scale))
+
     def distribution(
         self, raw: tuple[Float[Array, "*batch size"], Float[Array, "*batch size"]]
     ) -> dist.Distribution:
-        """Return ``Normal(loc, scale(raw_scale))`` with one event dimension."""
-        loc, raw_scale = raw
-        return LogScaleNormal(loc, self.parameterization.log_scale(raw_scale)).to_event(1)
+        """Return the Normals of a datum as one distribution, ``event_shape == (size,)``."""
+        return self.normal(raw).to_event(1)

@@ -1,0 +1,198 @@
+"""A variational autoencoder of handwritten digits: trained, checked datum by datum, saved.
+
+Run ``python examples/digits_vae.py``. It trains on scikit-learn's digits, prints what the check
+finds on images held out, and writes a picture and an ArviZ DataTree into ``output/``.
+
+A pixel of these 8x8 images counts how many of 4x4 bits were on, so it is a number out of 16. The
+bits of a block tend to agree, which spreads the counts wider than a Binomial allows: the
+likelihood is a Beta-Binomial, with a concentration learned for each pixel. With
+``--dataset mnist`` each pixel of MNIST is set at random, once, with the probability that its grey
+level says, and the likelihood is Bernoulli.
+"""
+
+import argparse
+import warnings
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import arviz as az
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import optax
+from flax import nnx
+from matplotlib.figure import Figure
+from numpyro.contrib.module import nnx_module
+from numpyro.infer import SVI, TraceMeanField_ELBO
+from sklearn.datasets import load_digits
+
+from numpyro_vae import (
+    MLP,
+    AutoAmortizedNormal,
+    Check,
+    ConvNet,
+    FitResult,
+    Posterior,
+    check,
+    fit,
+    plot_khat,
+    plot_latents,
+    plot_prior_samples,
+    plot_reconstructions,
+    plot_training,
+)
+
+MNIST_URL = "https://storage.googleapis.com/tensorflow/tf-keras-datasets/mnist.npz"
+MNIST_SHA256 = "731c5ac602752760c8e48fbffcf8c3b850d9dc2a2aedcf2cc48468fc17b673d1"
+LATENT_SIZE = 8
+
+
+class Data(NamedTuple):
+    """Images split in three, the labels of the test images, and how pixels are distributed."""
+
+    train: np.ndarray
+    validation: np.ndarray
+    test: np.ndarray
+    labels: np.ndarray
+    likelihood: Callable[[jax.Array], dist.Distribution]
+
+
+def digits() -> Data:
+    """1,797 images of 8x8 pixels, counts out of 16, in a fixed random order."""
+    images, labels = load_digits(return_X_y=True)
+    order = np.random.default_rng(0).permutation(len(images))
+    images = images[order].reshape(-1, 8, 8).astype(np.float32)
+    train, validation, test = np.split(images, [1297, 1437])
+    return Data(train, validation, test, labels[order][1437:], counts_out_of_16)
+
+
+def mnist(path: Path | None) -> Data:
+    """70,000 images of 28x28 pixels, binarized at random."""
+    if path is None:
+        import pooch
+
+        path = Path(pooch.retrieve(MNIST_URL, f"sha256:{MNIST_SHA256}", progressbar=True))
+    with np.load(path) as file:
+        images = np.concatenate([file["x_train"], file["x_test"]])
+        labels = file["y_test"]
+    random = np.random.default_rng(0).random(images.shape, np.float32)
+    images = (random < images / np.float32(255)).astype(np.float32)
+    train, validation, test = np.split(images, [58_000, 60_000])
+    return Data(train, validation, test[:1000], labels[:1000], bits)
+
+
+def counts_out_of_16(logits: jax.Array) -> dist.Distribution:
+    """Beta-Binomial counts; the smaller a pixel's concentration, the wider their spread."""
+    start = jnp.full(logits.shape[-2:], 2.0)
+    concentration = jnp.exp(numpyro.param("log_concentration", start))
+    probs = nnx.sigmoid(9 * jnp.tanh(logits / 9))  # so that neither concentration underflows
+    return dist.BetaBinomial(concentration * probs, concentration * (1 - probs), 16)
+
+
+def bits(logits: jax.Array) -> dist.Distribution:
+    """Bernoulli pixels."""
+    return dist.Bernoulli(logits=logits)
+
+
+class Decoder(nnx.Module):
+    """From the latents of an image to a logit for each pixel."""
+
+    def __init__(self, hidden_size: int, image_shape: tuple[int, ...], *, rngs: nnx.Rngs) -> None:
+        self.image_shape = image_shape
+        self.layers = nnx.Sequential(
+            nnx.Linear(LATENT_SIZE, hidden_size, rngs=rngs),
+            nnx.relu,
+            nnx.Linear(hidden_size, hidden_size, rngs=rngs),
+            nnx.relu,
+            nnx.Linear(hidden_size, int(np.prod(image_shape)), rngs=rngs),
+        )
+
+    def __call__(self, z: jax.Array) -> jax.Array:
+        return self.layers(z).reshape(*z.shape[:-1], *self.image_shape)
+
+
+def make_model(data: Data, hidden_size: int) -> Callable[[jax.Array], None]:
+    """The generative model: latents, decoder, likelihood."""
+    decoder = Decoder(hidden_size, data.train.shape[1:], rngs=nnx.Rngs(0))
+
+    def model(images: jax.Array) -> None:
+        decode = nnx_module("decoder", decoder)
+        with numpyro.plate("image", len(images)):
+            z = numpyro.sample("z", dist.Normal(0.0, 1.0).expand([LATENT_SIZE]).to_event(1))
+            pixels = data.likelihood(decode(z)).to_event(2)
+            numpyro.sample("pixels", pixels, obs=images)
+
+    return model
+
+
+def draw(posterior: Posterior, result: FitResult, found: Check, data: Data, path: Path) -> None:
+    """One picture of everything."""
+    figure = Figure(figsize=(13, 8), layout="constrained")
+    panels = [["reconstructions"] * 2 + ["prior"], ["latents", "khat", "training"]]
+    axes = figure.subplot_mosaic(panels)
+    first_key, second_key = jax.random.split(jax.random.key(3))
+    plot_reconstructions(posterior, first_key, data.test[:8], ax=axes["reconstructions"])
+    plot_prior_samples(posterior, second_key, data.test[:36], ax=axes["prior"])
+    plot_latents(posterior, data.test, labels=data.labels, ax=axes["latents"])
+    plot_khat(found, ax=axes["khat"])
+    plot_training(result, ax=axes["training"])
+    figure.savefig(path, dpi=110)
+
+
+def save(posterior: Posterior, images: np.ndarray, num_samples: int, path: Path) -> None:
+    """Write what ArviZ reads, then open it again and ask ArviZ."""
+    tree = posterior.to_datatree(jax.random.key(2), images, num_samples)
+    tree.to_netcdf(path)
+    with az.from_netcdf(path) as tree:
+        print(f"\n{path} holds {', '.join(tree.children)}, dimensions {dict(tree.posterior.sizes)}")
+        print(az.loo(tree))
+
+
+def main() -> None:
+    """Train, check, draw and save."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--dataset", choices=["digits", "mnist"], default="digits")
+    parser.add_argument("--mnist", type=Path, help="a local mnist.npz; else it is downloaded")
+    parser.add_argument("--encoder", choices=["mlp", "conv"], default="mlp")
+    parser.add_argument("--output", type=Path, default=Path("output"), help="folder to write to")
+    parser.add_argument("--quick", action="store_true", help="a few epochs, to see that it runs")
+    args = parser.parse_args()
+    args.output.mkdir(parents=True, exist_ok=True)
+
+    data = digits() if args.dataset == "digits" else mnist(args.mnist)
+    hidden_size, batch_size, num_epochs = (128, 64, 80) if args.dataset == "digits" else (400, 250, 20)
+    num_samples = 1000
+    if args.quick:
+        num_epochs, num_samples = 3, 100
+        data = data._replace(test=data.test[:100], labels=data.labels[:100])
+
+    model = make_model(data, hidden_size)
+    mlp = partial(MLP, hidden_sizes=(hidden_size, hidden_size), standardize=True)
+    conv = partial(ConvNet, features=hidden_size, standardize=True)
+    guide = AutoAmortizedNormal(model, mlp if args.encoder == "mlp" else conv)
+    steps = num_epochs * -(-len(data.train) // batch_size)
+    optimizer = optax.adam(optax.cosine_decay_schedule(3e-3, steps))
+    svi = SVI(model, guide, optimizer, TraceMeanField_ELBO())
+    result = fit(
+        svi,
+        jax.random.key(0),
+        data.train,
+        batch_size=batch_size,
+        num_epochs=num_epochs,
+        validation=data.validation,
+        patience=10,
+    )
+
+    posterior = Posterior(guide, result)
+    found = check(posterior, jax.random.key(1), data.test, num_samples=num_samples)
+    print(f"\nHeld out: {found.summary()}")
+    draw(posterior, result, found, data, args.output / f"{args.dataset}_vae.png")
+    save(posterior, data.test[:200], num_samples // 5, args.output / f"{args.dataset}_vae.nc")
+
+
+if __name__ == "__main__":
+    main()
