@@ -172,7 +172,8 @@ def _num_data(leaves: list, axes: list, paths: list[str], name: str) -> int:
 
 def _to_device(leaf: Any, axis: int | None, path: str) -> Array:
     """Return the leaf as a JAX array, refusing values that are not finite there."""
-    array = jnp.asarray(leaf)
+    with np.errstate(over="ignore"):  # values beyond the range are found below
+        array = jnp.asarray(leaf)
     if jnp.issubdtype(array.dtype, jnp.floating) and not bool(jnp.isfinite(array).all()):
         bad = np.argwhere(~np.isfinite(np.asarray(array)))
         row = "" if axis is None else f", the first in row {bad[0][axis]}"

@@ -104,8 +104,10 @@ def fit(
     plate = plate or getattr(svi.guide, "plate_name", None)
     source = _source(svi, data, batch_size, num_data, batch_axes, plate)
     init_key, order_key, validation_key = jax.random.split(rng_key, 3)
-    state = source.trainer.init(init_key, source.first(), init_params)
-    progress = _Progress(state if init_state is None else init_state)
+    if init_state is None or svi.constrain_fn is None:  # a state from elsewhere needs the latter
+        fresh = source.trainer.init(init_key, source.first(), init_params)
+        init_state = init_state or fresh
+    progress = _Progress(init_state)
     score = _validator(source, validation, batch_axes, validation_key)
     with trange(num_epochs, disable=not progress_bar, unit="epoch") as epochs:
         try:

@@ -113,6 +113,10 @@ class AutoAmortizedNormal(AutoGuide):
         if self.prototype_trace is None:
             self._setup_prototype(*args, **kwargs)
 
+    def reset(self) -> None:
+        """Forget the model as it was read; the next call reads it anew."""
+        self.prototype_trace = None
+
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         self.sites = read_model(self.model, args, kwargs)
         self.plate = choose_plate(self.sites, self.plate_name)

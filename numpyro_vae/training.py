@@ -65,6 +65,8 @@ class Trainer:
 
     def init(self, rng_key: Array, batch: Batch, init_params: dict | None) -> SVIState:
         """Return the first state, and leave the user's SVI ready for its own methods."""
+        if isinstance(self.svi.guide, AutoAmortizedNormal):
+            self.svi.guide.reset()  # or the result would depend on what the guide was used for
         svi = self.bind(batch)
         args, kwargs = self.read(batch)
         state = svi.init(rng_key, *args, init_params=init_params, **kwargs)

@@ -169,8 +169,9 @@ def test_log_variance_is_log_scale_of_half_bit_for_bit(bounds, dtype):
 
     half, whole = LogScale(bounds=bounds), LogVariance(bounds=bounds)
     raw = jnp.concatenate([jnp.asarray(EXTREMES, dtype), jnp.linspace(-9, 9, 999, dtype=dtype)])
-    for wrap in (lambda f: f, lambda f: jax.jit(f, static_argnums=0)):
-        one, two = wrap(everything)(half, raw), wrap(everything)(whole, 2 * raw)
+    compiled = jax.jit(everything, static_argnums=0)
+    for evaluate in (everything, compiled) if dtype == jnp.float32 else (compiled,):
+        one, two = evaluate(half, raw), evaluate(whole, 2 * raw)
         for name in one:
             assert np.asarray(one[name][0]).tobytes() == np.asarray(two[name][0]).tobytes()
             # The founding factor of two: it is all in the gradient.
@@ -287,27 +288,25 @@ def test_lookup_of_anything_else_is_refused(wrong):
     assert all(name in str(error.value) for name in PARAMETERIZATIONS)
 
 
-@every_name
-def test_reparameterize_is_loc_plus_scale_times_noise(name, dtype):
-    p, rng_key = PARAMETERIZATIONS[name](), jax.random.key(1)
-    loc, raw = jnp.ones((5, 3), dtype), jnp.linspace(-2, 2, 3, dtype=dtype)
-    eps = jax.random.normal(rng_key, (5, 3), dtype)
-    draw = reparameterize(rng_key, loc, raw, name)
-    assert draw.dtype == dtype
-    assert (draw == loc + p.scale(raw) * eps).all()
-    d_loc, d_raw = jax.grad(lambda a, b: reparameterize(rng_key, a, b, p).sum(), (0, 1))(loc, raw)
-    assert (d_loc == 1).all()
-    slope = jax.vmap(jax.grad(p.scale))(raw)
-    expected = (slope * eps).sum(0).astype(float)
-    np.testing.assert_allclose(d_raw.astype(float), expected, atol=8 * jnp.finfo(dtype).eps)
-
-
-def test_reparameterize_stays_finite(dtype):
-    raw = jnp.asarray(EXTREMES, dtype)
-    for name in PARAMETERIZATIONS:
-        draw = lambda r, name=name: reparameterize(jax.random.key(0), jnp.zeros_like(r), r, name)  # noqa: E731
-        assert jnp.isfinite(draw(raw)).all()
-        assert jnp.isfinite(jax.grad(lambda r, draw=draw: draw(r).sum())(raw)).all()
+def test_reparameterize_is_loc_plus_scale_times_noise(dtype):
+    rng_key, loc = jax.random.key(1), jnp.ones((5, 1), dtype)
+    raw = jnp.concatenate([jnp.asarray(EXTREMES, dtype), jnp.linspace(-2, 2, 3, dtype=dtype)])
+    eps = jax.random.normal(rng_key, (5, len(raw)), dtype)
+    for name, cls in PARAMETERIZATIONS.items():
+        p = cls()
+        draw = reparameterize(rng_key, loc, raw, name)
+        assert draw.dtype == dtype
+        assert jnp.isfinite(draw).all()
+        assert (draw == loc + p.scale(raw) * eps).all()
+        total = lambda a, b, p=p: reparameterize(rng_key, a, b, p).sum(0)  # noqa: E731
+        (d_loc, d_raw) = jax.vjp(total, loc, raw)[1](jnp.ones(len(raw), dtype))
+        assert (d_loc == len(raw)).all()
+        expected = jax.vmap(jax.grad(p.scale))(raw) * eps.sum(0)
+        assert jnp.isfinite(d_raw).all()
+        tolerance = 16 * float(jnp.finfo(dtype).eps)
+        np.testing.assert_allclose(
+            d_raw.astype(float), expected.astype(float), tolerance, tolerance
+        )
 
 
 def test_the_contract_is_abstract_and_three_methods_complete_it():
