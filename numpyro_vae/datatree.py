@@ -16,7 +16,7 @@ SAMPLED = ("posterior", "posterior_predictive", "log_likelihood", "sample_stats"
 
 
 def site_dims(sites: ModelSites) -> dict[str, list[str]]:
-    """Return by site the names of its plates, outermost first, as dimensions.
+    """Return by site the names of its plates as dimensions, outermost first.
 
     Dimensions of the event get ArviZ's own names, ``<site>_dim_0`` and so on.
     """
@@ -25,7 +25,14 @@ def site_dims(sites: ModelSites) -> dict[str, list[str]]:
         by_dim = {sites.plates[name].dim: name for name in site.plates}
         batch = range(-len(site.batch_shape), 0)
         found[site.name] = [by_dim.get(dim, f"{site.name}_batch_{-dim}") for dim in batch]
+    for name, plates in sites.deterministic.items():
+        found[name] = sorted(plates, key=lambda plate: sites.plates[plate].dim)
     return found
+
+
+def rows_first(dims: list[str], plate: str) -> list[str]:
+    """Return dimensions with the plate's in front, as arrays that go row by row have them."""
+    return [plate, *(dim for dim in dims if dim != plate)]
 
 
 def build_datatree(
@@ -45,14 +52,16 @@ def build_datatree(
         ValueError: if a coordinate has another length than its dimension.
     """
     import arviz as az
+    from xarray import DataTree
 
-    data = {
-        group: {
-            name: value[None] if group in SAMPLED else value for name, value in variables.items()
-        }
-        for group, variables in groups.items()
-        if variables
-    }
-    tree = az.from_dict(data, dims=dict(dims), coords=dict(coords or {}))
-    tree.attrs["inference_library"] = "numpyro_vae"
-    return tree
+    found = {}
+    for group, variables in groups.items():
+        if not variables:
+            continue
+        sampled = group in SAMPLED
+        values = {name: value[None] if sampled else value for name, value in variables.items()}
+        # A log-likelihood has no event, so that its variable has fewer dimensions than its site.
+        known = {name: list(dims[name])[: np.ndim(variables[name]) - sampled] for name in values}
+        tree = az.from_dict({group: values}, dims=known, coords=dict(coords or {}))
+        found[group] = tree[group].to_dataset()
+    return DataTree.from_dict(found)

@@ -232,8 +232,9 @@ class AutoAmortizedNormal(AutoGuide):
         """Encode the rows that a handler of `numpyro_vae.plates` lets the plates hold."""
         self.setup(*args, **kwargs)
         with handlers.block(), rows, handlers.seed(rng_seed=0):
-            inputs = run_model(self.model, self.plate.name, args, kwargs).inputs(self.inputs)
-            self.network.check_params(params, self.prefix, inputs)
+            run = run_model(self.model, self.plate.name, args, kwargs)
+            run.same_sites(self.local_sites)
+            self.network.check_params(params, self.prefix, run.inputs(self.inputs))
             with handlers.substitute(data=params):
                 return self.eval()._encode(args, kwargs)
 

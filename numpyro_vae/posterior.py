@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import numpy as np
 from jaxtyping import Array
+from numpyro.infer.autoguide import AutoGuide
 
 from numpyro_vae import rows as compiled
 from numpyro_vae.batches import ArrayData
-from numpyro_vae.datatree import build_datatree, site_dims
+from numpyro_vae.datatree import build_datatree, rows_first, site_dims
 from numpyro_vae.guide import AutoAmortizedNormal
 from numpyro_vae.rows import Rows, View
 from numpyro_vae.sites import read_model
@@ -68,7 +69,7 @@ class Posterior:
         (10, 3)
     """
 
-    def __init__(self, guide: AutoAmortizedNormal, params: Any, **static_kwargs: Any):
+    def __init__(self, guide: AutoGuide, params: Any, **static_kwargs: Any):
         if not isinstance(guide, AutoAmortizedNormal):
             raise TypeError(
                 f"The guide is a {type(guide).__name__}, expected an amortized guide such as "
@@ -290,10 +291,10 @@ class Posterior:
             "observed_data": observed,
             "constant_data": constant,
         }
-        plate = [self.guide.plate.name]
+        plate, dims = self.guide.plate.name, site_dims(self.guide.sites)
         by_row = (*predicted, *deterministic, *observed, *constant, "joint", "log_weights")
-        by_row = dict.fromkeys(by_row, plate)
-        return build_datatree(groups, site_dims(self.guide.sites) | by_row, coords)
+        dims |= {name: rows_first(dims.get(name, []), plate) for name in by_row}
+        return build_datatree(groups, dims, coords)
 
     def _deterministic(self, names: Iterable[str]) -> list[str]:
         return [name for name in names if name in self.guide.sites.deterministic]

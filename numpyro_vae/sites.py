@@ -91,11 +91,14 @@ class Site:
 
 @dataclass(frozen=True)
 class ModelSites:
-    """What a model holds: sites by name, in the order they are met, and plates by name."""
+    """What a model holds: sites by name, in the order they are met, and plates by name.
+
+    ``deterministic`` has the names of the plates around each deterministic site.
+    """
 
     sites: dict[str, Site]
     plates: dict[str, Plate]
-    deterministic: tuple[str, ...]
+    deterministic: dict[str, tuple[str, ...]]
 
     def latent(self) -> list[Site]:
         """Return the sites to infer."""
@@ -201,13 +204,13 @@ def read_model(model: Model, args: tuple, kwargs: dict) -> ModelSites:
 
 def sites_of_trace(trace: dict) -> ModelSites:
     """Describe the sites and plates of a trace; nothing in the result is an array."""
-    sites, plates, deterministic = {}, {}, []
+    sites, plates, deterministic = {}, {}, {}
     for name, msg in trace.items():
+        frames = msg.get("cond_indep_stack", ())
         if msg["type"] == "deterministic":
-            deterministic.append(name)
+            deterministic[name] = tuple(frame.name for frame in frames)
         if msg["type"] != "sample":
             continue
-        frames = msg["cond_indep_stack"]
         for frame in frames:
             size = trace[frame.name]["args"][0] if frame.name in trace else frame.size
             plates[frame.name] = Plate(frame.name, size, frame.size, frame.dim)
@@ -220,7 +223,7 @@ def sites_of_trace(trace: dict) -> ModelSites:
             msg["is_observed"],
             _is_discrete(msg["fn"]),
         )
-    return ModelSites(sites, plates, tuple(deterministic))
+    return ModelSites(sites, plates, deterministic)
 
 
 def _is_discrete(fn: Any) -> bool:
