@@ -86,8 +86,8 @@ def mnist(path: Path | None) -> Data:
 
 def counts_out_of_16(logits: jax.Array) -> dist.Distribution:
     """Beta-Binomial counts; the smaller a pixel's concentration, the wider their spread."""
-    start = jnp.full(logits.shape[-2:], 2.0)
-    concentration = jnp.exp(numpyro.param("log_concentration", start))
+    log_concentration = numpyro.param("log_concentration", jnp.full(logits.shape[-2:], 2.0))
+    concentration = jnp.exp(jnp.asarray(log_concentration))
     probs = nnx.sigmoid(9 * jnp.tanh(logits / 9))  # so that neither concentration underflows
     return dist.BetaBinomial(concentration * probs, concentration * (1 - probs), 16)
 
@@ -111,6 +111,7 @@ class Decoder(nnx.Module):
         )
 
     def __call__(self, z: jax.Array) -> jax.Array:
+        """Return logits of shape ``(batch, *image_shape)``."""
         return self.layers(z).reshape(*z.shape[:-1], *self.image_shape)
 
 
@@ -130,15 +131,13 @@ def make_model(data: Data, hidden_size: int) -> Callable[[jax.Array], None]:
 
 def draw(posterior: Posterior, result: FitResult, found: Check, data: Data, path: Path) -> None:
     """One picture of everything."""
-    panels = [["reconstructions"] * 2 + ["prior"], ["latents", "khat", "training"]]
     figure = Figure(figsize=(13, 7.6), layout="constrained")
-    axes = figure.subplot_mosaic(panels, height_ratios=[1, 1.2])
-    first_key, second_key = jax.random.split(jax.random.key(3))
-    plot_reconstructions(posterior, first_key, data.test[:6], ax=axes["reconstructions"])
-    plot_prior_samples(posterior, second_key, data.test[:25], ax=axes["prior"])
-    plot_latents(posterior, data.test, labels=data.labels, ax=axes["latents"])
-    plot_khat(found, ax=axes["khat"])
-    plot_training(result, ax=axes["training"])
+    axes = figure.subplot_mosaic("RRP;LKT", height_ratios=[1, 1.2])
+    plot_reconstructions(posterior, jax.random.key(2), data.test[:6], ax=axes["R"])
+    plot_prior_samples(posterior, jax.random.key(3), data.test[:25], ax=axes["P"])
+    plot_latents(posterior, data.test, labels=data.labels, ax=axes["L"])
+    plot_khat(found, ax=axes["K"])
+    plot_training(result, ax=axes["T"])
     figure.savefig(path, dpi=110)
 
 
@@ -148,7 +147,7 @@ def save(posterior: Posterior, images: np.ndarray, num_samples: int, path: Path)
     The decoder's weights are point estimates, so the log-likelihood of an image, marginal over its
     latents, differs between draws by Monte Carlo error alone, and ``p_loo`` is that error.
     """
-    tree = posterior.to_datatree(jax.random.key(2), images, num_samples, num_particles=64)
+    tree = posterior.to_datatree(jax.random.key(4), images, num_samples)
     tree.to_netcdf(path)
     with az.from_netcdf(path) as tree:
         print(f"\n{path} holds {', '.join(tree.children)}: {dict(tree.posterior.sizes)}")
@@ -197,7 +196,7 @@ def main() -> None:
     print(f"  Monte Carlo error of the mean log evidence: {error:.3f} nats")
     name = f"{args.dataset}_vae"
     draw(posterior, result, found, data, args.output / f"{name}.png")
-    save(posterior, data.test[:100], 50 if args.quick else 200, args.output / f"{name}.nc")
+    save(posterior, data.test[:100], 50 if args.quick else 100, args.output / f"{name}.nc")
 
 
 if __name__ == "__main__":

@@ -10,64 +10,9 @@ every datum's posterior is checked::
 any rows of data and hands them to ArviZ, and `check` says which of them can be trusted.
 """
 
-from numpyro_vae.checks import Check, check, khat_threshold, pareto_khat
-from numpyro_vae.convolution import Conv, ConvTranspose
-from numpyro_vae.distributions import LogScaleNormal
-from numpyro_vae.encoders import MLP, ConvNet, Standardize, flatten_inputs
-from numpyro_vae.encoding import Encoding
-from numpyro_vae.families import AbstractFamily, DiagonalNormal
-from numpyro_vae.fit import FitResult, fit
-from numpyro_vae.guide import AutoAmortizedNormal
-from numpyro_vae.parameterization import (
-    AbstractParameterization,
-    LogScale,
-    LogVariance,
-    Softplus,
-    get_parameterization,
-    reparameterize,
-)
-from numpyro_vae.plots import (
-    plot_collapse,
-    plot_khat,
-    plot_latents,
-    plot_prior_samples,
-    plot_reconstructions,
-    plot_training,
-)
-from numpyro_vae.posterior import Posterior, SiteEncoding
+import lazy_loader
+
+# What is imported, JAX and flax too, is imported when it is first used; the list is in the stub.
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
 
 __version__ = "0.1.0"
-
-__all__ = [
-    "MLP",
-    "AbstractFamily",
-    "AbstractParameterization",
-    "AutoAmortizedNormal",
-    "Check",
-    "Conv",
-    "ConvNet",
-    "ConvTranspose",
-    "DiagonalNormal",
-    "Encoding",
-    "FitResult",
-    "LogScale",
-    "LogScaleNormal",
-    "LogVariance",
-    "Posterior",
-    "SiteEncoding",
-    "Softplus",
-    "Standardize",
-    "check",
-    "fit",
-    "flatten_inputs",
-    "get_parameterization",
-    "khat_threshold",
-    "pareto_khat",
-    "plot_collapse",
-    "plot_khat",
-    "plot_latents",
-    "plot_prior_samples",
-    "plot_reconstructions",
-    "plot_training",
-    "reparameterize",
-]

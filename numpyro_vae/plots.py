@@ -19,7 +19,7 @@ from numpyro import handlers
 
 from numpyro_vae.batches import ArrayData
 from numpyro_vae.checks import COLLAPSED, UNTRUSTWORTHY, VERDICTS, Check
-from numpyro_vae.fit import FitResult
+from numpyro_vae.fitting import FitResult
 from numpyro_vae.plates import all_rows
 from numpyro_vae.posterior import Posterior
 from numpyro_vae.sites import Site, sites_of_trace, trace_model
@@ -76,17 +76,29 @@ def plot_reconstructions(
 ) -> Axes:
     """Plot the images of all rows of data, as `fit` takes them, above what the posterior predicts.
 
-    That is the mean of ``num_samples`` draws of the observed site, each with latents of its own.
+    That is the mean of the likelihood, averaged over ``num_samples`` draws of the latents; or of as
+    many draws of the observed site, where its distribution does not know its mean.
 
     Raises:
         ValueError: if there are several observed sites to choose from, or they hold no images.
     """
-    site, show = _image_site(posterior, posterior.guide.model, rng_key, data, batch_axes, var_name)
-    name = site["name"]
-    draws = posterior.predict(rng_key, data, num_samples, var_names=[name], batch_axes=batch_axes)
-    images = [_images(x, image_shape, name) for x in (show(site["value"]), draws[name].mean(0))]
-    ax = _show(np.stack(images), ax)
-    height = images[0].shape[1] + 1
+    arguments = (posterior, posterior.guide.model, rng_key, data, batch_axes, var_name)
+    site, rows = _image_site(*arguments)
+    latents = posterior.sample(rng_key, data, num_samples, batch_axes=batch_axes)
+
+    def expected(draw: dict[str, Array]) -> Array:
+        likelihood, rows = _image_site(*arguments, draw)
+        return rows(likelihood["fn"].mean)
+
+    try:
+        draws = jax.vmap(expected)(latents)
+    except NotImplementedError:
+        found = posterior.predict(rng_key, data, num_samples, batch_axes=batch_axes)
+        draws = found[site["name"]]
+    pairs = (rows(site["value"]), draws.mean(0))
+    images = np.stack([_images(x, image_shape, site["name"]) for x in pairs])
+    ax = _show(images, ax)
+    height = images.shape[2] + 1
     ax.set_yticks([height / 2 - 1, 1.5 * height - 1], ["data", "mean"])
     ax.set_title("Data, and their posterior predictive means")
     return ax
@@ -113,12 +125,12 @@ def plot_prior_samples(
         ValueError: if there are several observed sites to choose from, or they hold no images.
     """
     model = handlers.uncondition(posterior.guide.model)
-    site, show = _image_site(posterior, model, rng_key, data, batch_axes, var_name)
+    site, rows = _image_site(posterior, model, rng_key, data, batch_axes, var_name)
     try:
         mean = site["fn"].mean
     except NotImplementedError:
         mean = site["fn"].sample(jax.random.fold_in(rng_key, 1), (num_samples,)).mean(0)
-    images = _images(show(mean), image_shape, site["name"])
+    images = _images(rows(mean), image_shape, site["name"])
     columns = math.ceil(math.sqrt(len(images)))
     missing = np.full((-len(images) % columns, *images.shape[1:]), _white(images, images.ndim == 4))
     grid = np.concatenate([images, missing]).reshape(-1, columns, *images.shape[1:])
@@ -256,8 +268,9 @@ def _image_site(
     data: Any,
     batch_axes: Any,
     var_name: str | None,
-) -> tuple[dict[str, Any], Callable[[Any], np.ndarray]]:
-    """Run a trained model on all rows.
+    latents: dict[str, Array] | None = None,
+) -> tuple[dict[str, Any], Callable[[Any], Array]]:
+    """Run a trained model on all rows, with a draw of the global sites where none is given.
 
     Returns:
         The message of the site with the images, and a function that puts the rows of a value of
@@ -268,17 +281,18 @@ def _image_site(
     kwargs = {**kwargs, **posterior.static_kwargs}
     guide.setup(*args, **kwargs)
     name = _only(guide.sites.observed(guide.plate.name), var_name, "observed")
-    globals_ = guide.sample_globals(rng_key, posterior.params, (1,), args, kwargs)
-    values = posterior.params | {name: value[0] for name, value in globals_.items()}
+    drawn = guide.sample_globals(rng_key, posterior.params, (1,), args, kwargs)
+    values = posterior.params | {key: draw[0] for key, draw in drawn.items()} | (latents or {})
     with handlers.seed(rng_seed=rng_key):
         trace = trace_model(all_rows(handlers.substitute(model, data=values)), args, kwargs)
     sites = sites_of_trace(trace)
     site, plate = sites.sites[name], sites.plates[guide.plate.name]
-    return trace[name], lambda value: np.asarray(site.rows(value, plate))
+    return trace[name], lambda value: site.rows(value, plate)
 
 
-def _images(rows: np.ndarray, image_shape: tuple[int, ...] | None, name: str) -> np.ndarray:
+def _images(rows: Any, image_shape: tuple[int, ...] | None, name: str) -> np.ndarray:
     """Return rows as images, ``(num_images, height, width)`` or with channels."""
+    rows = np.asarray(rows)
     shape = rows.shape[1:] if image_shape is None else image_shape
     if len(shape) not in (2, 3) or math.prod(shape) != math.prod(rows.shape[1:]):
         raise ValueError(
@@ -300,6 +314,8 @@ def _show(images: np.ndarray, ax: Axes | None) -> Axes:
     padded = np.pad(images, gaps, constant_values=_white(images, colour))
     rows, columns, height, width = padded.shape[:4]
     picture = padded.swapaxes(1, 2).reshape(rows * height, columns * width, *padded.shape[4:])
+    if colour and picture.max() > 1:
+        picture = picture / picture.max()
     ax = _axes(ax)
     ax.imshow(picture, cmap=None if colour else "gray_r", interpolation="nearest")
     ax.set_xticks([])
