@@ -24,7 +24,6 @@ from .plots import (
 )
 from .posterior import Posterior, SiteEncoding
 
-
 __version__: str
 
 __all__ = [

@@ -268,7 +268,7 @@ class AutoAmortizedNormal(AutoGuide):
                 all_rows(self.model),
                 draws,
                 params=params,
-                return_sites=self.sites.deterministic,
+                return_sites=list(self.sites.deterministic),
                 batch_ndims=len(sample_shape),
             )
             draws |= predictive(model_key, *args, **kwargs)

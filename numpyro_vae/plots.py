@@ -82,21 +82,21 @@ def plot_reconstructions(
     Raises:
         ValueError: if there are several observed sites to choose from, or they hold no images.
     """
-    arguments = (posterior, posterior.guide.model, rng_key, data, batch_axes, var_name)
-    site, rows = _image_site(*arguments)
+    arrays, model = ArrayData.read(data, batch_axes), posterior.guide.model
+    name = _image_site(posterior, arrays, var_name)
     latents = posterior.sample(rng_key, data, num_samples, batch_axes=batch_axes)
 
-    def expected(draw: dict[str, Array]) -> Array:
-        likelihood, rows = _image_site(*arguments, draw)
-        return rows(likelihood["fn"].mean)
+    @jax.jit
+    def expected(draw: dict[str, Any]) -> Array:
+        site, rows = _run(posterior, model, rng_key, arrays, name, draw)
+        return rows(site["fn"].mean)
 
-    try:
-        draws = jax.vmap(expected)(latents)
-    except NotImplementedError:
-        found = posterior.predict(rng_key, data, num_samples, batch_axes=batch_axes)
-        draws = found[site["name"]]
-    pairs = (rows(site["value"]), draws.mean(0))
-    images = np.stack([_images(x, image_shape, site["name"]) for x in pairs])
+    mean = _known_or_drawn(
+        lambda: jax.vmap(expected)(latents).mean(0),
+        lambda: posterior.predict(rng_key, data, num_samples, batch_axes=batch_axes)[name].mean(0),
+    )
+    site, rows = _run(posterior, model, rng_key, arrays, name)
+    images = np.stack([_images(x, image_shape, name) for x in (rows(site["value"]), mean)])
     ax = _show(images, ax)
     height = images.shape[2] + 1
     ax.set_yticks([height / 2 - 1, 1.5 * height - 1], ["data", "mean"])
@@ -125,12 +125,18 @@ def plot_prior_samples(
         ValueError: if there are several observed sites to choose from, or they hold no images.
     """
     model = handlers.uncondition(posterior.guide.model)
-    site, rows = _image_site(posterior, model, rng_key, data, batch_axes, var_name)
-    try:
-        mean = site["fn"].mean
-    except NotImplementedError:
-        mean = site["fn"].sample(jax.random.fold_in(rng_key, 1), (num_samples,)).mean(0)
-    images = _images(rows(mean), image_shape, site["name"])
+    arrays = ArrayData.read(data, batch_axes)
+    name = _image_site(posterior, arrays, var_name)
+
+    @partial(jax.jit, static_argnames="known")
+    def expected(rng_key: Array, known: bool) -> Array:
+        site, rows = _run(posterior, model, rng_key, arrays, name)
+        if known:
+            return rows(site["fn"].mean)
+        return rows(site["fn"].sample(jax.random.fold_in(rng_key, 1), (num_samples,)).mean(0))
+
+    mean = _known_or_drawn(partial(expected, rng_key, True), partial(expected, rng_key, False))
+    images = _images(mean, image_shape, name)
     columns = math.ceil(math.sqrt(len(images)))
     missing = np.full((-len(images) % columns, *images.shape[1:]), _white(images, images.ndim == 4))
     grid = np.concatenate([images, missing]).reshape(-1, columns, *images.shape[1:])
@@ -261,33 +267,45 @@ def _only(sites: Iterable[Site], var_name: str | None, kind: str) -> str:
     raise ValueError(f"var_name is {var_name!r}; choose one of the {kind} sites {names}.")
 
 
-def _image_site(
+def _image_site(posterior: Posterior, arrays: ArrayData, var_name: str | None) -> str:
+    """Return the name of the observed site with the images, the guide being set up."""
+    guide = posterior.guide
+    args, kwargs = arrays.whole()
+    guide.setup(*args, **kwargs, **posterior.static_kwargs)
+    return _only(guide.sites.observed(guide.plate.name), var_name, "observed")
+
+
+def _run(
     posterior: Posterior,
     model: Callable[..., Any],
     rng_key: Array,
-    data: Any,
-    batch_axes: Any,
-    var_name: str | None,
-    latents: dict[str, Array] | None = None,
+    arrays: ArrayData,
+    name: str,
+    latents: dict[str, Any] | None = None,
 ) -> tuple[dict[str, Any], Callable[[Any], Array]]:
     """Run a trained model on all rows, with a draw of the global sites where none is given.
 
     Returns:
-        The message of the site with the images, and a function that puts the rows of a value of
-        that site in front.
+        The message of the site, and a function that puts the rows of a value of it in front.
     """
-    guide = posterior.guide
-    args, kwargs = ArrayData.read(data, batch_axes).whole()
+    args, kwargs = arrays.whole()
     kwargs = {**kwargs, **posterior.static_kwargs}
-    guide.setup(*args, **kwargs)
-    name = _only(guide.sites.observed(guide.plate.name), var_name, "observed")
-    drawn = guide.sample_globals(rng_key, posterior.params, (1,), args, kwargs)
+    drawn = posterior.guide.sample_globals(rng_key, posterior.params, (1,), args, kwargs)
     values = posterior.params | {key: draw[0] for key, draw in drawn.items()} | (latents or {})
     with handlers.seed(rng_seed=rng_key):
         trace = trace_model(all_rows(handlers.substitute(model, data=values)), args, kwargs)
     sites = sites_of_trace(trace)
-    site, plate = sites.sites[name], sites.plates[guide.plate.name]
+    site, plate = sites.sites[name], sites.plates[posterior.guide.plate.name]
     return trace[name], lambda value: site.rows(value, plate)
+
+
+def _known_or_drawn(known: Callable[[], Any], drawn: Callable[[], Any]) -> np.ndarray:
+    """Return a mean: known, or drawn where the distribution has none to tell."""
+    try:
+        mean = np.asarray(known())
+    except NotImplementedError:
+        return np.asarray(drawn())
+    return mean if np.isfinite(mean).all() else np.asarray(drawn())
 
 
 def _images(rows: Any, image_shape: tuple[int, ...] | None, name: str) -> np.ndarray:

@@ -196,4 +196,4 @@ def _report(losses: np.ndarray, where: str) -> None:
     advice = "Look at the data and the priors there; a smaller learning rate may help."
     if skipped == len(losses):
         raise FloatingPointError(f"No step could be taken: {found}, first at {where}. {advice}")
-    warnings.warn(f"Steps were skipped: {found}, first at {where}. {advice}", stacklevel=4)
+    warnings.warn(f"Steps were skipped: {found}, first at {where}. {advice}", stacklevel=5)

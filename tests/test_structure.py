@@ -206,7 +206,10 @@ def test_public_names_are_in_the_api_page():
 
 
 def test_importing_the_library_leaves_heavy_packages_alone():
-    code = "import sys; from numpyro_vae import *; print(*sorted({name.split('.')[0] for name in sys.modules}))"
+    code = (
+        "import sys; from numpyro_vae import *;"
+        "print(*sorted({name.split('.')[0] for name in sys.modules}))"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False
     )

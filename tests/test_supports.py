@@ -1,0 +1,114 @@
+"""Local sites of any support, event shape and plate."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import optax
+import pytest
+from numpyro import handlers
+from numpyro.infer import SVI, Trace_ELBO
+
+from numpyro_vae import MLP, AutoAmortizedNormal
+
+X = jnp.linspace(-2, 2, 40)
+SMALL = partial(MLP, hidden_sizes=(8,))
+
+MODELS = {}
+
+
+def model_case(fn):
+    MODELS[fn.__name__] = fn
+    return fn
+
+
+@model_case
+def positive_and_interval(x):
+    with numpyro.plate("data", len(x)):
+        rate = numpyro.sample("rate", dist.Gamma(2.0, 1.0))
+        p = numpyro.sample("p", dist.Beta(2.0, 2.0))
+        numpyro.sample("x", dist.Normal(rate * p, 1.0), obs=x)
+
+
+@model_case
+def simplex_and_matrix(x):
+    with numpyro.plate("data", len(x)):
+        w = numpyro.sample("w", dist.Dirichlet(jnp.ones(3)))
+        m = numpyro.sample("m", dist.Normal(0, 1).expand([2, 3]).to_event(2))
+        chol = numpyro.sample("chol", dist.LKJCholesky(3))
+        mean = (w * m.sum(-2)).sum(-1) + chol[..., 2, 0]
+        numpyro.sample("x", dist.Normal(mean, 1.0), obs=x)
+
+
+@model_case
+def ordered_and_improper(x):
+    ordered = dist.TransformedDistribution(
+        dist.Normal(0, 1).expand([3]).to_event(1), dist.transforms.OrderedTransform()
+    )
+    with numpyro.plate("data", len(x)):
+        cuts = numpyro.sample("cuts", ordered)
+        free = numpyro.sample("free", dist.ImproperUniform(dist.constraints.real, (), ()))
+        numpyro.sample("x", dist.Normal(cuts[..., 0] + free, 1.0), obs=x)
+
+
+@model_case
+def plate_at_another_dim(x):
+    with numpyro.plate("data", len(x), dim=-2):
+        a = numpyro.sample("a", dist.Normal(0, 1))
+        with numpyro.plate("items", 3, dim=-1):
+            z = numpyro.sample("z", dist.Dirichlet(jnp.ones(2)))
+        numpyro.sample("x", dist.Normal(a + z[..., :1, 0], 1.0), obs=x[:, None])
+
+
+@model_case
+def nested_plates(x):
+    with numpyro.plate("data", len(x), dim=-1):
+        a = numpyro.sample("a", dist.Normal(0, 1))
+        with numpyro.plate("items", 3, dim=-2):
+            b = numpyro.sample("b", dist.HalfNormal(1.0))
+            numpyro.sample("x", dist.Normal(a + b, 1.0), obs=jnp.stack([x, x, x]))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_shapes_and_supports(name):
+    model = MODELS[name]
+    guide = AutoAmortizedNormal(model, SMALL, plate="data")
+    svi = SVI(model, guide, optax.adam(1e-2), Trace_ELBO())
+    result = svi.run(jax.random.key(0), 3, X, progress_bar=False)
+    assert np.isfinite(result.losses).all()
+    draws = guide.sample_posterior(jax.random.key(1), result.params, X[:7], sample_shape=(4, 2))
+    quantiles = guide.quantiles(result.params, [0.1, 0.5, 0.9], X[:7])
+    medians = guide.median(result.params, X[:7])
+    model = handlers.substitute(handlers.seed(model, 0), data=medians)
+    trace = handlers.trace(model).get_trace(X[:7])
+    for site_name, draw in draws.items():
+        site = trace[site_name]
+        shape = site["value"].shape
+        assert draw.shape == (4, 2, *shape)
+        assert quantiles[site_name].shape == (3, *shape)
+        assert medians[site_name].shape == shape
+        support = site["fn"].support
+        assert np.asarray(support(draw)).all()
+        assert np.asarray(support(quantiles[site_name])).all()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_log_density_is_that_of_the_transformed_normal(name):
+    """The guide's density against the Normal's and the Jacobian by automatic differentiation."""
+    model = MODELS[name]
+    guide = AutoAmortizedNormal(model, SMALL, plate="data")
+    trace = handlers.trace(handlers.seed(guide, 0)).get_trace(X[:3])
+    params = {"auto$params": trace["auto$params"]["value"]}
+    encoding = guide.encode(params, X[:3])
+    packed = encoding.normal.sample(jax.random.key(2))
+    values, log_det = encoding.constrain(packed)
+    total = encoding.distribution.log_prob(packed) - log_det
+    found = jnp.zeros(3)
+    for site_name, value in values.items():
+        log_prob = trace[site_name]["fn"].log_prob(value)
+        axis = log_prob.ndim + guide.plate.dim
+        found += log_prob.sum(tuple(i for i in range(log_prob.ndim) if i != axis))
+    np.testing.assert_allclose(found, total, rtol=2e-3, atol=2e-3)
