@@ -81,7 +81,7 @@ def mnist(path: Path | None) -> Data:
     random = np.random.default_rng(0).random(images.shape, np.float32)
     images = (random < images / np.float32(255)).astype(np.float32)
     train, validation, test = np.split(images, [58_000, 60_000])
-    return Data(train, validation, test[:1000], labels[:1000], bits)
+    return Data(train, validation, test[:1000], labels[:1000], dist.BernoulliLogits)
 
 
 def counts_out_of_16(logits: jax.Array) -> dist.Distribution:
@@ -90,11 +90,6 @@ def counts_out_of_16(logits: jax.Array) -> dist.Distribution:
     concentration = jnp.exp(jnp.asarray(log_concentration))
     probs = nnx.sigmoid(9 * jnp.tanh(logits / 9))  # so that neither concentration underflows
     return dist.BetaBinomial(concentration * probs, concentration * (1 - probs), 16)
-
-
-def bits(logits: jax.Array) -> dist.Distribution:
-    """Bernoulli pixels."""
-    return dist.Bernoulli(logits=logits)
 
 
 class Decoder(nnx.Module):
@@ -194,9 +189,9 @@ def main() -> None:
     error = np.sqrt((found.dataset["log_evidence_mcse"].values ** 2).sum()) / len(data.test)
     print(f"\nHeld out: {found.summary()}")
     print(f"  Monte Carlo error of the mean log evidence: {error:.3f} nats")
-    name = f"{args.dataset}_vae"
-    draw(posterior, result, found, data, args.output / f"{name}.png")
-    save(posterior, data.test[:100], 50 if args.quick else 100, args.output / f"{name}.nc")
+    draw(posterior, result, found, data, args.output / f"{args.dataset}_vae.png")
+    num_samples = 50 if args.quick else 100
+    save(posterior, data.test[:100], num_samples, args.output / f"{args.dataset}_vae.nc")
 
 
 if __name__ == "__main__":

@@ -65,10 +65,11 @@ def pareto_khat(log_weights: np.ndarray) -> np.ndarray:
         )
     _require_finite(log_weights)
     khat = np.full(log_weights.shape[1], -np.inf)
-    spread = np.ptp(log_weights, axis=0) > 1e-6 * (1 + np.abs(log_weights).max(0))
+    spread = np.ptp(log_weights, axis=0) > 1e-5 * (1 + np.abs(log_weights).max(0))
     if spread.any():
         ratios = log_weights[:, spread].T.astype(float)
-        khat[spread] = array_stats.psislw(-ratios, axis=-1)[1]  # it takes minus the log ratios
+        with np.errstate(divide="ignore", invalid="ignore"):  # of a tail with ties
+            khat[spread] = array_stats.psislw(-ratios, axis=-1)[1]  # it takes minus the log ratios
     return khat
 
 
