@@ -140,7 +140,8 @@ def save(posterior: Posterior, images: np.ndarray, num_samples: int, path: Path)
     """Write what ArviZ reads, then open it again and ask ArviZ.
 
     The decoder's weights are point estimates, so the log-likelihood of an image, marginal over its
-    latents, differs between draws by Monte Carlo error alone, and ``p_loo`` is that error.
+    latents, differs between draws by Monte Carlo error alone. That error is what ``p_loo`` shows,
+    and the log evidence is ``elpd_loo + p_loo``.
     """
     tree = posterior.to_datatree(jax.random.key(4), images, num_samples)
     tree.to_netcdf(path)
