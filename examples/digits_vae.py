@@ -187,9 +187,7 @@ def main() -> None:
 
     posterior = Posterior(guide, result)
     found = check(posterior, jax.random.key(1), data.test, num_samples=num_samples)
-    error = np.sqrt((found.dataset["log_evidence_mcse"].values ** 2).sum()) / len(data.test)
     print(f"\nHeld out: {found.summary()}")
-    print(f"  Monte Carlo error of the mean log evidence: {error:.3f} nats")
     draw(posterior, result, found, data, args.output / f"{args.dataset}_vae.png")
     num_samples = 50 if args.quick else 100
     save(posterior, data.test[:100], num_samples, args.output / f"{args.dataset}_vae.nc")

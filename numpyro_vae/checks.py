@@ -88,8 +88,8 @@ class Check:
     """What `check` found.
 
     Attributes:
-        dataset: on the plate's dimension, in nats where not said otherwise: ``elbo``;
-            ``log_evidence`` and its Monte Carlo standard error ``log_evidence_mcse``;
+        dataset: on the plate's dimension, in nats where not said otherwise: ``elbo`` and
+            ``log_evidence``, with their Monte Carlo standard errors ``..._mcse``;
             ``khat``; ``ess``, the effective number of the importance-weighted draws; and for
             each local site ``kl_<site>``, its divergence from the prior by dimension.
     """
@@ -112,14 +112,20 @@ class Check:
         return found
 
     def summary(self) -> str:
-        """Return what was found, for a person to read."""
+        """Return what was found, for a person to read.
+
+        Of the means over the data, ``se`` is the standard error as an estimate for such data in
+        general, and ``Monte Carlo`` the part of it that more draws would reduce.
+        """
         counts = np.bincount(self.verdict, minlength=3)
         threshold, total = self.dataset.attrs["khat_threshold"], counts.sum()
         lines = [f"{total} data, {self.dataset.attrs['num_samples']} draws of each"]
         for name in ("elbo", "log_evidence"):
             values = self.dataset[name].values
             error = values.std(ddof=1) / np.sqrt(total) if total > 1 else np.nan
-            lines.append(f"  {name:<13}{values.mean():10.3f} nats a datum (se {error:.3f})")
+            monte_carlo = np.sqrt((self.dataset[f"{name}_mcse"].values ** 2).sum()) / total
+            found = f"{values.mean():10.3f} nats a datum"
+            lines.append(f"  {name:<13}{found} (se {error:.3f}, Monte Carlo {monte_carlo:.3f})")
         ranges = (f"k-hat < {threshold:.2f}", f"up to {UNTRUSTWORTHY}", f"above {UNTRUSTWORTHY}")
         for label, count, khats in zip(VERDICTS, counts, ranges, strict=True):
             lines.append(f"  {label:<19}{count:6d}  ({count / total:6.1%})  {khats}")
@@ -187,6 +193,7 @@ def _importance(log_weights: np.ndarray) -> dict[str, np.ndarray]:
     weights = np.exp(log_weights - log_evidence)  # of mean one
     return {
         "elbo": log_weights.mean(0),
+        "elbo_mcse": log_weights.std(0, ddof=1) / np.sqrt(len(log_weights)),
         "log_evidence": log_evidence,
         "log_evidence_mcse": weights.std(0, ddof=1) / np.sqrt(len(weights)),
         "khat": khat,

@@ -270,34 +270,29 @@ class Posterior:
             ones; ``sample_stats`` with the importance weights of the posterior's draws;
             ``observed_data``; and ``constant_data``, the model's other data.
         """
-        options = {"batch_axes": batch_axes}
         rows = self._read(data, batch_axes)
-        observed = rows.collect(partial(self._run, compiled.observed), ROWS)
-        constant = self._constant_data(rows, observed)
-        predicted = self.predict(rng_key, data, num_samples, **options)
+        globals_ = self._globals(rng_key, rows, num_samples)
+        local = tuple(site.name for site in self.guide.local_sites)
+        known = (*local, *globals_, *self.guide.sites.deterministic)
+        names = self._names(var_names, known)
+        fn = partial(self._run, compiled.draws, rng_key, globals_, num_samples=num_samples)
+        found = rows.collect(fn, self._rows_at_once(num_samples), row_axis=1)
         evidence = self.log_evidence(
-            rng_key, data, num_samples, num_particles=num_particles, **options
+            rng_key, data, num_samples, num_particles=num_particles, batch_axes=batch_axes
         )
+        observed = rows.collect(partial(self._run, compiled.observed), ROWS)
+        latent = found["posterior"] | {name: np.asarray(x) for name, x in globals_.items()}
         likelihood = next(iter(observed)) if len(observed) == 1 else "joint"
-        draws = self.sample(rng_key, data, num_samples, var_names=var_names, **options)
-        deterministic = {name: predicted.pop(name) for name in self._deterministic(predicted)}
-        groups = {
-            "posterior": draws | deterministic,
-            "posterior_predictive": predicted,
+        groups = found | {
+            "posterior": {name: latent[name] for name in names if name in latent},
             "log_likelihood": {likelihood: evidence},
-            "sample_stats": {
-                "log_weights": self.log_weights(rng_key, data, num_samples, **options)
-            },
             "observed_data": observed,
-            "constant_data": constant,
+            "constant_data": self._constant_data(rows, observed),
         }
-        plate, dims = self.guide.plate.name, site_dims(self.guide.sites)
-        by_row = (*predicted, *deterministic, *observed, *constant, "joint", "log_weights")
+        dims, plate = site_dims(self.guide.sites), self.guide.plate.name
+        by_row = {name for group in groups.values() for name in group} - set(globals_)
         dims |= {name: rows_first(dims.get(name, []), plate) for name in by_row}
         return build_datatree(groups, dims, coords)
-
-    def _deterministic(self, names: Iterable[str]) -> list[str]:
-        return [name for name in names if name in self.guide.sites.deterministic]
 
     def _constant_data(self, rows: Rows, observed: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Return the model's batched arguments by name, those that it observes apart."""
@@ -334,7 +329,7 @@ class Posterior:
             raise ValueError(f"num_samples is {num_samples}, expected at least 1.")
         args, kwargs = rows.data.whole()
         kwargs = {**kwargs, **self.static_kwargs}
-        key = jax.random.fold_in(rng_key, rows.data.num_data)
+        key = jax.random.fold_in(rng_key, 2**32 - 1)  # of no row
         return self.guide.sample_globals(key, self.params, (num_samples,), args, kwargs)
 
     def _names(self, var_names: Iterable[str] | None, known: Iterable[str]) -> list[str]:

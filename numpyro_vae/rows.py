@@ -139,6 +139,24 @@ def weigh(view: View, rng_key: Array, globals_: dict, *, num_samples: int) -> di
     return {"log_weights": log_p - log_q}
 
 
+def draws(view: View, rng_key: Array, globals_: dict, *, num_samples: int) -> dict[str, dict]:
+    """Return by ArviZ group what is drawn, all ``(num_samples, batch, ...)``.
+
+    The latents are drawn once; deterministic sites belong to the posterior.
+    """
+    names = tuple(site.name for site in view.encoding.sites)
+    posterior = sample(view, rng_key, num_samples=num_samples, names=names)
+    predicted = predict(view, rng_key, globals_, num_samples=num_samples)
+    for name in view.encoding.run.sites.deterministic:
+        if name in predicted:
+            posterior[name] = predicted.pop(name)
+    return {
+        "posterior": posterior,
+        "posterior_predictive": predicted,
+        "sample_stats": weigh(view, rng_key, globals_, num_samples=num_samples),
+    }
+
+
 def evidence(
     view: View, rng_key: Array, globals_: dict, *, num_samples: int, particles: int
 ) -> dict:
