@@ -13,6 +13,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq
 DEMO_ARGS ?=
 TEST_ARGS ?=
 BENCH_ARGS ?=
+# Most of a test is compiling, which uses one core; a file's tests share what they have trained.
+WORKERS ?= -n 2 --dist loadfile
 
 .PHONY: help demo test lint format bench docs test-lowest clean
 .DELETE_ON_ERROR:
@@ -31,7 +33,7 @@ demo: $(VENV)/.installed-examples
 	@$(BIN)/python examples/digits_vae.py $(DEMO_ARGS)
 
 test: $(VENV)/.installed-tests
-	@$(BIN)/python -m pytest -q --durations=10 $(TEST_ARGS)
+	@$(BIN)/python -m pytest -q $(WORKERS) --durations=10 $(TEST_ARGS)
 
 lint: $(VENV)/.installed-lint
 	@$(BIN)/ruff check .
@@ -50,7 +52,7 @@ docs: $(VENV)/.installed-docs
 	@echo "Built docs/_build/html/index.html"
 
 test-lowest: $(LOWEST)/.installed
-	@$(LOWEST)/bin/python -m pytest -q --durations=10 $(TEST_ARGS)
+	@$(LOWEST)/bin/python -m pytest -q $(WORKERS) --durations=10 $(TEST_ARGS)
 
 clean:
 	rm -rf $(VENV) $(LOWEST) build dist docs/_build .pytest_cache .ruff_cache
