@@ -136,15 +136,17 @@ def draw(posterior: Posterior, result: FitResult, found: Check, data: Data, path
     figure.savefig(path, dpi=110)
 
 
-def save(posterior: Posterior, images: np.ndarray, num_samples: int, path: Path) -> None:
-    """Write what ArviZ reads, then open it again and ask ArviZ.
+def save(
+    posterior: Posterior, found: Check, images: np.ndarray, num_samples: int, path: Path
+) -> None:
+    """Write what ArviZ reads, with the checks, then open it again and ask ArviZ.
 
     The decoder's weights are point estimates, so the log-likelihood of an image, marginal over its
     latents, differs between draws by Monte Carlo error alone. That error is what ``p_loo`` shows,
     and the log evidence is ``elpd_loo + p_loo``.
     """
     tree = posterior.to_datatree(jax.random.key(4), images, num_samples)
-    tree.to_netcdf(path)
+    found.add_to(tree).to_netcdf(path)
     with az.from_netcdf(path) as tree:
         print(f"\n{path} holds {', '.join(tree.children)}: {dict(tree.posterior.sizes)}")
         print(az.loo(tree))
@@ -190,7 +192,7 @@ def main() -> None:
     print(f"\nHeld out: {found.summary()}")
     draw(posterior, result, found, data, args.output / f"{args.dataset}_vae.png")
     num_samples = 50 if args.quick else 100
-    save(posterior, data.test[:100], num_samples, args.output / f"{args.dataset}_vae.nc")
+    save(posterior, found, data.test[:100], num_samples, args.output / f"{args.dataset}_vae.nc")
 
 
 if __name__ == "__main__":

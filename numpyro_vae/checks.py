@@ -13,7 +13,7 @@ from scipy.special import logsumexp
 from numpyro_vae.posterior import Posterior
 
 if TYPE_CHECKING:
-    from xarray import Dataset
+    from xarray import Dataset, DataTree
 
 __all__ = ["Check", "check", "khat_threshold", "pareto_khat"]
 
@@ -110,6 +110,10 @@ class Check:
                 means = kl.values.mean(0)
                 found[str(name)[3:]] = (int((means < COLLAPSED).sum()), means.size)
         return found
+
+    def add_to(self, tree: DataTree) -> DataTree:
+        """Return the DataTree with these checks as its group ``checks``."""
+        return tree.assign({"checks": type(tree)(self.dataset)})
 
     def summary(self) -> str:
         """Return what was found, for a person to read.

@@ -8,6 +8,7 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import pytest
+import xarray as xr
 from flax import nnx
 from models import normal_model
 from numpyro import handlers
@@ -111,6 +112,15 @@ def test_summary_is_for_a_person():
         assert int(count) == (found.verdict == verdict).sum()
     (elbo,) = re.findall(r"elbo +(-[\d.]+) nats", text)
     assert float(elbo) == pytest.approx(float(found.dataset["elbo"].mean()), abs=1e-3)
+
+
+def test_as_a_group_of_the_datatree(tmp_path):
+    posterior = posterior_with(1.0)
+    found = check(posterior, KEY, X)
+    found.add_to(posterior.to_datatree(KEY, X, 100)).to_netcdf(tmp_path / "tree.nc")
+    with xr.open_datatree(tmp_path / "tree.nc") as tree:
+        assert {"posterior", "checks"} <= set(tree.children)
+        xr.testing.assert_equal(tree["checks"].to_dataset(), found.dataset)
 
 
 def test_weights_that_are_not_finite_are_refused():
