@@ -146,7 +146,8 @@ def save(
     and the log evidence is ``elpd_loo + p_loo``.
     """
     tree = posterior.to_datatree(jax.random.key(4), images, num_samples)
-    found.add_to(tree).to_netcdf(path)
+    checked = Check(found.dataset.isel(image=slice(len(images))))  # of the same images
+    checked.add_to(tree).to_netcdf(path)
     with az.from_netcdf(path) as tree:
         print(f"\n{path} holds {', '.join(tree.children)}: {dict(tree.posterior.sizes)}")
         print(az.loo(tree))

@@ -88,7 +88,9 @@ def test_digits_vae(runs):
             "log_likelihood",
             "sample_stats",
             "observed_data",
+            "checks",
         }
+        assert tree.checks.sizes["image"] == 100
         assert tree.posterior["z"].dims == ("chain", "draw", "image", "z_dim_0")
         assert tree.posterior["z"].shape == (1, 50, 100, 8)
         assert tree.posterior_predictive["pixels"].shape == (1, 50, 100, 8, 8)
