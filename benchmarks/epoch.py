@@ -136,7 +136,7 @@ def main():
             "numpyro_vae": library_epoch(*sizes),
             "svi.run with a subsampling plate": svi_run_epoch(*sizes),
         }
-        repeats = args.repeats if num_data > 10_000 else 10 * args.repeats
+        repeats = args.repeats if num_data > 10_000 else 100 * args.repeats
         title = f"an epoch at {pixels}-{hidden}-{latent}, batch {batch_size}, N = {num_data:,}"
         report(title, interleave(runs, repeats), "by hand in JAX")
 
