@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from flax import nnx
 from jaxtyping import Array, Float
 
-from numpyro_vae.encoders.base import Standardize, flatten_inputs
+from numpyro_vae.encoders.base import Standardize, dense_layers, flatten_with_mask, scaled
 
 __all__ = ["MLP"]
 
@@ -21,10 +20,12 @@ class MLP(nnx.Module):
     ``len(hidden_sizes)`` dense layers, each followed by ``activation``.
 
     Args:
-        example_inputs: the first batch, an array or a dict of arrays, data along axis 0.
+        example_inputs: the first batch, an array or a dict of arrays, data along axis 0. Of
+            `Masked` arrays the network is told the mask too.
         hidden_sizes: the width of each layer; the last is the number of features.
         activation: applied after each layer.
-        standardize: whether to put the inputs on the scale of the first batch, see `Standardize`.
+        standardize: whether to put the inputs on the scale of the first batch, see `Standardize`;
+            of `Masked` arrays, that of the values that are there.
         rngs: where the initial weights come from.
 
     Raises:
@@ -47,27 +48,15 @@ class MLP(nnx.Module):
         standardize: bool = False,
         rngs: nnx.Rngs,
     ):
-        if not hidden_sizes or min(hidden_sizes) < 1:
-            raise ValueError(f"hidden_sizes must be sizes of at least 1, found {hidden_sizes}.")
-        example = flatten_inputs(example_inputs)
-        sizes = (example.shape[-1], *hidden_sizes)
-        self.num_inputs = sizes[0]
+        example, there = flatten_with_mask(example_inputs)
+        self.num_inputs = example.shape[-1]
         self.activation = activation
-        self.standardize = Standardize(example) if standardize else None
-        self.layers = nnx.List(
-            nnx.Linear(fan_in, fan_out, rngs=rngs) for fan_in, fan_out in itertools.pairwise(sizes)
-        )
+        self.standardize = Standardize(example, where=there) if standardize else None
+        self.layers = dense_layers(self.num_inputs, hidden_sizes, rngs=rngs)
 
     def __call__(self, inputs: Any) -> Float[Array, "batch k"]:
         """Return the features of each datum, shape ``(batch, hidden_sizes[-1])``."""
-        hidden = flatten_inputs(inputs)
-        if hidden.shape[-1] != self.num_inputs:
-            raise ValueError(
-                f"The encoder was built for data of {self.num_inputs} values each, found "
-                f"{hidden.shape[-1]}. Pass data of the shape it was trained on."
-            )
-        if self.standardize is not None:
-            hidden = self.standardize(hidden)
+        hidden = scaled(*flatten_with_mask(inputs), self.num_inputs, self.standardize)
         for layer in self.layers:
             hidden = self.activation(layer(hidden))
         return hidden
