@@ -1,43 +1,51 @@
 """What a family is, on one page.
 
 A **family** turns features into a NumPyro distribution over the latents of **one** datum: the
-vector of ``size`` unconstrained values of all its local sites, side by side in the model's order.
-Write two methods, for one datum; batching, splitting by site, supports and log-determinants are
-done for you:
+vector of ``size`` unconstrained values of its local sites, side by side in the model's order.
+A new one is one file with two classes, written for one datum; batching, splitting by site,
+supports, masks and log-determinants are done for you:
 
-* `AbstractFamily.head` returns an ``nnx.Module`` from features ``(batch, k)`` to ``raw``, a pytree
-  of arrays with the batch in front,
-* `AbstractFamily.distribution` turns the ``raw`` of one datum (no batch axis, or any number of
-  them in front) into a distribution with ``event_shape == (size,)``.
+* a family, a frozen dataclass of options whose `AbstractFamily.head` returns
+* a head, an ``nnx.Module`` with the weights. It maps features ``(*batch, k)`` to ``raw``, a pytree
+  of arrays with ``batch`` in front, and `AbstractHead.distribution` makes of the ``raw`` of one
+  datum (no batch axis, or any number of them in front) a distribution with
+  ``event_shape == (size,)``. A head that has weights in its distribution, as that of a flow has,
+  reads them from itself, and what depends on the datum from ``raw``.
 """
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, ClassVar
 
+import jax.numpy as jnp
 import numpyro.distributions as dist
 from flax import nnx
+from jax.nn import initializers
+from jaxtyping import Array, Float
+from numpyro.distributions import constraints
+from numpyro.distributions.transforms import Transform
 
-__all__ = ["AbstractFamily"]
+from numpyro_vae.parameterization import saturating_exp, saturation_limit
+
+__all__ = ["AbstractFamily", "AbstractHead"]
 
 
-class AbstractFamily(ABC):
-    """The contract of a guide family; see the module's docstring."""
+class AbstractHead(nnx.Module):
+    """From features to a distribution over a datum's latents; see the module's docstring."""
 
     @abstractmethod
-    def head(self, num_features: int, size: int, *, rngs: nnx.Rngs) -> nnx.Module:
-        """Return a module from features ``(batch, num_features)`` to the family's raw outputs.
+    def __call__(self, features: Float[Array, "*batch k"]) -> Any:
+        """Return the raw outputs, arrays with ``batch`` in front.
 
         Args:
-            num_features: the length of a feature vector.
-            size: the number of unconstrained latent values of a datum.
-            rngs: where the initial weights come from.
+            features: what the encoder says of each datum.
         """
 
     @abstractmethod
     def distribution(self, raw: Any) -> dist.Distribution:
-        """Return the distribution over a datum's latents.
+        """Return the distribution over a datum's unconstrained latents.
 
         Args:
             raw: what the head returned, ``(*batch, ...)``.
@@ -45,3 +53,97 @@ class AbstractFamily(ABC):
         Returns:
             A distribution with ``batch_shape == batch`` and ``event_shape == (size,)``.
         """
+
+    @abstractmethod
+    def marginals(self, raw: Any) -> dist.Distribution | None:
+        """Return the distribution of every latent value by itself, if it is known.
+
+        Args:
+            raw: what the head returned, ``(*batch, ...)``.
+
+        Returns:
+            A distribution with ``batch_shape == (*batch, size)`` that has a mean, a variance and
+            ``icdf``; None if there is no closed form.
+        """
+
+
+class AbstractFamily(ABC):
+    """The contract of a guide family; see the module's docstring.
+
+    Attributes:
+        is_factorized: whether the distribution is the product of its marginals, and each of these
+            depends on its own entries ``[..., i]`` of ``raw`` alone. The guide then declares every
+            site with its own distribution; otherwise it draws the latents jointly.
+    """
+
+    is_factorized: ClassVar[bool] = False
+
+    @abstractmethod
+    def head(self, num_features: int, size: int, *, rngs: nnx.Rngs) -> AbstractHead:
+        """Return the module with the weights of the family.
+
+        Args:
+            num_features: the length of a feature vector.
+            size: the number of unconstrained latent values of a datum.
+            rngs: where the initial weights come from.
+        """
+
+    def pair(self) -> AbstractHead:
+        """Return a head without weights, for an encoder that returns ``(loc, raw_scale)`` itself.
+
+        Raises:
+            TypeError: if the family is not made of such a pair.
+        """
+        raise TypeError(
+            f"The encoder returned a pair (loc, raw_scale), but {type(self).__name__} needs "
+            "features. Return one array of shape (batch, k) from the encoder."
+        )
+
+
+# -- what several families share -----------------------------------------------------------------
+
+
+class LogScaleAffine(Transform):
+    """``loc + exp(log_scale) * x`` for vectors ``x``: a standardized distribution put in its place.
+
+    NumPyro's ``AffineTransform`` takes a scale; this takes its logarithm, as `LogScaleNormal` does,
+    and stays finite where ``exp`` does not. A draw's density uses the very ``x`` it was made from.
+
+    Args:
+        loc: where 0 goes.
+        log_scale: the logarithm of the factor of each entry.
+    """
+
+    domain = constraints.real_vector
+    codomain = constraints.real_vector
+
+    def __init__(self, loc: Float[Array, "*batch size"], log_scale: Float[Array, "*batch size"]):
+        self.loc, self.log_scale = loc, log_scale
+
+    def __call__(self, x: Float[Array, "*shape size"]) -> Float[Array, "*shape size"]:
+        """Return ``loc + exp(log_scale) * x``, with a saturated exponential."""
+        return self.loc + saturating_exp(self.log_scale) * x
+
+    def log_abs_det_jacobian(self, x: Array, y: Array, intermediates: Any = None) -> Array:
+        """Return the sum of the log-scales, which do not saturate."""
+        return jnp.broadcast_to(self.log_scale.sum(-1), x.shape[:-1])
+
+    def tree_flatten(self) -> tuple[tuple, tuple]:
+        """Return both arrays as leaves."""
+        return (self.loc, self.log_scale), (("loc", "log_scale"), {})
+
+    def _inverse(self, y: Array) -> Array:
+        x = (y - self.loc) * saturating_exp(-self.log_scale)
+        largest = math.exp(saturation_limit(x.dtype))  # of which the square is finite
+        return jnp.clip(x, -largest, largest)
+
+
+def constant_linear(num_features: int, size: int, start: float, *, rngs: nnx.Rngs) -> nnx.Linear:
+    """Return a linear map that starts at a constant, whatever the features; heads share it."""
+    return nnx.Linear(
+        num_features,
+        size,
+        kernel_init=initializers.zeros,
+        bias_init=initializers.constant(start),
+        rngs=rngs,
+    )

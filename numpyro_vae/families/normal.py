@@ -3,35 +3,64 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import numpyro.distributions as dist
 from flax import nnx
-from jax.nn import initializers
 from jaxtyping import Array, Float
 
 from numpyro_vae.distributions import LogScaleNormal
-from numpyro_vae.families.base import AbstractFamily
+from numpyro_vae.families.base import AbstractFamily, AbstractHead, constant_linear
 from numpyro_vae.parameterization import AbstractParameterization, LogScale
 
 __all__ = ["DiagonalNormal"]
 
+Pair = tuple[Float[Array, "*batch size"], Float[Array, "*batch size"]]
 
-class NormalHead(nnx.Module):
+
+class AbstractNormalHead(AbstractHead):
+    """What a pair ``(loc, raw_scale)`` means, wherever it comes from."""
+
+    parameterization: AbstractParameterization
+
+    def distribution(self, raw: Pair) -> dist.Distribution:
+        """Return the Normals of a datum as one distribution, ``event_shape == (size,)``."""
+        return self.marginals(raw).to_event(1)
+
+    def marginals(self, raw: Pair) -> LogScaleNormal:
+        """Return ``Normal(loc, scale(raw_scale))`` of every latent value by itself."""
+        loc, raw_scale = raw
+        return LogScaleNormal(loc, self.parameterization.log_scale(raw_scale))
+
+
+class PairHead(AbstractNormalHead):
+    """The encoder's own pair ``(loc, raw_scale)``."""
+
+    def __init__(self, parameterization: AbstractParameterization):
+        self.parameterization = parameterization
+
+    def __call__(self, features: Any) -> Pair:
+        """Return the pair."""
+        return features
+
+
+class LinearHead(AbstractNormalHead):
     """Two linear maps of the features: ``loc``, and ``raw_scale`` starting at a constant."""
 
-    def __init__(self, num_features: int, size: int, raw_init: float, *, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        num_features: int,
+        size: int,
+        parameterization: AbstractParameterization,
+        *,
+        rngs: nnx.Rngs,
+    ):
+        self.parameterization = parameterization
         self.loc = nnx.Linear(num_features, size, rngs=rngs)
-        self.raw_scale = nnx.Linear(
-            num_features,
-            size,
-            kernel_init=initializers.zeros,
-            bias_init=initializers.constant(raw_init),
-            rngs=rngs,
-        )
+        self.raw_scale = constant_linear(num_features, size, parameterization.init_raw, rngs=rngs)
 
-    def __call__(
-        self, features: Float[Array, "batch k"]
-    ) -> tuple[Float[Array, "batch size"], Float[Array, "batch size"]]:
+    def __call__(self, features: Float[Array, "*batch k"]) -> Pair:
+        """Return ``(loc, raw_scale)``."""
         return self.loc(features), self.raw_scale(features)
 
 
@@ -44,25 +73,18 @@ class DiagonalNormal(AbstractFamily):
 
     Example:
         >>> import jax.numpy as jnp
-        >>> DiagonalNormal().distribution((jnp.zeros((4, 2)), jnp.zeros((4, 2)))).event_shape
+        >>> head = DiagonalNormal().head(8, 2, rngs=nnx.Rngs(0))
+        >>> head.distribution(head(jnp.zeros((4, 8)))).event_shape
         (2,)
     """
 
     parameterization: AbstractParameterization = LogScale()
+    is_factorized: ClassVar[bool] = True
 
-    def head(self, num_features: int, size: int, *, rngs: nnx.Rngs) -> NormalHead:
+    def head(self, num_features: int, size: int, *, rngs: nnx.Rngs) -> LinearHead:
         """Return the two linear maps from features to ``(loc, raw_scale)``."""
-        return NormalHead(num_features, size, self.parameterization.init_raw, rngs=rngs)
+        return LinearHead(num_features, size, self.parameterization, rngs=rngs)
 
-    def normal(
-        self, raw: tuple[Float[Array, "*batch size"], Float[Array, "*batch size"]]
-    ) -> LogScaleNormal:
-        """Return ``Normal(loc, scale(raw_scale))`` of every latent value by itself."""
-        loc, raw_scale = raw
-        return LogScaleNormal(loc, self.parameterization.log_scale(raw_scale))
-
-    def distribution(
-        self, raw: tuple[Float[Array, "*batch size"], Float[Array, "*batch size"]]
-    ) -> dist.Distribution:
-        """Return the Normals of a datum as one distribution, ``event_shape == (size,)``."""
-        return self.normal(raw).to_event(1)
+    def pair(self) -> PairHead:
+        """Return what makes Normals of the encoder's own ``(loc, raw_scale)``."""
+        return PairHead(self.parameterization)

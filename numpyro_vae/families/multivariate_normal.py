@@ -1,0 +1,98 @@
+"""The multivariate Normal with any covariance."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+import numpy as np
+import numpyro.distributions as dist
+from flax import nnx
+from jaxtyping import Array, Float
+from numpyro.distributions.transforms import LowerCholeskyAffine
+
+from numpyro_vae.distributions import LogScaleNormal
+from numpyro_vae.families.base import AbstractFamily, AbstractHead, LogScaleAffine, constant_linear
+from numpyro_vae.parameterization import AbstractParameterization, LogScale
+
+__all__ = ["FullRankNormal"]
+
+Triple = tuple[
+    Float[Array, "*batch size"], Float[Array, "*batch size"], Float[Array, "*batch lower"]
+]
+
+
+class CholeskyHead(AbstractHead):
+    """Linear maps to ``loc``, ``raw_scale`` and the strictly lower triangle, row by row."""
+
+    def __init__(
+        self,
+        num_features: int,
+        size: int,
+        parameterization: AbstractParameterization,
+        *,
+        rngs: nnx.Rngs,
+    ):
+        self.parameterization = parameterization
+        self.size = size
+        self.loc = nnx.Linear(num_features, size, rngs=rngs)
+        self.raw_scale = constant_linear(num_features, size, parameterization.init_raw, rngs=rngs)
+        self.lower = constant_linear(num_features, size * (size - 1) // 2, 0.0, rngs=rngs)
+
+    def __call__(self, features: Float[Array, "*batch k"]) -> Triple:
+        """Return ``(loc, raw_scale, lower)``."""
+        return self.loc(features), self.raw_scale(features), self.lower(features)
+
+    def distribution(self, raw: Triple) -> dist.TransformedDistribution:
+        """Return standard Normal noise, correlated by ``unit_tril``, scaled and shifted."""
+        loc, raw_scale, lower = raw
+        # Not NumPyro's MultivariateNormal: it solves for the noise of its own draws, and its
+        # scale_tril cannot hold scales for which exp() over- or underflows.
+        zeros = jnp.zeros_like(loc)
+        correlate = LowerCholeskyAffine(zeros, self._unit_tril(lower))
+        rescale = LogScaleAffine(loc, self.parameterization.log_scale(raw_scale))
+        noise = dist.Normal(zeros, 1.0).to_event(1)
+        return dist.TransformedDistribution(noise, [correlate, rescale])
+
+    def marginals(self, raw: Triple) -> LogScaleNormal:
+        """Return the Normals with the standard deviations ``scale * norm(unit_tril row)``."""
+        loc, raw_scale, lower = raw
+        # A row of `unit_tril` holds a 1, so neither this logarithm nor its gradient is infinite.
+        log_norm = 0.5 * jnp.log(jnp.square(self._unit_tril(lower)).sum(-1))
+        return LogScaleNormal(loc, self.parameterization.log_scale(raw_scale) + log_norm)
+
+    def _unit_tril(self, lower: Float[Array, "*batch lower"]) -> Float[Array, "*batch size size"]:
+        rows, columns = np.tril_indices(self.size, -1)
+        eye = jnp.eye(self.size, dtype=lower.dtype)
+        unit_tril = jnp.broadcast_to(eye, (*lower.shape[:-1], *eye.shape))
+        return unit_tril.at[..., rows, columns].set(lower)
+
+
+@dataclass(frozen=True)
+class FullRankNormal(AbstractFamily):
+    r"""A multivariate Normal with any covariance over a datum's unconstrained latents.
+
+    .. math::
+        z = \text{loc} + \text{diag}(\text{scale})\, C \varepsilon, \qquad
+        \varepsilon \sim \text{Normal}(0, I),
+
+    with :math:`C` lower triangular and 1 on its diagonal: ``scale`` is the standard deviation of a
+    latent given those before it, and :math:`C` has no unit. This is the full-rank Gaussian of
+    Kucukelbir et al., "Automatic Differentiation Variational Inference", 2017 (JMLR 18, 14), with
+    ``scale_tril = diag(scale) C``, one for each datum. It starts diagonal, and it has
+    ``size * (size + 3) / 2`` outputs for each datum.
+
+    Args:
+        parameterization: what the raw scale means; its ``init_scale`` is where every scale starts.
+
+    Example:
+        >>> head = FullRankNormal().head(8, 3, rngs=nnx.Rngs(0))
+        >>> head.distribution(head(jnp.zeros((4, 8)))).event_shape
+        (3,)
+    """
+
+    parameterization: AbstractParameterization = LogScale()
+
+    def head(self, num_features: int, size: int, *, rngs: nnx.Rngs) -> CholeskyHead:
+        """Return the linear maps from features to ``(loc, raw_scale, lower)``."""
+        return CholeskyHead(num_features, size, self.parameterization, rngs=rngs)
