@@ -1,11 +1,37 @@
+from .amortized import AmortizedGuide, GuideOptions
 from .checks import Check, check, khat_threshold, pareto_khat
 from .convolution import Conv, ConvTranspose
 from .distributions import LogScaleNormal
-from .encoders import MLP, ConvNet, Standardize, flatten_inputs
+from .encoders import (
+    MLP,
+    RNN,
+    ConvNet,
+    Fusion,
+    ResidualMLP,
+    SetEncoder,
+    Standardize,
+    as_module,
+    flatten_inputs,
+)
 from .encoding import Encoding
-from .families import AbstractFamily, DiagonalNormal
+from .families import (
+    AbstractFamily,
+    AbstractHead,
+    DiagonalNormal,
+    Flow,
+    FullRankNormal,
+    LowRankNormal,
+    PointEstimate,
+)
 from .fitting import FitResult, fit
-from .guide import AutoAmortizedNormal
+from .guide import (
+    AutoAmortizedDelta,
+    AutoAmortizedFlow,
+    AutoAmortizedLowRankMultivariateNormal,
+    AutoAmortizedMultivariateNormal,
+    AutoAmortizedNormal,
+)
+from .inputs import Masked, Segments
 from .parameterization import (
     AbstractParameterization,
     LogScale,
@@ -28,8 +54,15 @@ __version__: str
 
 __all__ = [
     "MLP",
+    "RNN",
     "AbstractFamily",
+    "AbstractHead",
     "AbstractParameterization",
+    "AmortizedGuide",
+    "AutoAmortizedDelta",
+    "AutoAmortizedFlow",
+    "AutoAmortizedLowRankMultivariateNormal",
+    "AutoAmortizedMultivariateNormal",
     "AutoAmortizedNormal",
     "Check",
     "Conv",
@@ -38,13 +71,24 @@ __all__ = [
     "DiagonalNormal",
     "Encoding",
     "FitResult",
+    "Flow",
+    "FullRankNormal",
+    "Fusion",
+    "GuideOptions",
     "LogScale",
     "LogScaleNormal",
     "LogVariance",
+    "LowRankNormal",
+    "Masked",
+    "PointEstimate",
     "Posterior",
+    "ResidualMLP",
+    "Segments",
+    "SetEncoder",
     "SiteEncoding",
     "Softplus",
     "Standardize",
+    "as_module",
     "check",
     "fit",
     "flatten_inputs",

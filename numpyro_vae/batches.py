@@ -95,12 +95,14 @@ class ArrayData:
     Attributes:
         arrays: those that are arrays.
         layout: how they become arguments.
-        num_data: how many data there are.
+        num_data: how many data there are; 1 if no array has a datum axis.
+        not_finite: which values are NaN or infinite, for a message; empty if none is.
     """
 
     arrays: tuple[Array, ...]
     layout: Layout
     num_data: int
+    not_finite: str
 
     @classmethod
     def read(cls, data: Data, batch_axes: Any = 0, name: str = "data") -> ArrayData:
@@ -109,11 +111,13 @@ class ArrayData:
         Args:
             data: an array, a tuple of positional arguments, or a dict of keyword arguments.
             batch_axes: the datum axis of each leaf, as ``in_axes`` of `jax.vmap`: an int, or a
-                structure that is a prefix of the data's, with None for what is not batched.
+                structure that is a prefix of the data's, with None for what is not batched. None
+                alone is for data that the model takes whole, such as ragged groups.
             name: what the data are called in messages.
 
         Raises:
-            ValueError: if there are no data, their numbers disagree, or a value is not finite.
+            ValueError: if there are no data, their numbers disagree, or a value is beyond the
+                range of the device's floats.
 
         Example:
             >>> ArrayData.read((np.zeros((5, 2)), 3.0), batch_axes=(0, None)).num_data
@@ -123,7 +127,7 @@ class ArrayData:
         axes = jax.tree.leaves(axes_tree, is_leaf=lambda x: x is None)
         paths = [name + jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(data)]
         leaves, treedef = jax.tree.flatten(as_arguments(data))
-        num_data = _num_data(leaves, axes, paths, name)
+        num_data = 1 if batch_axes is None else _num_data(leaves, axes, paths, name)
         is_array = [hasattr(leaf, "__array__") for leaf in leaves]
         arrays = tuple(
             _to_device(leaf, axis, path)
@@ -131,10 +135,21 @@ class ArrayData:
             if array
         )
         array_axes = tuple(axis for axis, array in zip(axes, is_array, strict=True) if array)
+        array_paths = [path for path, array in zip(paths, is_array, strict=True) if array]
         static = tuple(
             None if array else leaf for leaf, array in zip(leaves, is_array, strict=True)
         )
-        return cls(arrays, Layout(static, array_axes, treedef), num_data)
+        found = ", ".join(
+            _not_finite(array, axis, path)
+            for array, axis, path in zip(arrays, array_axes, array_paths, strict=True)
+            if jnp.issubdtype(array.dtype, jnp.floating) and not jnp.isfinite(array).all()
+        )
+        return cls(arrays, Layout(static, array_axes, treedef), num_data, found)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the model takes the data whole, as no array has a datum axis."""
+        return all(axis is None for axis in self.layout.axes)
 
     def whole(self) -> tuple[tuple, dict[str, Any]]:
         """Return the model's arguments with all rows."""
@@ -171,22 +186,26 @@ def _num_data(leaves: list, axes: list, paths: list[str], name: str) -> int:
 
 
 def _to_device(leaf: Any, axis: int | None, path: str) -> Array:
-    """Return the leaf as a JAX array, refusing values that are not finite there."""
+    """Return the leaf as a JAX array, refusing values that were finite and are not there."""
     with np.errstate(over="ignore"):  # values beyond the range are found below
         array = jnp.asarray(leaf)
-    if jnp.issubdtype(array.dtype, jnp.floating) and not bool(jnp.isfinite(array).all()):
-        bad = np.argwhere(~np.isfinite(np.asarray(array)))
-        row = "" if axis is None else f", the first in row {bad[0][axis]}"
-        if np.isfinite(np.asarray(leaf)).all():
-            raise ValueError(
-                f"{path} is {leaf.dtype} and has {len(bad)} values beyond the range of "
-                f"{array.dtype}{row}. Rescale the data, or call numpyro.enable_x64()."
-            )
+    if isinstance(leaf, jax.Array) or not jnp.issubdtype(array.dtype, jnp.floating):
+        return array
+    leaf = np.asarray(leaf)
+    lost = np.isfinite(leaf) & ~np.isfinite(np.asarray(array))
+    if lost.any():
+        row = "" if axis is None else f", the first in row {np.argwhere(lost)[0][axis]}"
         raise ValueError(
-            f"{path} has {len(bad)} values that are NaN or infinite{row}. Remove them, or fill "
-            "them in and hide them from the likelihood with a mask."
+            f"{path} is {leaf.dtype} and has {lost.sum()} values beyond the range of "
+            f"{array.dtype}{row}. Rescale the data, or call numpyro.enable_x64()."
         )
     return array
+
+
+def _not_finite(array: Array, axis: int | None, path: str) -> str:
+    bad = np.argwhere(~np.isfinite(np.asarray(array)))
+    row = "" if axis is None else f", the first in row {bad[0][axis]}"
+    return f"{path} has {len(bad)} values that are NaN or infinite{row}"
 
 
 def padded_batches(num_data: int, batch_size: int) -> Iterator[tuple[Array, Array]]:

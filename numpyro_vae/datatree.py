@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -30,9 +30,23 @@ def site_dims(sites: ModelSites) -> dict[str, list[str]]:
     return found
 
 
-def rows_first(dims: list[str], plate: str) -> list[str]:
-    """Return dimensions with the plate's in front, as arrays that go row by row have them."""
-    return [plate, *(dim for dim in dims if dim != plate)]
+def rows_first(
+    dims: Mapping[str, list[str]], names: Iterable[str], plates: Sequence[str]
+) -> dict[str, list[str]]:
+    """Return dimensions as arrays have them that go row by row.
+
+    Args:
+        dims: by variable.
+        names: the variables that go row by row; one that is no site has a value for each datum.
+        plates: the local plate's name, and those of other plates that hold the data's
+            observations.
+    """
+    found = dict(dims)
+    for name in names:
+        own = dims.get(name, [])
+        rows = next((plate for plate in plates if plate in own), plates[0])
+        found[name] = [rows, *(dim for dim in own if dim != rows)]
+    return found
 
 
 def build_datatree(

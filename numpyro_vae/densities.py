@@ -1,4 +1,4 @@
-"""Log-densities, and predictions, of each datum of a batch, draw by draw."""
+"""Log-densities, and predictions, of each datum of a batch, for one draw."""
 
 from __future__ import annotations
 
@@ -6,80 +6,90 @@ from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
-import numpyro.distributions as dist
 from jaxtyping import Array, Float
 from numpyro import handlers
-from numpyro.distributions import biject_to, kl_divergence
-from numpyro.distributions.util import sum_rightmost
 from numpyro.primitives import Messenger
 
-from numpyro_vae.distributions import LogScaleNormal
-from numpyro_vae.encoding import Encoding
-from numpyro_vae.sites import is_real
+from numpyro_vae.inputs import Segments
+from numpyro_vae.runs import Run
 
 Model = Callable[..., Any]
 
 
-def _trace(model: Model, rows: Messenger, rng_key: Array, args: tuple, kwargs: dict) -> dict:
-    with handlers.block(), rows, handlers.seed(rng_seed=rng_key):
-        return handlers.trace(model).get_trace(*args, **kwargs)
-
-
-def row_densities(
+def trace_rows(
     model: Model,
     values: dict[str, Any],
-    plate: str,
     rows: Messenger,
     rng_key: Array,
     args: tuple,
-    kwargs: dict,
-) -> Float[Array, "batch"]:
-    """Return each datum's log joint density given the global sites.
-
-    All sites of the plate count, summed over all but the plate; the weight that a minibatch gives
-    them does not.
+    kwargs: dict[str, Any],
+) -> dict[str, Any]:
+    """Return the trace of a model on rows of data, with values for its sites and parameters.
 
     Args:
         model: a NumPyro model.
         values: of its latent sites, parameters and mutable state.
-        plate: the local plate.
         rows: the handler that says which rows the plate holds.
         rng_key: for what is not given.
         args: the model's arguments.
         kwargs: its keyword arguments.
     """
     model = handlers.substitute(model, data=values)
-    total = jnp.zeros(())
-    for site in _trace(model, rows, rng_key, args, kwargs).values():
-        dims = {frame.name: frame.dim for frame in site.get("cond_indep_stack", ())}
-        if site["type"] == "sample" and plate in dims:
-            log_prob = jnp.moveaxis(site["fn"].log_prob(site["value"]), dims[plate], 0)
-            total = total + log_prob.reshape(log_prob.shape[0], -1).sum(-1)
+    with handlers.block(), rows, handlers.seed(rng_seed=rng_key):
+        return handlers.trace(model).get_trace(*args, **kwargs)
+
+
+def row_densities(trace: dict[str, Any], run: Run) -> Float[Array, "batch"]:
+    """Return each datum's log joint density given the global sites.
+
+    All sites of the plate count, summed over all but the plate, and so do the observed sites of
+    the plates that hold the data's observations; the weight of a minibatch does not.
+
+    Args:
+        trace: of the model on the batch.
+        run: the run of the model that the guide has read.
+    """
+    total = jnp.zeros(run.plate.length)
+    for site in trace.values():
+        if site["type"] != "sample":
+            continue
+        dims = {frame.name: frame.dim for frame in site["cond_indep_stack"]}
+        if run.plate.name in dims:
+            total += _by_row(site, dims[run.plate.name])
+            continue
+        name = next((name for name in run.groups if name in dims), None)
+        if site["is_observed"] and name is not None:
+            elements = _by_row(site, dims[name])
+            total += Segments(elements, run.groups[name], run.plate.length).sum(elements)
     return total
 
 
-def predict_rows(
-    model: Model,
-    values: dict[str, Any],
-    plate: str,
-    rows: Messenger,
-    rng_key: Array,
-    args: tuple,
-    kwargs: dict,
-) -> dict[str, Array]:
-    """Draw the observed sites anew, and return them with the deterministic sites of the plate.
+def _by_row(site: dict, dim: int) -> Float[Array, "rows"]:
+    """Return a site's log-density, summed over all but one of its dimensions."""
+    log_prob = jnp.moveaxis(site["fn"].log_prob(site["value"]), dim, 0)
+    return log_prob.reshape(log_prob.shape[0], -1).sum(-1)
 
-    The arguments are those of `row_densities`.
+
+def predicted_rows(trace: dict[str, Any], run: Run) -> dict[str, Array]:
+    """Return what the model, run on a batch without its data, has drawn for them.
+
+    Args:
+        trace: of the model under ``handlers.uncondition``.
+        run: the run of the model that the guide has read.
 
     Returns:
-        Values by site name, the plate's axis in front.
+        Observed and deterministic sites by name: the plate's axis in front, or that of the plate
+        which holds the data's observations.
     """
-    model = handlers.substitute(handlers.uncondition(model), data=values)
+    plates = (run.plate.name, *run.groups)
     found = {}
-    for name, site in _trace(model, rows, rng_key, args, kwargs).items():
+    for name, site in trace.items():
         observed = site["type"] == "sample" and site["infer"].get("was_observed", False)
         dims = {frame.name: frame.dim for frame in site.get("cond_indep_stack", ())}
-        if plate in dims and (observed or site["type"] == "deterministic"):
+        plate = next((plate for plate in plates if plate in dims), None)
+        if observed and not jnp.size(site["value"]):
+            continue  # a numpyro.factor
+        if plate and (observed or site["type"] == "deterministic"):
             event_dim = site["fn"].event_dim if observed else _event_dim(site)
             found[name] = jnp.moveaxis(site["value"], dims[plate] - event_dim, 0)
     return found
@@ -89,68 +99,3 @@ def _event_dim(site: dict) -> int:
     """Guess a deterministic site's event dimensions: all that its plates do not account for."""
     batch_dim = max(-frame.dim for frame in site["cond_indep_stack"])
     return max(jnp.ndim(site["value"]) - batch_dim, 0)
-
-
-def row_divergences(
-    model: Model,
-    encoding: Encoding,
-    packed: Float[Array, "batch size"],
-    values: dict[str, Any],
-    rows: Messenger,
-    rng_key: Array,
-    args: tuple,
-    kwargs: dict,
-) -> dict[str, Float[Array, "batch ..."]]:
-    """Estimate the divergence of each datum's guide from its prior, by latent dimension.
-
-    The prior is taken as it is given the other latents of the draw. Where it is a product over
-    dimensions of a form whose divergence is known, that divergence is used; elsewhere the
-    estimate is ``log q - log p`` of the draw, for the site as a whole.
-
-    Args:
-        model: a NumPyro model.
-        encoding: what the guide says of the batch.
-        packed: a draw from it.
-        values: of the model's parameters and latent sites, those of the draw among them.
-        rows: the handler that says which rows the plate holds.
-        rng_key: for what is not given.
-        args: the model's arguments.
-        kwargs: its keyword arguments.
-
-    Returns:
-        For each local site ``(batch, *datum_shape)``, or ``(batch,)`` for the site as a whole.
-    """
-    model = handlers.substitute(model, data=values)
-    trace = _trace(model, rows, rng_key, args, kwargs)
-    plate, normal = encoding.run.plate, encoding.normal
-    parts = zip(*map(encoding.unpack, (normal.loc, normal.log_scale, packed)), strict=True)
-    found = {}
-    for (site, loc), (_, log_scale), (_, draw) in parts:
-        fn, q = trace[site.name]["fn"], LogScaleNormal(loc, log_scale)
-        by_dimension = _divergence_by_dimension(q, fn)
-        if by_dimension is not None:
-            found[site.name] = jnp.moveaxis(by_dimension, site.axis(plate), 0)
-            continue
-        transform = biject_to(fn.support)
-        value = transform(draw)
-        log_det = transform.log_abs_det_jacobian(draw, value)
-        log_p = fn.log_prob(value) + sum_rightmost(log_det, log_det.ndim - len(fn.batch_shape))
-        log_q = q.log_prob(draw)
-        ratio = sum_rightmost(log_q, log_q.ndim - len(fn.batch_shape)) - log_p
-        ratio = jnp.moveaxis(ratio, site.axis(plate), 0)
-        found[site.name] = ratio.reshape(ratio.shape[0], -1).sum(-1)
-    return found
-
-
-def _divergence_by_dimension(q: dist.Distribution, prior: dist.Distribution) -> Array | None:
-    """Return the elementwise KL divergence, or None if the prior is no product of known form."""
-    if not is_real(prior.support):
-        return None
-    while isinstance(prior, dist.Independent | dist.ExpandedDistribution):
-        prior = prior.base_dist
-    if prior.event_dim:
-        return None
-    try:
-        return jnp.broadcast_to(kl_divergence(q, prior), q.batch_shape)
-    except NotImplementedError:
-        return None

@@ -8,17 +8,20 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from jaxtyping import Array
-from numpyro.infer import SVI
+from numpyro.infer import SVI, TraceGraph_ELBO
 from numpyro.infer.svi import SVIState
 from tqdm.auto import trange
 
-from numpyro_vae.batches import ArrayData, is_in_memory, padded_batches
-from numpyro_vae.sources import ArraySource, IterableSource
+from numpyro_vae.batches import ArrayData, is_in_memory
+from numpyro_vae.finite import FiniteObservations
+from numpyro_vae.sites import read_model
+from numpyro_vae.sources import ArraySource, IterableSource, WholeSource
 from numpyro_vae.training import Trainer
 
 __all__ = ["FitResult", "fit"]
 
 Score = Callable[[SVIState], float]
+Source = ArraySource | WholeSource | IterableSource
 
 
 class FitResult(NamedTuple):
@@ -71,7 +74,8 @@ def fit(
         batch_size: rows in a batch of in-memory data; by default 128, or all if they are fewer.
         num_epochs: passes over the data.
         num_data: for an iterable, how many data there are in all.
-        batch_axes: the datum axis of each argument, as ``in_axes`` of `jax.vmap`.
+        batch_axes: the datum axis of each argument, as ``in_axes`` of `jax.vmap`; None alone if
+            no argument has one, as with ragged groups: an epoch is then one step on all data.
         validation: in-memory data like ``data``, whose loss is computed after every epoch, always
             with the same random keys.
         patience: stop after so many epochs without a better validation loss, and return the best
@@ -103,12 +107,13 @@ def fit(
     _check_options(num_epochs, patience, validation)
     plate = plate or getattr(svi.guide, "plate_name", None)
     source = _source(svi, data, batch_size, num_data, batch_axes, plate)
+    _check_objective(svi, *source.trainer.read(source.first()))
     init_key, order_key, validation_key = jax.random.split(rng_key, 3)
     if init_state is None or svi.constrain_fn is None:  # a state from elsewhere needs the latter
         fresh = source.trainer.init(init_key, source.first(), init_params)
         init_state = init_state or fresh
     progress = _Progress(init_state)
-    score = _validator(source, validation, batch_axes, validation_key)
+    score = _validator(svi, source, validation, batch_axes, validation_key)
     with trange(num_epochs, disable=not progress_bar, unit="epoch") as epochs:
         try:
             for epoch in epochs:
@@ -165,6 +170,18 @@ def _check_options(num_epochs: int, patience: int | None, validation: Any) -> No
         )
 
 
+def _check_objective(svi: SVI, args: tuple, kwargs: dict[str, Any]) -> None:
+    """Raise if the model has sites to enumerate, and the objective would draw from their prior."""
+    sites = read_model(svi.model, args, {**kwargs, **svi.static_kwargs}).sites.values()
+    enumerated = [site.name for site in sites if site.is_enumerated]
+    enumerates = svi.loss.can_infer_discrete and not isinstance(svi.loss, TraceGraph_ELBO)
+    if enumerated and not enumerates:
+        raise ValueError(
+            f"The model's sites {enumerated} are to be enumerated, which "
+            f"{type(svi.loss).__name__} does not do. Train with numpyro.infer.TraceEnum_ELBO()."
+        )
+
+
 def _source(
     svi: SVI,
     data: Any,
@@ -172,11 +189,18 @@ def _source(
     num_data: int | None,
     batch_axes: Any,
     plate: str | None,
-) -> ArraySource | IterableSource:
+) -> Source:
     if is_in_memory(data):
         if num_data is not None:
             raise ValueError("num_data= is for iterables; arrays say how many data there are.")
         arrays = ArrayData.read(data, batch_axes)
+        if arrays.is_whole:
+            if batch_size is not None:
+                raise ValueError(
+                    f"batch_size is {batch_size}, but with batch_axes=None the model takes all "
+                    "data at once. Leave one of them out."
+                )
+            return WholeSource(svi, arrays, plate)
         return ArraySource(svi, arrays, batch_size or min(128, arrays.num_data), plate)
     if num_data is None or batch_size is not None:
         raise ValueError(
@@ -187,7 +211,7 @@ def _source(
 
 
 def _validator(
-    source: ArraySource | IterableSource, validation: Any, batch_axes: Any, rng_key: Array
+    svi: SVI, source: Source, validation: Any, batch_axes: Any, rng_key: Array
 ) -> Score | None:
     """Return a function from a state to the validation loss per datum, or None."""
     if validation is None:
@@ -198,14 +222,14 @@ def _validator(
             f"validation has the structure {data.layout}, the data {source.data.layout}. Pass "
             "validation data in the form of the training data."
         )
-    batches = list(padded_batches(data.num_data, source.batch_size))
-    real = np.array([np.count_nonzero(weights) for _, weights in batches])
+    FiniteObservations(svi.model, svi.static_kwargs).require(data)
+    batches, real = zip(*source.batches(data), strict=True)
     keys = jax.random.split(rng_key, len(batches))
 
     def score(state: SVIState) -> float:
         params = source.trainer.params(state)
         losses = [
-            source.trainer.evaluate(key, params, source.batch(data, *batch))
+            source.trainer.evaluate(key, params, batch)
             for key, batch in zip(keys, batches, strict=True)
         ]
         return float(np.average(jax.device_get(losses), weights=real))

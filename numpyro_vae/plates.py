@@ -67,7 +67,7 @@ class minibatch(Messenger):  # noqa: N801
     ):
         self.plate, self.num_data = plate, num_data
         self.indices, self.weights = indices, weights
-        self._factor = 1.0
+        self._factor: float | None = None
         super().__init__(fn)
 
     def process_message(self, msg: Any) -> None:
@@ -81,12 +81,13 @@ class minibatch(Messenger):  # noqa: N801
         elif msg["type"] in ("sample", "param"):
             for frame in msg["cond_indep_stack"]:
                 if frame.name == self.plate:
-                    self._weight(msg, frame.dim)
+                    self._weight(msg, frame)
 
-    def _weight(self, msg: Any, dim: int) -> None:
-        factor = self._factor
+    def _weight(self, msg: Any, frame: Any) -> None:
+        # A plate inside numpyro.contrib.control_flow.scan is not seen, only its sites are.
+        factor = self.num_data / frame.size if self._factor is None else self._factor
         if self.weights is not None:
-            factor = factor * self.weights.reshape(-1, *[1] * (-dim - 1))
+            factor = factor * self.weights.reshape(-1, *[1] * (-frame.dim - 1))
         elif factor == 1.0:
             return
         msg["scale"] = factor if msg["scale"] is None else msg["scale"] * factor

@@ -12,12 +12,12 @@ import numpy as np
 from jaxtyping import Array
 from numpyro.infer.autoguide import AutoGuide
 
-from numpyro_vae import rows as compiled
-from numpyro_vae.batches import ArrayData
+from numpyro_vae import views as compiled
+from numpyro_vae.amortized import AmortizedGuide
 from numpyro_vae.datatree import build_datatree, rows_first, site_dims
-from numpyro_vae.guide import AutoAmortizedNormal
-from numpyro_vae.rows import Rows, View
-from numpyro_vae.sites import read_model
+from numpyro_vae.enumeration import Enumeration
+from numpyro_vae.rows import Rows
+from numpyro_vae.views import View
 
 if TYPE_CHECKING:
     from xarray import DataTree
@@ -53,7 +53,7 @@ class Posterior:
     Example:
         >>> import numpyro, numpyro.distributions as dist, optax
         >>> from numpyro.infer import SVI, Trace_ELBO
-        >>> from numpyro_vae import fit
+        >>> from numpyro_vae import AutoAmortizedNormal, fit
         >>> def model(x):
         ...     with numpyro.plate("data", len(x)):
         ...         z = numpyro.sample("z", dist.Normal(0.0, 1.0))
@@ -70,7 +70,7 @@ class Posterior:
     """
 
     def __init__(self, guide: AutoGuide, params: Any, **static_kwargs: Any):
-        if not isinstance(guide, AutoAmortizedNormal):
+        if not isinstance(guide, AmortizedGuide):
             raise TypeError(
                 f"The guide is a {type(guide).__name__}, expected an amortized guide such as "
                 "AutoAmortizedNormal. Pass the guide itself, not what wraps it."
@@ -90,7 +90,7 @@ class Posterior:
         Returns:
             By site name, arrays of shape ``(num_data, *datum_shape)``.
         """
-        rows = self._read(data, batch_axes)
+        rows = Rows.read(self.guide, self.static_kwargs, data, batch_axes)
         found = rows.collect(partial(self._run, compiled.encode), ROWS)
         return {name: SiteEncoding(*parts) for name, parts in found.items()}
 
@@ -118,12 +118,13 @@ class Posterior:
         Raises:
             ValueError: if ``num_samples`` is below 1 or a site does not exist.
         """
-        rows = self._read(data, batch_axes)
+        rows = Rows.read(self.guide, self.static_kwargs, data, batch_axes)
         globals_ = self._globals(rng_key, rows, num_samples)
-        local = tuple(site.name for site in self.guide.local_sites)
+        local = self._local_names()
         names = self._names(var_names, (*local, *globals_))
         kept = tuple(name for name in local if name in names)
-        fn = partial(self._run, compiled.sample, rng_key, num_samples=num_samples, names=kept)
+        static = {"num_samples": num_samples, "names": kept}
+        fn = partial(self._run, compiled.sample, rng_key, globals_, **static)
         draws = rows.collect(fn, self._rows_at_once(num_samples), row_axis=1) if kept else {}
         for name, value in draws.items():
             axis = self.guide.sites.sites[name].axis(self.guide.plate)
@@ -158,7 +159,7 @@ class Posterior:
         Raises:
             ValueError: if ``num_samples`` is below 1 or a site does not exist.
         """
-        rows = self._read(data, batch_axes)
+        rows = Rows.read(self.guide, self.static_kwargs, data, batch_axes)
         globals_ = self._globals(rng_key, rows, num_samples)
         fn = partial(self._run, compiled.predict, rng_key, globals_, num_samples=num_samples)
         found = rows.collect(fn, self._rows_at_once(num_samples), row_axis=1)
@@ -185,7 +186,7 @@ class Posterior:
         Raises:
             ValueError: if ``num_samples`` is below 1.
         """
-        rows = self._read(data, batch_axes)
+        rows = Rows.read(self.guide, self.static_kwargs, data, batch_axes)
         globals_ = self._globals(rng_key, rows, num_samples)
         fn = partial(self._run, compiled.weigh, rng_key, globals_, num_samples=num_samples)
         return rows.collect(fn, self._rows_at_once(num_samples), row_axis=1)["log_weights"]
@@ -216,11 +217,56 @@ class Posterior:
         Returns:
             An array of shape ``(num_samples, num_data)``.
         """
-        rows = self._read(data, batch_axes)
+        rows = Rows.read(self.guide, self.static_kwargs, data, batch_axes)
         globals_ = self._globals(rng_key, rows, num_samples)
         sizes = {"num_samples": num_samples, "particles": num_particles}
         fn = partial(self._run, compiled.evidence, rng_key, globals_, **sizes)
         return rows.collect(fn, ROWS, row_axis=1)["log_evidence"]
+
+    def probabilities(
+        self,
+        rng_key: Array,
+        data: Any,
+        num_samples: int,
+        *,
+        num_particles: int = 32,
+        batch_axes: Any = 0,
+    ) -> dict[str, np.ndarray]:
+        r"""Return the posterior probability of each value of every enumerated site.
+
+        .. math:: p(y \mid x) \approx \frac{1}{S} \sum_s
+            \frac{\sum_k w_{sk}\, p(y \mid x, z_{sk}, g_s)}{\sum_k w_{sk}}
+
+        with ``num_particles`` local draws :math:`z` for each of the ``num_samples`` draws :math:`g`
+        of the globals, which count by their importance weights: more particles make up for what
+        the guide gets wrong.
+
+        Args:
+            rng_key: the random key.
+            data: as for `fit`, any number of rows.
+            num_samples: draws of the global sites.
+            num_particles: local draws for each of them.
+            batch_axes: as for `fit`.
+
+        Returns:
+            By site name, ``(num_data, *datum_shape, number of values)``.
+
+        Raises:
+            ValueError: if no site of the local plate is enumerated.
+        """
+        rows = Rows.read(self.guide, self.static_kwargs, data, batch_axes)
+        if not self.guide.sites.enumerated(self.guide.plate.name):
+            raise ValueError(
+                f"No site of plate {self.guide.plate.name!r} is enumerated, so there are no "
+                'probabilities. Mark a discrete site with infer={"enumerate": "parallel"}.'
+            )
+        globals_ = self._globals(rng_key, rows, num_samples)
+        sizes = {"num_samples": num_samples, "particles": num_particles}
+        fn = partial(self._run, compiled.classify, rng_key, globals_, **sizes)
+        found = rows.collect(fn, ROWS)["probabilities"]
+        return Enumeration.of_model(
+            self.guide.model, self.guide.plate.name, rows.args, rows.kwargs
+        ).probabilities(found)
 
     def divergences(
         self, rng_key: Array, data: Any, num_samples: int, *, batch_axes: Any = 0
@@ -237,7 +283,7 @@ class Posterior:
             By local site, in nats: ``(num_data, *datum_shape)``, or ``(num_data,)`` where the
             prior is no product over dimensions.
         """
-        rows = self._read(data, batch_axes)
+        rows = Rows.read(self.guide, self.static_kwargs, data, batch_axes)
         globals_ = self._globals(rng_key, rows, num_samples)
         fn = partial(self._run, compiled.diverge, rng_key, globals_, num_samples=num_samples)
         return rows.collect(fn, self._rows_at_once(num_samples))
@@ -270,9 +316,9 @@ class Posterior:
             ones; ``sample_stats`` with the importance weights of the posterior's draws;
             ``observed_data``; and ``constant_data``, the model's other data.
         """
-        rows = self._read(data, batch_axes)
+        rows = Rows.read(self.guide, self.static_kwargs, data, batch_axes)
         globals_ = self._globals(rng_key, rows, num_samples)
-        local = tuple(site.name for site in self.guide.local_sites)
+        local = self._local_names()
         known = (*local, *globals_, *self.guide.sites.deterministic)
         names = self._names(var_names, known)
         fn = partial(self._run, compiled.draws, rng_key, globals_, num_samples=num_samples)
@@ -282,16 +328,17 @@ class Posterior:
         )
         observed = rows.collect(partial(self._run, compiled.observed), ROWS)
         latent = found["posterior"] | {name: np.asarray(x) for name, x in globals_.items()}
-        likelihood = next(iter(observed)) if len(observed) == 1 else "joint"
+        alone = len(observed) == 1 and not self.guide.segments
+        likelihood = next(iter(observed)) if alone else "joint"
         groups = found | {
             "posterior": {name: latent[name] for name in names if name in latent},
             "log_likelihood": {likelihood: evidence},
             "observed_data": observed,
             "constant_data": self._constant_data(rows, observed),
         }
-        dims, plate = site_dims(self.guide.sites), self.guide.plate.name
         by_row = {name for group in groups.values() for name in group} - set(globals_)
-        dims |= {name: rows_first(dims.get(name, []), plate) for name in by_row}
+        plates = (self.guide.plate.name, *self.guide.segments)
+        dims = rows_first(site_dims(self.guide.sites), by_row, plates)
         return build_datatree(groups, dims, coords)
 
     def _constant_data(self, rows: Rows, observed: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -308,29 +355,17 @@ class Posterior:
             and not any(np.array_equal(value, seen) for seen in observed.values())
         }
 
-    def _read(self, data: Any, batch_axes: Any) -> Rows:
-        arrays = ArrayData.read(data, batch_axes)
-        args, kwargs = arrays.whole()
-        kwargs = {**kwargs, **self.static_kwargs}
-        self.guide.setup(*args, **kwargs)
-        name = self.guide.plate.name
-        plate = read_model(self.guide.model, args, kwargs).plates.get(name)
-        if plate is None or plate.size != arrays.num_data:
-            found = "none" if plate is None else plate.size
-            raise ValueError(
-                f"The data have {arrays.num_data} rows, but the model's plate {name!r} has {found}."
-                " Declare the plate with the length of the data that the model is given."
-            )
-        return Rows(arrays, plate.length < plate.size)
+    def _local_names(self) -> tuple[str, ...]:
+        """Return the latent sites of the local plate, those that are enumerated too."""
+        discrete = self.guide.sites.enumerated(self.guide.plate.name)
+        return tuple(site.name for site in (*self.guide.local_sites, *discrete))
 
     def _globals(self, rng_key: Array, rows: Rows, num_samples: int) -> dict[str, Array]:
         """Draw the global sites, one set for all rows."""
         if num_samples < 1:
             raise ValueError(f"num_samples is {num_samples}, expected at least 1.")
-        args, kwargs = rows.data.whole()
-        kwargs = {**kwargs, **self.static_kwargs}
         key = jax.random.fold_in(rng_key, 2**32 - 1)  # of no row
-        return self.guide.sample_globals(key, self.params, (num_samples,), args, kwargs)
+        return self.guide.sample_globals(key, self.params, (num_samples,), rows.args, rows.kwargs)
 
     def _names(self, var_names: Iterable[str] | None, known: Iterable[str]) -> list[str]:
         names = list(known if var_names is None else var_names)

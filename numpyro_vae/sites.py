@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro
+import numpyro.distributions as dist
 from jaxtyping import Array, Shaped
 from numpyro import handlers
 from numpyro.distributions import biject_to, constraints
@@ -19,7 +20,7 @@ from numpyro.infer import init_to_sample
 Model = Callable[..., Any]
 
 # What JAX raises when a model asks for the values of an abstract array.
-_NEEDS_VALUES = (
+NEEDS_VALUES = (
     jax.errors.ConcretizationTypeError,
     jax.errors.TracerArrayConversionError,
     jax.errors.TracerIntegerConversionError,
@@ -44,6 +45,7 @@ class Site:
 
     ``event_shape`` is the site's own, ``unconstrained_shape`` that of the values which
     ``biject_to(support)`` maps to it; the two are the same for a site that is not to be inferred.
+    ``is_enumerated`` marks a latent site that the objective sums over, not the guide.
     """
 
     name: str
@@ -53,6 +55,12 @@ class Site:
     plates: tuple[str, ...]
     is_observed: bool
     is_discrete: bool
+    is_enumerated: bool
+
+    @property
+    def size(self) -> int:
+        """How many unconstrained values the site has in all."""
+        return math.prod(self.batch_shape + self.unconstrained_shape)
 
     def axis(self, plate: Plate) -> int:
         """Return the plate's axis in ``batch_shape``, counted from the left."""
@@ -101,8 +109,13 @@ class ModelSites:
     deterministic: dict[str, tuple[str, ...]]
 
     def latent(self) -> list[Site]:
-        """Return the sites to infer."""
-        return [site for site in self.sites.values() if not site.is_observed]
+        """Return the sites that a guide samples."""
+        hidden = [site for site in self.sites.values() if not site.is_observed]
+        return [site for site in hidden if not site.is_enumerated]
+
+    def enumerated(self, plate: str) -> list[Site]:
+        """Return the sites inside the plate that the objective sums over."""
+        return [s for s in self.sites.values() if s.is_enumerated and plate in s.plates]
 
     def local(self, plate: str) -> list[Site]:
         """Return the latent sites inside the plate."""
@@ -113,8 +126,9 @@ class ModelSites:
         return [site for site in self.latent() if plate not in site.plates]
 
     def observed(self, plate: str) -> list[Site]:
-        """Return the observed sites inside the plate."""
-        return [s for s in self.sites.values() if s.is_observed and plate in s.plates]
+        """Return the observed sites inside the plate; of a ``numpyro.factor`` nothing is seen."""
+        seen = [site for site in self.sites.values() if site.is_observed and site.size]
+        return [site for site in seen if plate in site.plates]
 
 
 def trace_model(model: Model, args: tuple, kwargs: dict, expose: Iterable[str] = ()) -> dict:
@@ -151,7 +165,7 @@ def _draw_improper(msg: dict) -> Any:
 def _is_improper(fn: Any) -> bool:
     while hasattr(fn, "base_dist"):
         fn = fn.base_dist
-    return isinstance(fn, numpyro.distributions.ImproperUniform)
+    return isinstance(fn, dist.ImproperUniform)
 
 
 def read_model(model: Model, args: tuple, kwargs: dict) -> ModelSites:
@@ -197,7 +211,7 @@ def read_model(model: Model, args: tuple, kwargs: dict) -> ModelSites:
 
     try:
         jax.eval_shape(run, arrays)
-    except _NEEDS_VALUES:
+    except NEEDS_VALUES:
         jax.eval_shape(lambda: run(arrays))
     return found[-1]
 
@@ -222,12 +236,18 @@ def sites_of_trace(trace: dict) -> ModelSites:
             tuple(frame.name for frame in frames),
             msg["is_observed"],
             _is_discrete(msg["fn"]),
+            _is_enumerated(msg),
         )
     return ModelSites(sites, plates, deterministic)
 
 
 def _is_discrete(fn: Any) -> bool:
     return fn.support is None or fn.support.is_discrete
+
+
+def _is_enumerated(msg: dict) -> bool:
+    marked = msg.get("infer", {}).get("enumerate") == "parallel"
+    return marked and not msg["is_observed"] and _is_discrete(msg["fn"])
 
 
 def _unconstrained_shape(msg: dict) -> tuple[int, ...]:
@@ -246,6 +266,29 @@ def is_real(support: Any) -> bool:
     return support is constraints.real
 
 
+def mask_of(fn: dist.Distribution) -> Array | None:
+    """Return the mask of a site's distribution, or None if all of it counts.
+
+    Returns:
+        Booleans of shape ``batch_shape``, or that and the leading part of ``event_shape``.
+    """
+    if isinstance(fn, dist.Independent):
+        return mask_of(fn.base_dist)
+    if isinstance(fn, dist.ExpandedDistribution):
+        mask = mask_of(fn.base_dist)
+        ours = 0 if mask is None else len(fn.base_dist.batch_shape)
+        return None if mask is None else jnp.broadcast_to(mask, fn.batch_shape + mask.shape[ours:])
+    if not isinstance(fn, dist.MaskedDistribution):
+        return None
+    outer, inner = fn._mask, mask_of(fn.base_dist)
+    if outer is True:
+        return inner
+    outer = jnp.broadcast_to(outer, fn.batch_shape)
+    if inner is None:
+        return outer
+    return inner & outer.reshape(outer.shape + (1,) * (inner.ndim - outer.ndim))
+
+
 def choose_plate(sites: ModelSites, plate: str | None) -> Plate:
     """Return the local plate: the one named, else the one that subsamples, else the only one.
 
@@ -256,7 +299,8 @@ def choose_plate(sites: ModelSites, plate: str | None) -> Plate:
     Raises:
         ValueError: if the named plate holds no latent site, no plate does, or several do.
     """
-    candidates = {name: sites.plates[name] for s in sites.latent() for name in s.plates}
+    hidden = [s for s in sites.sites.values() if not s.is_observed]
+    candidates = {name: sites.plates[name] for s in hidden for name in s.plates}
     if plate is not None:
         if plate not in candidates:
             raise ValueError(
@@ -267,13 +311,13 @@ def choose_plate(sites: ModelSites, plate: str | None) -> Plate:
     if not candidates:
         raise ValueError(
             f"No latent site lies in a plate: the model has latent sites "
-            f"{[s.name for s in sites.latent()]} and plates {sorted(sites.plates)}. An amortized "
+            f"{[s.name for s in hidden]} and plates {sorted(sites.plates)}. An amortized "
             "guide needs latents of each datum: put numpyro.plate around them."
         )
     subsampled = {name: p for name, p in candidates.items() if p.length < p.size}
     remaining = subsampled or candidates
     if len(remaining) > 1:
-        held = {name: [s.name for s in sites.local(name)] for name in remaining}
+        held = {name: [s.name for s in hidden if name in s.plates] for name in remaining}
         raise ValueError(
             f"Several plates hold latent sites: {held}. Say which one has a datum for each of "
             f"its entries, for instance plate={next(iter(remaining))!r}."

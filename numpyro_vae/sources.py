@@ -15,6 +15,7 @@ from numpyro.infer import SVI
 from numpyro.infer.svi import SVIState
 
 from numpyro_vae.batches import ArrayData, Batch, padded_batches, prefetch
+from numpyro_vae.finite import FiniteObservations
 from numpyro_vae.sites import Plate, choose_plate, read_model
 from numpyro_vae.training import Trainer
 
@@ -43,6 +44,7 @@ class ArraySource:
                 f"batch_size is {batch_size}, expected a number from 1 to the {data.num_data} rows "
                 "of the data."
             )
+        FiniteObservations(svi.model, svi.static_kwargs).require(data)
         self.data, self.batch_size = data, batch_size
         self.num_steps = -(-data.num_data // batch_size)
         declared = self._plate(svi, plate, data.whole())
@@ -73,11 +75,14 @@ class ArraySource:
 
     def first(self) -> Batch:
         """Return a batch to initialize with."""
-        return self.batch(self.data, jnp.arange(self.batch_size), None)
+        return Batch(self.data.arrays, jnp.arange(self.batch_size), None)
 
-    def batch(self, data: ArrayData, indices: Array, weights: Array | None) -> Batch:
-        """Return rows of data as the trainer takes them."""
-        return Batch(data.arrays, indices, weights)
+    def batches(self, data: ArrayData) -> list[tuple[Batch, int]]:
+        """Return all rows of data like these in batches, and how many of them are in each."""
+        return [
+            (Batch(data.arrays, indices, weights), count)
+            for indices, weights, count in _batches(data, self.batch_size, self.trainer)
+        ]
 
     def order(self, rng_key: Array, epoch: int | Array) -> Array:
         """Return the rows of each step of an epoch, ``(num_steps, batch_size)``."""
@@ -100,6 +105,56 @@ class ArraySource:
         return guarded_steps(self.trainer, state, batches, epoch)
 
 
+class WholeSource:
+    """Arrays that the model takes whole, as no one has a datum axis: an epoch is one step.
+
+    Args:
+        svi: the inference to run.
+        data: the training data.
+        plate: the local plate's name, or None to read it off the model.
+
+    Raises:
+        ValueError: if the model's plate takes fewer rows than it has.
+    """
+
+    def __init__(self, svi: SVI, data: ArrayData, plate: str | None):
+        args, kwargs = data.whole()
+        seen = choose_plate(read_model(svi.model, args, {**kwargs, **svi.static_kwargs}), plate)
+        if seen.length < seen.size:
+            raise ValueError(
+                f"The model's plate {seen.name!r} subsamples {seen.length} of {seen.size} rows, "
+                "but batch_axes=None gives it all data at once. Remove its subsample_size, or say "
+                "with batch_axes= which axis of each argument counts the data."
+            )
+        FiniteObservations(svi.model, svi.static_kwargs).require(data)
+        self.data, self.batch_size = data, seen.size
+        self.trainer = Trainer(
+            svi, seen.name, seen.size, lambda batch: data.layout.whole(batch.arrays), False
+        )
+
+    def first(self) -> Batch:
+        """Return the data, to initialize with."""
+        return Batch(self.data.arrays, jnp.arange(self.batch_size), None)
+
+    def batches(self, data: ArrayData) -> list[tuple[Batch, int]]:
+        """Return data like these, and how much they count."""
+        return [(Batch(data.arrays, jnp.arange(self.batch_size), None), 1)]
+
+    def order(self, rng_key: Array, epoch: int | Array) -> Array:
+        """Return the rows of the only step."""
+        del rng_key, epoch
+        return jnp.arange(self.batch_size)[None]
+
+    def run(self, state: SVIState, rng_key: Array, epoch: int) -> tuple[SVIState, np.ndarray]:
+        """Take the step; one that is not finite is an error."""
+        new_state, losses, ok = self.trainer.epoch(
+            state, self.data.arrays, rng_key, epoch, order=self.order
+        )
+        if ok:
+            return new_state, np.asarray(losses)
+        return guarded_steps(self.trainer, state, [self.first()], epoch)
+
+
 class IterableSource:
     """Any iterable of batches, each like in-memory data: an array, a tuple, or a dict.
 
@@ -117,11 +172,12 @@ class IterableSource:
     def __init__(
         self, svi: SVI, batches: Iterable, num_data: int, batch_axes: Any, plate: str | None
     ):
-        self.batches, self.num_data, self.batch_axes = batches, num_data, batch_axes
+        self.iterable, self.num_data, self.batch_axes = batches, num_data, batch_axes
         first = next(iter(batches), None)
         if first is None:
             raise ValueError("data yields no batch. Pass an iterable that can be iterated anew.")
-        self.data = ArrayData.read(first, batch_axes, "the first batch")
+        self.finite = FiniteObservations(svi.model, svi.static_kwargs)
+        self.data = self._read(first, "the first batch")
         self.batch_size = self.data.num_data
         args, kwargs = self.data.whole()
         seen = choose_plate(read_model(svi.model, args, {**kwargs, **svi.static_kwargs}), plate)
@@ -134,8 +190,14 @@ class IterableSource:
         """Return a batch to initialize with."""
         return self._pad(self.data)
 
-    def batch(self, data: ArrayData, indices: Array, weights: Array | None) -> Batch:
-        """Return rows of data as the trainer takes them."""
+    def batches(self, data: ArrayData) -> list[tuple[Batch, int]]:
+        """Return all rows of data like these in batches, and how many of them are in each."""
+        return [
+            (self._take(data, indices, weights), count)
+            for indices, weights, count in _batches(data, self.batch_size, self.trainer)
+        ]
+
+    def _take(self, data: ArrayData, indices: Array, weights: Array | None) -> Batch:
         return Batch(data.layout.take(data.arrays, indices), indices, weights)
 
     def _pad(self, data: ArrayData) -> Batch:
@@ -145,11 +207,16 @@ class IterableSource:
                 f"A batch of {data.num_data} rows follows a first one of {self.batch_size}. Yield "
                 "batches of one size and structure; only the last may be shorter."
             )
-        return self.batch(data, *next(padded_batches(data.num_data, self.batch_size)))
+        return self.batches(data)[0][0]
 
     def _epoch(self) -> Iterator[Batch]:
-        for number, batch in enumerate(self.batches):
-            yield self._pad(ArrayData.read(batch, self.batch_axes, f"batch {number}"))
+        for number, batch in enumerate(self.iterable):
+            yield self._pad(self._read(batch, f"batch {number}"))
+
+    def _read(self, batch: Any, name: str) -> ArrayData:
+        data = ArrayData.read(batch, self.batch_axes, name)
+        self.finite.require(data)
+        return data
 
     def run(self, state: SVIState, rng_key: Array, epoch: int) -> tuple[SVIState, np.ndarray]:
         """Run an epoch; steps that are not finite are skipped, with a warning."""
@@ -161,6 +228,15 @@ class IterableSource:
                 "anew, such as a list or a data loader, not a generator."
             )
         return state, losses
+
+
+def _batches(
+    data: ArrayData, batch_size: int, trainer: Trainer
+) -> Iterator[tuple[Array, Array | None, int]]:
+    """Yield the rows of each batch, their weights, and how many there are without the padding."""
+    for indices, weights in padded_batches(data.num_data, batch_size):
+        count = int(np.count_nonzero(weights))
+        yield (indices, weights, count) if trainer.pads else (indices[:count], None, count)
 
 
 def guarded_steps(

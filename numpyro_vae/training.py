@@ -13,10 +13,11 @@ import numpyro
 from jaxtyping import Array, Bool, Float
 from numpyro import handlers
 from numpyro.infer import SVI
+from numpyro.infer.elbo import ELBO
 from numpyro.infer.svi import SVIState
 
+from numpyro_vae.amortized import AmortizedGuide
 from numpyro_vae.batches import Batch
-from numpyro_vae.guide import AutoAmortizedNormal
 from numpyro_vae.plates import minibatch
 
 Order = Callable[[Array, Array], Array]
@@ -43,6 +44,8 @@ class Trainer:
     ):
         self.svi, self.plate, self.num_data = svi, plate, num_data
         self.read, self.select = read, select
+        # An objective that enumerates takes no weights of single rows.
+        self.pads = not svi.loss.can_infer_discrete
 
     def bind(self, batch: Batch, *, evaluate: bool = False) -> SVI:
         """Return the SVI whose model and guide see the batch as part of all the data."""
@@ -58,14 +61,14 @@ class Trainer:
             )
 
         guide = svi.guide
-        if evaluate and isinstance(guide, AutoAmortizedNormal):
+        if evaluate and isinstance(guide, AmortizedGuide):
             guide = guide.eval()
         svi.model, svi.guide = wrap(svi.model), wrap(guide)
         return svi
 
     def init(self, rng_key: Array, batch: Batch, init_params: dict | None) -> SVIState:
         """Return the first state, and leave the user's SVI ready for its own methods."""
-        if isinstance(self.svi.guide, AutoAmortizedNormal):
+        if isinstance(self.svi.guide, AmortizedGuide):
             self.svi.guide.reset()  # or the result would depend on what the guide was used for
         svi = self.bind(batch)
         args, kwargs = self.read(batch)
@@ -76,8 +79,15 @@ class Trainer:
     def update(self, state: SVIState, batch: Batch) -> tuple[SVIState, Float[Array, ""]]:
         """Take a step; the loss is the negative ELBO per datum."""
         args, kwargs = self.read(batch)
-        state, loss = self.bind(batch).update(state, *args, **kwargs)
-        return state, loss / self.num_data
+        svi, held = self.bind(batch), state.mutable_state
+        if held is None or _keeps_state(svi.loss):
+            new, loss = svi.update(state, *args, **kwargs)
+            return new, loss / self.num_data
+        traced = self._traces(svi, state, args, kwargs)
+        updated = {name: trace[name]["value"] for trace in traced for name in trace if name in held}
+        svi.model, svi.guide = (_give_state(fn, held) for fn in (svi.model, svi.guide))
+        new, loss = svi.update(state._replace(mutable_state=None), *args, **kwargs)
+        return new._replace(mutable_state=updated), loss / self.num_data
 
     @cached_property
     def guarded_update(self) -> Callable[[SVIState, Batch], tuple[SVIState, Float[Array, ""]]]:
@@ -117,9 +127,8 @@ class Trainer:
             args, kwargs = self.read(batch)
             svi = self.bind(batch, evaluate=True)
             kwargs = {**kwargs, **svi.static_kwargs}
-            return svi.loss.loss(rng_key, params, svi.model, svi.guide, *args, **kwargs) / (
-                self.num_data
-            )
+            model, guide = (_give_state(fn, params) for fn in (svi.model, svi.guide))
+            return svi.loss.loss(rng_key, params, model, guide, *args, **kwargs) / self.num_data
 
         return loss
 
@@ -134,19 +143,37 @@ class Trainer:
 
     def _culprit(self, state: SVIState, batch: Batch) -> str:
         args, kwargs = self.read(batch)
-        svi = self.bind(batch)
+        traces = self._traces(self.bind(batch), state, args, kwargs)
+        for of, trace in zip(("guide", "model"), traces, strict=True):
+            for name, site in trace.items():
+                if site["type"] == "sample" and not _site_is_finite(site):
+                    return f"site {name!r} of the {of}"
+        return "the gradient"
+
+    def _traces(self, svi: SVI, state: SVIState, args: tuple, kwargs: dict) -> tuple[dict, dict]:
+        """Trace guide and model as a step of one particle does."""
         kwargs = {**kwargs, **svi.static_kwargs}
         model_key, guide_key = jax.random.split(jax.random.split(state.rng_key)[1])
         guide = handlers.substitute(handlers.seed(svi.guide, guide_key), self.params(state))
         guide_trace = handlers.trace(guide).get_trace(*args, **kwargs)
         model = handlers.substitute(handlers.seed(svi.model, model_key), self.params(state))
         model = handlers.replay(model, guide_trace)
-        model_trace = handlers.trace(model).get_trace(*args, **kwargs)
-        for of, trace in (("guide", guide_trace), ("model", model_trace)):
-            for name, site in trace.items():
-                if site["type"] == "sample" and not _site_is_finite(site):
-                    return f"site {name!r} of the {of}"
-        return "the gradient"
+        return guide_trace, handlers.trace(model).get_trace(*args, **kwargs)
+
+
+def _keeps_state(loss: ELBO) -> bool:
+    """Whether an objective returns the networks' new state; with several particles none does."""
+    knows = type(loss).loss_with_mutable_state is not ELBO.loss_with_mutable_state
+    return knows and loss.num_particles == 1
+
+
+def _give_state(fn: Callable, state: dict[str, Any]) -> Callable:
+    """Return a model, or a guide, that has its networks' state, out of the objective's sight."""
+    return handlers.block(handlers.substitute(fn, data=state), hide_fn=_is_state)
+
+
+def _is_state(msg: Any) -> bool:
+    return msg["type"] == "mutable"
 
 
 def _site_is_finite(site: dict) -> bool:

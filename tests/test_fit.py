@@ -11,9 +11,10 @@ import optax
 import pytest
 from flax import nnx
 from models import hierarchical_model, normal_model
+from numpyro import handlers
 from numpyro.infer import SVI, RenyiELBO, Trace_ELBO, TraceMeanField_ELBO
 
-from numpyro_vae import MLP, AutoAmortizedNormal, fit
+from numpyro_vae import MLP, AutoAmortizedNormal, Posterior, fit
 from numpyro_vae.batches import ArrayData, Batch, padded_batches
 from numpyro_vae.sources import ArraySource, IterableSource
 
@@ -327,3 +328,37 @@ def test_a_plate_of_another_size_is_refused():
         quick(make_svi(fixed, inputs=lambda x: x), jax.random.key(0), X)
     with pytest.raises(ValueError, match=r"plate 'data' subsamples 32 rows.*say 20"):
         quick(make_svi(subsampling_model), jax.random.key(0), X, batch_size=20)
+
+
+def test_nan_is_welcome_where_the_model_leaves_it_out():
+    """What is missing gives the result of any number in its place; what is observed may not be."""
+
+    def model(x):
+        present = ~jnp.isnan(x)
+        with numpyro.plate("data", len(x)):
+            z = numpyro.sample("z", dist.Normal(0.0, 1.0))
+            with handlers.mask(mask=present):
+                numpyro.sample("x", dist.Normal(z, 0.5), obs=jnp.where(present, x, 0.0))
+
+    x = X.at[::3].set(jnp.nan)
+    guide = AutoAmortizedNormal(model, partial(MLP, hidden_sizes=(8,)))
+    svi = SVI(model, guide, optax.adam(1e-2), Trace_ELBO())
+    result = fit(svi, jax.random.key(0), x, num_epochs=2, progress_bar=False, validation=x)
+    assert np.isfinite(result.losses).all()
+    assert np.isfinite(result.history["validation_loss"]).all()
+    assert np.isfinite(Posterior(guide, result).log_weights(jax.random.key(1), x, 5)).all()
+    batches = fit(svi, jax.random.key(0), [x], num_data=100, num_epochs=2, progress_bar=False)
+    assert np.isfinite(batches.losses).all()
+
+
+def test_data_that_the_model_takes_whole():
+    """Without a datum axis an epoch is a step on all data, as svi.run takes it."""
+    svi = SVI(normal_model, AutoAmortizedNormal(normal_model), optax.adam(1e-2), Trace_ELBO())
+    options = {"batch_axes": None, "progress_bar": False}
+    result = fit(svi, jax.random.key(0), X, num_epochs=30, validation=X, **options)
+    assert result.losses.shape == (30,)
+    assert result.history["validation_loss"][-1] < result.history["validation_loss"][0]
+    by_axis = fit(svi, jax.random.key(0), X, num_epochs=30, batch_size=100, progress_bar=False)
+    assert abs(result.losses[-5:].mean() - by_axis.losses[-5:].mean()) < 0.1
+    with pytest.raises(ValueError, match=r"batch_size is 10, but with batch_axes=None"):
+        fit(svi, jax.random.key(0), X, num_epochs=1, batch_size=10, **options)

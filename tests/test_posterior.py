@@ -297,7 +297,7 @@ def test_bad_requests_are_refused(hierarchical):
 
 def test_another_guides_parameters_are_refused(hierarchical):
     other = AutoAmortizedNormal(hierarchical_model, partial(MLP, hidden_sizes=(9,)))
-    with pytest.raises(ValueError, match=r"has shape \(8,\), expected \(9,\).*another guide"):
+    with pytest.raises(ValueError, match=r"has shape \(8, 1\), expected \(9, 1\).*another guide"):
         Posterior(other, hierarchical.params).encode(X)
     renamed = AutoAmortizedNormal(hierarchical_model, SMALL, prefix="mine")
     with pytest.raises(ValueError, match=r"of \['z'\] have no 'mine\$params'"):

@@ -103,9 +103,9 @@ def test_log_density_is_that_of_the_transformed_normal(name):
     trace = handlers.trace(handlers.seed(guide, 0)).get_trace(X[:3])
     params = {"auto$params": trace["auto$params"]["value"]}
     encoding = guide.encode(params, X[:3])
-    packed = encoding.normal.sample(jax.random.key(2))
+    packed = encoding.sample(jax.random.split(jax.random.key(2), 3), 1)[0]
     values, log_det = encoding.constrain(packed)
-    total = encoding.distribution.log_prob(packed) - log_det
+    total = encoding.log_prob(packed) - log_det
     found = jnp.zeros(3)
     for site_name, value in values.items():
         log_prob = trace[site_name]["fn"].log_prob(value)
