@@ -180,8 +180,8 @@ class Flow(AbstractFamily):
     with the order of the values reversed after each layer, and all :math:`m_l, s_l` from one masked
     network that sees the datum's features :math:`h` too: Kingma et al., "Improving Variational
     Inference with Inverse Autoregressive Flow", 2016 (arXiv 1606.04934); Germain et al., "MADE",
-    2015 (arXiv 1502.03509). Every :math:`|s| < 3`. It starts within a percent of the diagonal Normal
-    with this ``loc`` and ``scale``.
+    2015 (arXiv 1502.03509). Every :math:`|s| < 3`. It starts within a percent of the diagonal
+    Normal with this ``loc`` and ``scale``.
 
     A draw and its own density take one pass; the density of any other value takes ``size`` passes.
     A datum with a single latent value has a Normal: there is nothing before it to depend on.

@@ -1,0 +1,171 @@
+"""The densities of families against independent ones, and what is special to one family."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import FAMILIES
+from heads import (
+    NUM_DRAWS,
+    SIGMAS,
+    SIZE,
+    draw,
+    draws_of,
+    features,
+    fresh,
+    jit,
+    log_prob,
+    own_log_prob,
+    trained,
+)
+from scipy import stats
+
+from numpyro_vae import DiagonalNormal, Flow, FullRankNormal, LowRankNormal
+
+NORMALS = [name for name in FAMILIES if "diagonal" in name or "rank" in name]
+
+
+def covariance(family, head, raw):
+    """What the documentation says, in NumPy."""
+    loc, raw_scale, *shape = (np.asarray(x, np.float64) for x in raw)
+    scale = np.asarray(head.parameterization.scale(raw_scale), np.float64)
+    correlation = np.eye(len(loc))
+    if isinstance(family, FullRankNormal):
+        correlation[np.tril_indices(len(loc), -1)] = shape[0]
+        correlation = correlation @ correlation.T
+    elif isinstance(family, LowRankNormal):
+        factor = shape[0].reshape(len(loc), -1)
+        factor = factor / np.sqrt(1 + (factor**2).sum() / 1e6)
+        correlation = correlation + factor @ factor.T
+    return scale[:, None] * correlation * scale
+
+
+@pytest.mark.parametrize("name", ["full rank", "flow", "flow, deep"])
+def test_density_by_change_of_variables(name):
+    """The Jacobian of the map from noise to draw by forward differentiation."""
+
+    def compare(head, x):
+        joint = head.distribution(head(x))
+        value, intermediates = joint.sample_with_intermediates(jax.random.key(2))
+        noise = intermediates[0][0]
+        push = functools.partial(functools.reduce, lambda x, f: f(x), joint.transforms)
+        _, log_det = jnp.linalg.slogdet(jax.jacfwd(push)(noise))
+        expected = joint.base_dist.log_prob(noise) - log_det
+        found = joint.log_prob(value), joint.log_prob(value, intermediates)
+        return push(noise) - value, log_det, expected, found
+
+    with jax.enable_x64(True):
+        difference, log_det, expected, found = jit(compare, trained(FAMILIES[name]), features())
+        np.testing.assert_allclose(difference, 0, atol=1e-12)
+        np.testing.assert_allclose(found, expected, 1e-9)
+        assert abs(log_det) > 0.1
+
+
+@pytest.mark.parametrize("name", NORMALS)
+def test_normals_agree_with_scipy(name):
+    with jax.enable_x64(True):
+        head = trained(FAMILIES[name])
+        raw = head(features())
+        reference = stats.multivariate_normal(raw[0], covariance(FAMILIES[name], head, raw))
+        values = raw[0] + np.random.default_rng(0).normal(size=(9, SIZE))
+        np.testing.assert_allclose(jit(log_prob, head, raw, values), reference.logpdf(values), 1e-9)
+        marginals = head.marginals(raw)
+        np.testing.assert_allclose(marginals.mean, reference.mean, 1e-12)
+        np.testing.assert_allclose(marginals.variance, np.diag(reference.cov), 1e-9)
+
+
+@pytest.mark.parametrize("name", ["full rank", "rank 1", "flow", "flow, deep"])
+def test_a_density_integrates_to_one(name):
+    head = trained(FAMILIES[name], 2)
+    raw, draws = draws_of(head)
+    low, high, margin = draws.min(0), draws.max(0), draws.std(0)
+    axes = np.linspace(low - margin, high + margin, 400).T
+    grid = np.stack(np.meshgrid(*axes), -1)
+    cell = np.prod(axes[:, 1] - axes[:, 0])
+    total = np.exp(jit(log_prob, head, raw, grid)).sum() * cell
+    np.testing.assert_allclose(total, 1.0, atol=2e-3)
+
+
+@pytest.mark.parametrize("name", NORMALS)
+def test_draws_have_the_covariance(name):
+    head = trained(FAMILIES[name])
+    raw, draws = draws_of(head)
+    expected = covariance(FAMILIES[name], head, raw)
+    # The variance of a Normal's sample covariance is (c_ii c_jj + c_ij**2) / n.
+    variances = np.outer(np.diag(expected), np.diag(expected))
+    error = np.sqrt((variances + expected**2) / NUM_DRAWS)
+    assert (abs(np.cov(draws.T) - expected) <= SIGMAS * error).all()
+    off_diagonal = abs(expected / np.sqrt(variances) - np.eye(SIZE)).max()
+    assert (off_diagonal > 0.1) == ("diagonal" not in name)
+
+
+# -- what is special to one family -----------------------------------------------------------------
+
+
+def test_the_full_rank_family_starts_diagonal():
+    lower = fresh(FullRankNormal())(features(5))[2]
+    assert lower.shape == (5, 3)
+    assert (lower == 0).all()
+
+
+def test_a_large_factor_of_low_rank_is_bounded_and_a_small_one_is_not():
+    head = fresh(LowRankNormal(2))
+    for norm, expected in ((1.0, 1.0), (1e4, 1e3)):
+        raw = (jnp.zeros(3), jnp.zeros(3), jnp.zeros(6).at[2].set(norm))
+        scale = np.sqrt(head.marginals(raw).variance)
+        np.testing.assert_allclose(scale, [1, np.hypot(1, expected), 1], 6e-3)
+
+
+def jacobian_of_layers(head, x):
+    """Of what the layers make of the noise, before it is scaled and shifted."""
+    *layers, _ = head.distribution(head(x)).transforms
+    push = functools.partial(functools.reduce, lambda x, f: f(x), layers)
+    return jax.jacfwd(push)(jnp.linspace(-1, 1, head.loc.out_features))
+
+
+@pytest.mark.parametrize("size", [2, 5])
+def test_a_layer_of_a_flow_sees_the_values_before_and_two_see_all(size):
+    jacobian = jit(jacobian_of_layers, trained(Flow(1, (16, 16)), size), features())[::-1]
+    assert (np.triu(jacobian, 1) == 0).all()
+    assert (abs(jacobian[np.tril_indices(size)]) > 1e-4).all()
+    jacobian = jit(jacobian_of_layers, trained(Flow(2), size), features())
+    assert (abs(jacobian) > 1e-5).all()
+
+
+def test_a_flow_starts_near_a_normal_and_does_not_stay_there():
+    def distance(head, x):
+        raw = head(x)
+        values = draw(head, raw, (50,))
+        return log_prob(head, raw, values) - log_prob(fresh(DiagonalNormal()), raw[:2], values)
+
+    assert abs(jit(distance, fresh(Flow()), features(5))).max() < 0.1
+    assert abs(jit(distance, trained(Flow()), features(5))).max() > 1.0
+    # A single value has none before it.
+    head = trained(Flow(), 1)
+    assert len(head.distribution(head(features(5))).transforms) == 1
+
+
+@pytest.mark.parametrize("name", ["full rank", "rank 1", "flow"])
+def test_density_of_a_draw_is_exact_where_scale_is_below_rounding(name):
+    head = trained(FAMILIES[name])
+    loc, raw_scale, *shape = head(features())
+    raw_scale = jnp.full_like(raw_scale, -12.0)  # the spacing of floats near 1e3 is 10 scales
+    far, near = (jit(own_log_prob, head, (x, raw_scale, *shape)) for x in (loc + 1e3, loc))
+    np.testing.assert_allclose(far, near, 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: LowRankNormal(0), r"rank=0, expected at least 1.*DiagonalNormal"),
+        (lambda: fresh(LowRankNormal(4)), r"rank=4 for 3 .* at most 3.*FullRankNormal"),
+        (lambda: Flow(0), r"num_layers=0.*at least one layer.*DiagonalNormal"),
+        (lambda: Flow(2, ()), r"hidden_sizes=\(\)"),
+        (lambda: Flow(2, (8, 0)), r"hidden_sizes=\(8, 0\)"),
+    ],
+)
+def test_options_are_checked(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
