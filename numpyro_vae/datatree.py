@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import jax
 import numpy as np
 
+from numpyro_vae.batches import ArrayData
 from numpyro_vae.sites import ModelSites
 
 if TYPE_CHECKING:
@@ -47,6 +50,24 @@ def rows_first(
         rows = next((plate for plate in plates if plate in own), plates[0])
         found[name] = [rows, *(dim for dim in own if dim != rows)]
     return found
+
+
+def constant_data(
+    model: Callable[..., Any], data: ArrayData, observed: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """Return the model's batched arguments by name, rows in front, those that it observes apart."""
+    signature = inspect.signature(model)
+    args, kwargs = data.whole()
+    axes, kw_axes = data.layout.whole(data.layout.axes)
+    bound = signature.bind_partial(*args, **kwargs).arguments
+    bound_axes = signature.bind_partial(*axes, **kw_axes).arguments
+    return {
+        name: np.moveaxis(np.asarray(value), bound_axes[name], 0)
+        for name, value in bound.items()
+        if isinstance(value, jax.Array)
+        and isinstance(bound_axes.get(name), int)
+        and not any(np.array_equal(value, seen) for seen in observed.values())
+    }
 
 
 def build_datatree(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -14,7 +13,7 @@ from numpyro.infer.autoguide import AutoGuide
 
 from numpyro_vae import views as compiled
 from numpyro_vae.amortized import AmortizedGuide
-from numpyro_vae.datatree import build_datatree, rows_first, site_dims
+from numpyro_vae.datatree import build_datatree, constant_data, rows_first, site_dims
 from numpyro_vae.enumeration import Enumeration
 from numpyro_vae.rows import Rows
 from numpyro_vae.views import View
@@ -184,8 +183,9 @@ class Posterior:
             An array of shape ``(num_samples, num_data)``.
 
         Raises:
-            ValueError: if ``num_samples`` is below 1.
+            ValueError: if ``num_samples`` is below 1, or the guide has no density.
         """
+        self._require_density()
         rows = Rows.read(self.guide, self.static_kwargs, data, batch_axes)
         globals_ = self._globals(rng_key, rows, num_samples)
         fn = partial(self._run, compiled.weigh, rng_key, globals_, num_samples=num_samples)
@@ -217,6 +217,7 @@ class Posterior:
         Returns:
             An array of shape ``(num_samples, num_data)``.
         """
+        self._require_density()
         rows = Rows.read(self.guide, self.static_kwargs, data, batch_axes)
         globals_ = self._globals(rng_key, rows, num_samples)
         sizes = {"num_samples": num_samples, "particles": num_particles}
@@ -254,6 +255,7 @@ class Posterior:
         Raises:
             ValueError: if no site of the local plate is enumerated.
         """
+        self._require_density()
         rows = Rows.read(self.guide, self.static_kwargs, data, batch_axes)
         if not self.guide.sites.enumerated(self.guide.plate.name):
             raise ValueError(
@@ -283,6 +285,7 @@ class Posterior:
             By local site, in nats: ``(num_data, *datum_shape)``, or ``(num_data,)`` where the
             prior is no product over dimensions.
         """
+        self._require_density()
         rows = Rows.read(self.guide, self.static_kwargs, data, batch_axes)
         globals_ = self._globals(rng_key, rows, num_samples)
         fn = partial(self._run, compiled.diverge, rng_key, globals_, num_samples=num_samples)
@@ -314,7 +317,8 @@ class Posterior:
             The groups ``posterior``; ``posterior_predictive``, the observed sites drawn anew;
             ``log_likelihood``, marginal over the local sites, a value for each draw of the global
             ones; ``sample_stats`` with the importance weights of the posterior's draws;
-            ``observed_data``; and ``constant_data``, the model's other data.
+            ``observed_data``; and ``constant_data``, the model's other data. A guide without a
+            density, of points, has neither log-likelihood nor weights.
         """
         rows = Rows.read(self.guide, self.static_kwargs, data, batch_axes)
         globals_ = self._globals(rng_key, rows, num_samples)
@@ -323,37 +327,31 @@ class Posterior:
         names = self._names(var_names, known)
         fn = partial(self._run, compiled.draws, rng_key, globals_, num_samples=num_samples)
         found = rows.collect(fn, self._rows_at_once(num_samples), row_axis=1)
-        evidence = self.log_evidence(
-            rng_key, data, num_samples, num_particles=num_particles, batch_axes=batch_axes
-        )
         observed = rows.collect(partial(self._run, compiled.observed), ROWS)
         latent = found["posterior"] | {name: np.asarray(x) for name, x in globals_.items()}
-        alone = len(observed) == 1 and not self.guide.segments
-        likelihood = next(iter(observed)) if alone else "joint"
+        likelihood = {}
+        if self.guide.family.has_density:
+            alone = len(observed) == 1 and not self.guide.segments
+            likelihood[next(iter(observed)) if alone else "joint"] = self.log_evidence(
+                rng_key, data, num_samples, num_particles=num_particles, batch_axes=batch_axes
+            )
         groups = found | {
             "posterior": {name: latent[name] for name in names if name in latent},
-            "log_likelihood": {likelihood: evidence},
+            "log_likelihood": likelihood,
             "observed_data": observed,
-            "constant_data": self._constant_data(rows, observed),
+            "constant_data": constant_data(self.guide.model, rows.data, observed),
         }
         by_row = {name for group in groups.values() for name in group} - set(globals_)
         plates = (self.guide.plate.name, *self.guide.segments)
         dims = rows_first(site_dims(self.guide.sites), by_row, plates)
         return build_datatree(groups, dims, coords)
 
-    def _constant_data(self, rows: Rows, observed: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Return the model's batched arguments by name, those that it observes apart."""
-        args, kwargs = rows.data.whole()
-        axes, kw_axes = rows.data.layout.whole(rows.data.layout.axes)
-        bound = inspect.signature(self.guide.model).bind_partial(*args, **kwargs).arguments
-        bound_axes = inspect.signature(self.guide.model).bind_partial(*axes, **kw_axes).arguments
-        return {
-            name: np.moveaxis(np.asarray(value), bound_axes[name], 0)
-            for name, value in bound.items()
-            if isinstance(value, jax.Array)
-            and isinstance(bound_axes.get(name), int)
-            and not any(np.array_equal(value, seen) for seen in observed.values())
-        }
+    def _require_density(self) -> None:
+        if not self.guide.family.has_density:
+            raise ValueError(
+                f"{type(self.guide.family).__name__} has no density, so there are no importance "
+                "weights, evidence, divergences or checks of it. Use AutoAmortizedNormal for these."
+            )
 
     def _local_names(self) -> tuple[str, ...]:
         """Return the latent sites of the local plate, those that are enumerated too."""

@@ -220,11 +220,10 @@ def draws(view: View, rng_key: Array, globals_: dict, *, num_samples: int) -> di
     for name in view.encoding.run.sites.deterministic:
         if name in predicted:
             posterior[name] = predicted.pop(name)
-    return {
-        "posterior": posterior,
-        "posterior_predictive": predicted,
-        "sample_stats": weigh(view, rng_key, globals_, num_samples=num_samples),
-    }
+    groups = {"posterior": posterior, "posterior_predictive": predicted}
+    if view.encoding.family.has_density:
+        groups["sample_stats"] = weigh(view, rng_key, globals_, num_samples=num_samples)
+    return groups
 
 
 def evidence(

@@ -1,19 +1,31 @@
 """The checks against weights whose answer is known."""
 
 import re
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
+import optax
 import pytest
 import xarray as xr
 from flax import nnx
 from models import normal_model
 from numpyro import handlers
+from numpyro.infer import SVI, Trace_ELBO
 
-from numpyro_vae import AutoAmortizedNormal, Posterior, check, khat_threshold, pareto_khat
+from numpyro_vae import (
+    MLP,
+    AutoAmortizedDelta,
+    AutoAmortizedNormal,
+    Posterior,
+    check,
+    fit,
+    khat_threshold,
+    pareto_khat,
+)
 
 X = np.linspace(-2, 2, 64, dtype=np.float32)
 KEY = jax.random.key(0)
@@ -128,3 +140,16 @@ def test_weights_that_are_not_finite_are_refused():
     log_weights[3, 2] = np.nan
     with pytest.raises(ValueError, match=r"1 rows have log weights that are not finite.*row 2"):
         pareto_khat(log_weights)
+
+
+def test_a_point_has_no_weights():
+    guide = AutoAmortizedDelta(normal_model, partial(MLP, hidden_sizes=(8,)))
+    svi = SVI(normal_model, guide, optax.adam(1e-2), Trace_ELBO())
+    x = np.linspace(-1, 1, 20).astype(np.float32)
+    result = fit(svi, jax.random.key(0), x, num_epochs=2, progress_bar=False)
+    posterior = Posterior(guide, result)
+    with pytest.raises(ValueError, match="PointEstimate has no density"):
+        check(posterior, jax.random.key(1), x, num_samples=100)
+    tree = posterior.to_datatree(jax.random.key(1), x, 10)
+    assert set(tree.children) == {"posterior", "posterior_predictive", "observed_data"}
+    assert np.ptp(tree.posterior["z"].values, axis=1).max() == 0

@@ -71,11 +71,13 @@ class AbstractFamily(ABC):
     """The contract of a guide family; see the module's docstring.
 
     Attributes:
+        has_density: whether importance weights can be had of it; of a point they cannot.
         is_factorized: whether the distribution is the product of its marginals, and each of these
             depends on its own entries ``[..., i]`` of ``raw`` alone. The guide then declares every
             site with its own distribution; otherwise it draws the latents jointly.
     """
 
+    has_density: ClassVar[bool] = True
     is_factorized: ClassVar[bool] = False
 
     @abstractmethod

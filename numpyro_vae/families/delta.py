@@ -57,6 +57,7 @@ class PointEstimate(AbstractFamily):
         (2,)
     """
 
+    has_density: ClassVar[bool] = False
     is_factorized: ClassVar[bool] = True
 
     def head(self, num_features: int, size: int, *, rngs: nnx.Rngs) -> LocHead:
