@@ -24,7 +24,7 @@ from numpyro_vae.families import AbstractFamily
 from numpyro_vae.network import Encoder, Network, declare_network
 from numpyro_vae.plates import all_rows
 from numpyro_vae.runs import Run, run_model
-from numpyro_vae.sites import Site
+from numpyro_vae.sites import Site, draw_improper, own_trace
 from numpyro_vae.structure import read_structure
 
 __all__ = ["AmortizedGuide", "GuideOptions"]
@@ -156,7 +156,9 @@ class AmortizedGuide(AutoGuide):
         """Return the model with all but its global latent sites and their plates hidden."""
         kept = set(self.global_names)
         kept |= {plate for name in self.global_names for plate in self.sites.sites[name].plates}
-        return handlers.block(self.model, hide_fn=partial(_is_not_among, frozenset(kept)))
+        hidden = partial(_is_not_among, frozenset(kept))
+        drawn = partial(_draw_if_improper, hidden)
+        return handlers.block(handlers.substitute(self.model, substitute_fn=drawn), hide_fn=hidden)
 
     def eval(self) -> AmortizedGuide:
         """Return the guide in evaluation mode: dropout off, batch statistics frozen."""
@@ -181,7 +183,7 @@ class AmortizedGuide(AutoGuide):
     def _sample_globals(self, args: tuple, kwargs: dict) -> dict[str, Array]:
         if self.globals is None:
             return {}
-        with handlers.trace() as trace:  # as a guide written by hand need not return its values
+        with own_trace() as trace:  # as a guide written by hand need not return its values
             self.globals(*args, **kwargs)
         return {name: trace[name]["value"] for name in self.global_names}
 
@@ -192,12 +194,18 @@ class AmortizedGuide(AutoGuide):
         with handlers.substitute(data=given):
             return run_model(self.model, self.plate.name, self.segments, args, kwargs)
 
-    def _encode(self, args: tuple, kwargs: dict) -> Encoding:
+    def _encode(self, args: tuple, kwargs: dict, given: dict[str, Any] | None = None) -> Encoding:
+        """Encode the rows of a run, with parameters from the enclosing handlers.
+
+        ``given`` are these parameters where they are the user's, to be checked.
+        """
         run = self._run(args, kwargs)
         sites = run.same_sites(self.local_sites)
         if not sites:
             return Encoding({}, {}, self.family, run)
         network, inputs = self._network(run, sites), run.inputs(self.inputs)
+        if given is not None:
+            network.check_params(given, self.prefix, inputs)
         training = self.training and numpyro.get_mask() is not False  # as it is in Predictive
         applied, features = declare_network(network, self.prefix, inputs, train=training)
         return Encoding(features, applied.in_order(), self.family, run)
@@ -230,14 +238,9 @@ class AmortizedGuide(AutoGuide):
     ) -> Encoding:
         """Encode the rows that a handler of `numpyro_vae.plates` lets the plates hold."""
         self.setup(*args, **kwargs)
-        with handlers.block(), rows, handlers.seed(rng_seed=0):
-            run = self._run(args, kwargs)
-            sites = run.same_sites(self.local_sites)
-            if sites:
-                network = self._network(run, sites)
-                network.check_params(params, self.prefix, run.inputs(self.inputs))
-            with handlers.substitute(data=params):
-                return self.eval()._encode(args, kwargs)
+        given = handlers.substitute(data=params)
+        with handlers.block(), rows, handlers.seed(rng_seed=0), given:
+            return self.eval()._encode(args, kwargs, params)
 
     def sample_posterior(
         self,
@@ -370,6 +373,10 @@ def _quantile(encoding: Encoding, quantile: Array) -> Array:
 
 def _is_not_among(names: frozenset[str], msg: Any) -> bool:
     return "name" in msg and msg["name"] not in names
+
+
+def _draw_if_improper(hidden: Callable[[Any], bool], msg: Any) -> Any:
+    return draw_improper(msg) if hidden(msg) else None
 
 
 def _setup(guide: AutoGuide, params: dict[str, Any], args: tuple, kwargs: dict[str, Any]) -> None:

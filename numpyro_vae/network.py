@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -324,16 +324,13 @@ def declare_network(
         return params
 
     params: Any = numpyro.param(f"{prefix}$params", init)
-    holder: Any = {"state": {}}
+    holder: dict[str, Any] = {"state": {}}
     if structure.has_state:
         name = f"{prefix}$state"
-        held: Any = mutable(name)
+        held = mutable(name)
         if held is None and not (fresh or train or structure.is_deterministic):
             raise ValueError(network.lacks(name))
-        if held is None:
-            held = fresh or {"state": _fresh_state(network, inputs)}
-            mutable(name, held)
-        holder = held
+        holder = _declare_state(name, fresh, network, inputs) if held is None else cast(Any, held)
     applied, features, state = apply_network(
         structure.graphdef, params, holder["state"], inputs, train=train
     )
@@ -342,6 +339,9 @@ def declare_network(
     return applied, features
 
 
-def _fresh_state(network: Network, inputs: Any) -> dict:
-    rng_key: Any = numpyro.prng_key()
-    return network.init(rng_key, inputs)[1]
+def _declare_state(name: str, fresh: dict, network: Network, inputs: Any) -> dict[str, Any]:
+    """Declare the state that was made with the parameters, or else one of its own."""
+    # A key of the step would make `SVI.evaluate`, which has no state, draw other latents.
+    holder: Any = fresh or {"state": network.init(jax.random.key(0), inputs)[1]}
+    mutable(name, holder)
+    return holder

@@ -328,7 +328,12 @@ class Posterior:
         fn = partial(self._run, compiled.draws, rng_key, globals_, num_samples=num_samples)
         found = rows.collect(fn, self._rows_at_once(num_samples), row_axis=1)
         observed = rows.collect(partial(self._run, compiled.observed), ROWS)
-        latent = found["posterior"] | {name: np.asarray(x) for name, x in globals_.items()}
+        plates = (self.guide.plate.name, *self.guide.segments)
+        of_globals = {name: np.asarray(x) for name, x in globals_.items()}
+        if globals_:
+            derive = partial(self._run, compiled.derive, rng_key, globals_)
+            of_globals |= rows.once(partial(derive, names=self.guide.sites.derived(plates)))
+        latent = found["posterior"] | of_globals
         likelihood = {}
         if self.guide.family.has_density:
             alone = len(observed) == 1 and not self.guide.segments
@@ -341,8 +346,7 @@ class Posterior:
             "observed_data": observed,
             "constant_data": constant_data(self.guide.model, rows.data, observed),
         }
-        by_row = {name for group in groups.values() for name in group} - set(globals_)
-        plates = (self.guide.plate.name, *self.guide.segments)
+        by_row = {name for group in groups.values() for name in group} - set(of_globals)
         dims = rows_first(site_dims(self.guide.sites), by_row, plates)
         return build_datatree(groups, dims, coords)
 

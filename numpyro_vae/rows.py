@@ -66,6 +66,12 @@ class Rows:
         check_observed(guide.model, sites, plate, guide.segments, args, kwargs)
         return cls(arrays, plate.size, plate.length < plate.size, args, kwargs)
 
+    def once(self, fn: Callable[..., Any]) -> Any:
+        """Apply a compiled function, as `collect` takes it, for what is the same for all rows."""
+        indices = jnp.arange(self.num_rows if self.data.is_whole else 1)
+        found = fn(self.data.arrays, indices, layout=self.data.layout, subsamples=self.subsamples)
+        return jax.tree.map(np.asarray, found)
+
     def collect(self, fn: Callable[..., Any], batch_size: int, row_axis: int = 0) -> Any:
         """Apply a compiled function to batches of rows, and join its results on the host.
 
@@ -76,10 +82,9 @@ class Rows:
             batch_size: rows at once.
             row_axis: the axis of the rows in every result.
         """
-        options = {"layout": self.data.layout, "subsamples": self.subsamples}
         if self.data.is_whole:
-            found = fn(self.data.arrays, jnp.arange(self.num_rows), **options)
-            return jax.tree.map(np.asarray, found)
+            return self.once(fn)
+        options = {"layout": self.data.layout, "subsamples": self.subsamples}
         batch_size = min(batch_size, self.num_rows)
         batches = (indices for indices, _ in padded_batches(self.num_rows, batch_size))
         results = prefetch(fn(self.data.arrays, indices, **options) for indices in batches)

@@ -125,6 +125,11 @@ class ModelSites:
         """Return the latent sites outside the plate."""
         return [site for site in self.latent() if plate not in site.plates]
 
+    def derived(self, plates: Iterable[str]) -> tuple[str, ...]:
+        """Return the names of the deterministic sites outside all of the plates."""
+        found = self.deterministic.items()
+        return tuple(name for name, around in found if not set(plates) & set(around))
+
     def observed(self, plate: str) -> list[Site]:
         """Return the observed sites inside the plate; of a ``numpyro.factor`` nothing is seen."""
         seen = [site for site in self.sites.values() if site.is_observed and site.size]
@@ -149,15 +154,31 @@ def trace_model(model: Model, args: tuple, kwargs: dict, expose: Iterable[str] =
     """
     hidden = handlers.block(hide_fn=lambda msg: msg["type"] not in expose)
     keys = handlers.seed(rng_seed=0, hide_types=["plate", "prng_key"])
-    draw_improper = handlers.substitute(substitute_fn=_draw_improper)
-    with hidden, keys, handlers.trace() as trace, draw_improper:
+    draw = handlers.substitute(substitute_fn=draw_improper)
+    with hidden, keys, own_trace() as trace, draw:
         model(*args, **kwargs)
     return trace
 
 
-def _draw_improper(msg: dict) -> Any:
-    """Draw from an improper prior, which has no sampler of its own."""
-    if msg["type"] == "sample" and not msg["is_observed"] and _is_improper(msg["fn"]):
+class own_trace(handlers.trace):  # noqa: N801 - handlers are lower case, as in numpyro.handlers
+    """A trace by the names that a model gives, whatever a ``scope`` around it makes of them."""
+
+    def process_message(self, msg: Any) -> None:
+        """Remember the name."""
+        if "name" in msg:
+            msg["_own_name"] = msg["name"]
+
+    def postprocess_message(self, msg: Any) -> None:
+        """Record the message."""
+        own = {"name": msg["_own_name"]} if "_own_name" in msg else {}
+        super().postprocess_message({**msg, **own})
+
+
+def draw_improper(msg: dict) -> Any:
+    """Draw from an improper prior, which has no sampler of its own; of other messages be None."""
+    if msg["type"] != "sample" or msg["value"] is not None:
+        return None
+    if not msg["is_observed"] and _is_improper(msg["fn"]):
         return init_to_sample({**msg, "kwargs": {**msg["kwargs"], "rng_key": numpyro.prng_key()}})
     return None
 
@@ -220,7 +241,8 @@ def sites_of_trace(trace: dict) -> ModelSites:
     """Describe the sites and plates of a trace; nothing in the result is an array."""
     sites, plates, deterministic = {}, {}, {}
     for name, msg in trace.items():
-        frames = msg.get("cond_indep_stack", ())
+        # A site that `handlers.do` intervenes on comes with its plates twice.
+        frames = tuple(dict.fromkeys(msg.get("cond_indep_stack", ())))
         if msg["type"] == "deterministic":
             deterministic[name] = tuple(frame.name for frame in frames)
         if msg["type"] != "sample":

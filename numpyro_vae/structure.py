@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
 from typing import Any
 
+import jax
 from numpyro import handlers
 from numpyro.infer.inspect import get_dependencies
+from numpyro.ops.provenance import eval_provenance
 
-from numpyro_vae.sites import ModelSites, Plate, Site, choose_plate, read_model
+from numpyro_vae.sites import ModelSites, Plate, Site, choose_plate, read_model, trace_model
 
 
 @dataclass(frozen=True)
@@ -50,13 +52,15 @@ def read_structure(
         dependencies: by local site, local sites that its head reads.
 
     Raises:
-        ValueError: if there is no such plate, a local site is discrete and not enumerated, or a
-            site that is to be read does not exist or not in time.
+        ValueError: if there is no such plate, a local site is discrete and not enumerated, the
+            support of one depends on other values, or a site that is to be read does not exist or
+            not in time.
     """
     sites = read_model(model, args, kwargs)
     local_plate = choose_plate(sites, plate)
     for site in sites.local(local_plate.name):
         _check_continuous(site, local_plate)
+    _check_supports(model, sites, local_plate, args, kwargs)
     local = _in_order(sites.local(local_plate.name), dependencies, local_plate)
     globals_ = tuple(site.name for site in sites.globals(local_plate.name))
     wrong = [name for name in condition_on if name not in globals_]
@@ -117,6 +121,40 @@ def _check_continuous(site: Site, plate: Plate) -> None:
             "numpyro.contrib.funsor.config_enumerate for SVI and guide alike, and train with "
             "TraceEnum_ELBO."
         )
+
+
+def _check_supports(
+    model: Callable[..., Any], sites: ModelSites, plate: Plate, args: tuple, kwargs: dict
+) -> None:
+    """Raise if the support of a local site depends on what is sampled or learned."""
+    local = [site.name for site in sites.local(plate.name)]
+    found: dict[str, Any] = {}
+
+    def supports(**values: Any) -> dict[str, Any]:
+        """Trace the model, and return the bounds of the local sites, given values of all sites."""
+        given = handlers.substitute(model, data=values)
+        with handlers.block(), handlers.seed(rng_seed=0):
+            trace = trace_model(given, args, kwargs)
+        found.update(
+            {
+                name: jax.eval_shape(lambda msg=msg: msg["value"])
+                for name, msg in trace.items()
+                if msg["type"] == "param" or (msg["type"] == "sample" and not msg["is_observed"])
+            }
+        )
+        return {name: jax.tree.leaves(trace[name]["fn"].support) for name in local}
+
+    if not jax.tree.leaves(jax.eval_shape(supports)):
+        return
+    for name, reads in eval_provenance(supports, **found).items():
+        moving = sorted(frozenset().union(*reads))
+        if moving:
+            raise ValueError(
+                f"The support of site {name!r} in plate {plate.name!r} depends on {moving}; that "
+                "of a guide's site is fixed. Write the prior as a TransformedDistribution of one "
+                "with a fixed support, and wrap the model in numpyro.handlers.reparam with "
+                f"config={{{name!r}: TransformReparam()}}."
+            )
 
 
 def _in_order(

@@ -176,6 +176,16 @@ def predict(view: View, rng_key: Array, globals_: dict, *, num_samples: int) -> 
     return view.over_draws(one, packed, globals_, _noise_keys(view, rng_key, num_samples))
 
 
+def derive(view: View, rng_key: Array, globals_: dict, *, names: tuple[str, ...]) -> dict:
+    """Return deterministic sites that lie outside the local plate, for each draw of the globals."""
+
+    def one(globals_: dict) -> dict:
+        trace = view.trace(globals_, rng_key)
+        return {name: trace[name]["value"] for name in names}
+
+    return view.over_draws(one, globals_)
+
+
 def _noise_keys(view: View, rng_key: Array, num_samples: int) -> Key[Array, "num_samples"]:
     """Return a key for what each draw of this batch needs beside the latents."""
     of_batch = jax.random.fold_in(jax.random.fold_in(rng_key, num_samples), view.indices[0])

@@ -8,6 +8,8 @@ import os
 # Before JAX and matplotlib are imported; a value that the caller has set is kept.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("MPLBACKEND", "Agg")
+# Most of a test is compiling, and hardly any of it running what was compiled.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 from jaxtyping import install_import_hook
 

@@ -51,7 +51,7 @@ def runs(tmp_path_factory):
         )
         return Run(process, folder)
 
-    names = ("digits_vae", "parameterizations")
+    names = ("digits_vae", "parameterizations", "half_images")
     started = {name: start(name, str(ROOT / "examples" / f"{name}.py")) for name in names}
     started["readme"] = start("readme", "-c", readme_code())
     yield started
@@ -112,6 +112,15 @@ def test_parameterizations(runs):
     for optimizer in ("SGD", "Adam"):
         for name in ("log_scale", "log_variance", "softplus"):
             assert re.search(rf"^\| {optimizer} \| {name} \|.*\d", table, re.MULTILINE)
+
+
+@pytest.mark.slow
+def test_half_images(runs):
+    runs["half_images"].finish()
+    folder = runs["half_images"].folder
+    assert_is_a_picture(folder / "half_images.png")
+    with az.from_netcdf(folder / "half_images.nc") as tree:
+        assert {"posterior", "posterior_predictive", "checks"} <= set(tree.children)
 
 
 @pytest.mark.slow

@@ -13,9 +13,11 @@ import pytest
 import xarray as xr
 from flax import nnx
 from models import hierarchical_model, normal_model
+from numpyro import handlers
 from numpyro.contrib.module import nnx_module
 from numpyro.infer import SVI, Trace_ELBO
 from numpyro.infer.autoguide import AutoNormal
+from numpyro.infer.reparam import LocScaleReparam
 
 from numpyro_vae import MLP, AutoAmortizedNormal, Posterior, check, fit
 from numpyro_vae import posterior as posterior_module
@@ -317,3 +319,25 @@ def test_data_of_another_shape_are_refused():
         ValueError, match=r"site 'z' has shape \(3,\) for each datum of plate 'data'.*with \(2,\)"
     ):
         posterior.encode(np.stack([X, X, X], 1))
+
+
+def test_deterministic_sites_outside_the_plate():
+    """A global that is reparametrized is in the DataTree as it is in the model."""
+
+    def model(x):
+        config = {"mu": LocScaleReparam(0.0)}
+        with handlers.reparam(config=config):
+            mu = numpyro.sample("mu", dist.Normal(1.0, 2.0))
+        numpyro.deterministic("twice", 2 * mu)
+        with numpyro.plate("data", len(x)):
+            z = numpyro.sample("z", dist.Normal(mu, 1.0))
+            numpyro.sample("x", dist.Normal(z, 0.5), obs=x)
+
+    guide = AutoAmortizedNormal(model, SMALL)
+    svi = SVI(model, guide, optax.adam(1e-2), Trace_ELBO())
+    result = fit(svi, jax.random.key(0), X, num_epochs=2, progress_bar=False)
+    tree = Posterior(guide, result).to_datatree(jax.random.key(1), X, 20)
+    assert tree.posterior["mu"].dims == ("chain", "draw")
+    expected = 1 + 2 * tree.posterior["mu_decentered"]
+    np.testing.assert_allclose(tree.posterior["mu"], expected, rtol=1e-5)
+    np.testing.assert_allclose(tree.posterior["twice"], 2 * expected, rtol=1e-5)

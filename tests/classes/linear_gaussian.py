@@ -1,0 +1,69 @@
+"""What the truth tests of model classes share: exact linear Gaussian answers, and training."""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import optax
+from numpyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
+from scipy import stats
+
+from numpyro_vae import MLP, Posterior
+
+LINEAR = partial(MLP, hidden_sizes=(8,), activation=lambda hidden: hidden)
+
+
+class Gaussian(NamedTuple):
+    """The posterior of each datum, ``(batch, k)`` and ``(k, k)``, and its log evidence."""
+
+    mean: np.ndarray
+    covariance: np.ndarray
+    log_evidence: np.ndarray
+
+    @property
+    def sd(self) -> np.ndarray:
+        return np.sqrt(np.diag(self.covariance))
+
+    def mean_field_gap(self) -> float:
+        """The divergence of the best factorized Normal from the posterior, in nats."""
+        precision = np.linalg.inv(self.covariance)
+        return 0.5 * (np.log(np.diag(precision)).sum() - np.linalg.slogdet(precision)[1])
+
+
+def exact(x, loadings, noise, prior_mean=0.0, prior=None) -> Gaussian:
+    """Condition ``z ~ N(prior_mean, prior)`` on ``x ~ N(loadings z, noise)``.
+
+    Args:
+        x: ``(batch, d)``.
+        loadings: ``(d, k)``.
+        noise: the standard deviation, a number or ``(d,)``.
+        prior_mean: a number or ``(k,)``.
+        prior: the prior's covariance; by default the identity.
+    """
+    num_values, size = loadings.shape
+    prior = np.eye(size) if prior is None else prior
+    noise = np.diag(np.broadcast_to(np.square(noise), num_values))
+    mean = np.broadcast_to(prior_mean, size)
+    marginal = loadings @ prior @ loadings.T + noise
+    gain = prior @ loadings.T @ np.linalg.inv(marginal)
+    residual = np.asarray(x, float) - loadings @ mean
+    evidence = stats.multivariate_normal(np.zeros(num_values), marginal).logpdf(residual)
+    return Gaussian(
+        mean + residual @ gain.T, prior - gain @ loadings @ prior, np.atleast_1d(evidence)
+    )
+
+
+def train(guide, *args, steps=800, particles=4, rate=2e-2, loss: Any = TraceMeanField_ELBO, seed=0):
+    """Train on all data at once, with a rate that falls to zero."""
+    optimizer = optax.adam(optax.cosine_decay_schedule(rate, steps))
+    svi = SVI(guide.model, guide, optimizer, loss(num_particles=particles))
+    result = svi.run(jax.random.key(seed), steps, *args, progress_bar=False)
+    return Posterior(guide, result)
+
+
+def elbo(posterior, *args, particles=100, seed=1):
+    """The bound of all data, in nats; where the guide is exact all particles agree."""
+    guide = posterior.guide
+    estimate = jax.jit(Trace_ELBO(num_particles=particles).loss, static_argnums=(2, 3))
+    return -float(estimate(jax.random.key(seed), posterior.params, guide.model, guide, *args))
