@@ -9,7 +9,6 @@ import numpyro
 import numpyro.distributions as dist
 import optax
 import pytest
-from flax import nnx
 from numpyro.infer import SVI, Trace_ELBO
 
 from numpyro_vae import MLP, AutoAmortizedMultivariateNormal, Posterior, check, fit
@@ -65,11 +64,11 @@ def on_log_scale(counts, library):
 def trained(request):
     kind = request.param
     z, data = simulate(kind)
-    encoder = partial(MLP, hidden_sizes=(64,), activation=nnx.tanh, standardize=True)
+    encoder = partial(MLP, hidden_sizes=(64, 64), standardize=True)
     guide = AutoAmortizedMultivariateNormal(partial(model, kind), encoder, inputs=on_log_scale)
-    optimizer = optax.adam(optax.cosine_decay_schedule(1e-2, 1600))
-    svi = SVI(guide.model, guide, optimizer, Trace_ELBO(num_particles=4))
-    result = fit(svi, jax.random.key(0), data, batch_size=100, num_epochs=400, progress_bar=False)
+    optimizer = optax.adam(optax.cosine_decay_schedule(2e-2, 1000))
+    svi = SVI(guide.model, guide, optimizer, Trace_ELBO())
+    result = fit(svi, jax.random.key(0), data, batch_size=100, num_epochs=250, progress_bar=False)
     posterior = Posterior(guide, result)
     draws = posterior.sample(jax.random.key(1), data, 1000)
     return kind, z, data, posterior, draws
@@ -82,7 +81,7 @@ def test_intervals_hold_what_they_say(trained):
     error = np.sqrt(0.9 * 0.1 / inside.size)
     assert abs(inside.mean() - 0.9) <= 3 * error
     assert draws["z"].std(0).mean() < 0.6  # and they say something
-    assert np.corrcoef(draws["z"].mean(0).ravel(), z.ravel())[0, 1] > 0.8
+    assert np.corrcoef(draws["z"].mean(0).ravel(), z.ravel())[0, 1] > 0.75
 
 
 def test_what_is_global_is_recovered(trained):
@@ -100,14 +99,15 @@ def test_what_is_global_is_recovered(trained):
 
 def test_predictions_have_the_moments_of_the_data(trained):
     kind, _, (counts, library), posterior, _ = trained
-    predicted = posterior.predict(jax.random.key(2), (counts, library), 40)["counts"]
-    assert predicted.shape == (40, *counts.shape)
+    predicted = posterior.predict(jax.random.key(2), (counts, library), 20)["counts"]
+    assert predicted.shape == (20, *counts.shape)
     if kind == "multinomial":
         assert (predicted.sum(-1) == library).all()
     share = (counts / library[:, None]).mean(0)
     assert np.abs((predicted / library[:, None]).mean((0, 1)) / share - 1).max() <= 0.15
     zeros = (counts == 0).mean(0)
-    assert np.abs((predicted == 0).mean((0, 1)) - zeros).max() <= 0.05
+    error = np.sqrt((zeros * (1 - zeros) + 0.01) / NUM_CELLS)
+    assert (np.abs((predicted == 0).mean((0, 1)) - zeros) / error).max() <= 4
 
 
 def test_extreme_counts_are_finite(trained):
