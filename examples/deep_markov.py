@@ -220,11 +220,7 @@ def main() -> None:
     size, hidden_size, batch_size, num_epochs = 32, 96, 16, 2 if args.quick else 80
     model = make_model(train, size, hidden_size)
     encoder = partial(RNN, hidden_size=hidden_size)
-
-    def inputs(chords: jax.Array, lengths: jax.Array) -> Masked:
-        return Masked(chords, jnp.arange(chords.shape[1]) < lengths[:, None])
-
-    guide = AutoAmortizedNormal(model, encoder, inputs=inputs)
+    guide = AutoAmortizedNormal(model, encoder, inputs=Masked.from_lengths)
     steps = num_epochs * -(-len(train.lengths) // batch_size)
     optimizer = optax.chain(
         optax.clip_by_global_norm(200.0), optax.adam(optax.cosine_decay_schedule(5e-3, steps))

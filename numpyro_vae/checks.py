@@ -107,7 +107,7 @@ class Check:
         found = {}
         for name, kl in self.dataset.data_vars.items():
             if str(name).startswith("kl_"):
-                means = kl.values.mean(0)
+                means = np.nanmean(kl.values, 0)  # without values that the model masks
                 found[str(name)[3:]] = (int((means < COLLAPSED).sum()), means.size)
         return found
 

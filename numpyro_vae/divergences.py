@@ -31,7 +31,8 @@ def row_divergences(
         trace: of the model with this draw.
 
     Returns:
-        By local site ``(batch, *datum_shape)``, or ``(batch,)`` for sites as a whole.
+        By local site ``(batch, *datum_shape)``, or ``(batch,)`` for sites as a whole. NaN where
+        the model masks a single value, which is then no latent of the datum.
     """
     if not encoding.has_marginals(packed):
         log_q = encoding.log_prob(packed)
@@ -101,4 +102,4 @@ def _by_dimension(q: LogScaleNormal, prior: Any) -> Array | None:
         found = jnp.broadcast_to(kl_divergence(q, prior), q.batch_shape)
     except NotImplementedError:
         return None
-    return found if mask is None else jnp.where(_spread(mask, found), found, 0.0)
+    return found if mask is None else jnp.where(_spread(mask, found), found, jnp.nan)

@@ -94,6 +94,39 @@ class Masked:
         object.__setattr__(self, "values", values)
         object.__setattr__(self, "mask", mask)
 
+    @classmethod
+    def from_lengths(cls, values: Any, lengths: Any) -> Masked:
+        """Return sequences padded to one length, of which only the first steps are there.
+
+        Args:
+            values: an array ``(batch, time, ...)``.
+            lengths: how many steps of each sequence are there, integers ``(batch,)``.
+
+        Raises:
+            TypeError: if the lengths are not integers.
+            ValueError: if there is not one for each sequence, or it is beyond the data. Lengths
+                that are traced cannot raise: the values of such a sequence are NaN then.
+
+        Example:
+            >>> Masked.from_lengths(jnp.ones((2, 3)), jnp.array([1, 3])).counts()
+            Array([1., 3.], dtype=float32)
+        """
+        values, lengths = _with_dtype(values), _with_dtype(lengths)
+        if not jnp.issubdtype(lengths.dtype, jnp.integer):
+            raise TypeError(f"The lengths of sequences must be integers, found {lengths.dtype}.")
+        if values.ndim < 2 or lengths.shape != values.shape[:1]:
+            raise ValueError(
+                f"Masked.from_lengths needs a length for each sequence: values (batch, time, ...) "
+                f"and lengths (batch,). Found values of shape {values.shape} and lengths of shape "
+                f"{lengths.shape}."
+            )
+        _check_lengths(lengths, values.shape[1])
+        known = (lengths >= 0) & (lengths <= values.shape[1])
+        mask = jnp.arange(values.shape[1]) < jnp.asarray(lengths)[:, None]
+        if jnp.issubdtype(values.dtype, jnp.inexact):
+            values = jnp.where(known.reshape(-1, *[1] * (values.ndim - 1)), values, jnp.nan)
+        return cls(values, mask | ~known[:, None])
+
     def filled(self) -> Num[Array, "batch ..."] | Bool[Array, "batch ..."]:
         """Return the values, and zeros where there are none; no gradient reaches the latter."""
         values = jnp.asarray(self.values)
@@ -244,8 +277,25 @@ def _divide(total: Array, counts: Array) -> Array:
     return total / jnp.maximum(counts, 1).reshape(counts.shape + (1,) * (total.ndim - 1))
 
 
+def _is_concrete(array: Any) -> bool:
+    return not isinstance(array, Tracer) and isinstance(array, np.ndarray | jax.Array)
+
+
+def _check_lengths(lengths: Any, num_steps: int) -> None:
+    if not _is_concrete(lengths):
+        return
+    found = np.asarray(lengths)
+    wrong = np.flatnonzero((found < 0) | (found > num_steps))
+    if wrong.size:
+        raise ValueError(
+            f"Sequence {wrong[0]} has the length {found[wrong[0]]}, but the data have {num_steps} "
+            f"steps ({wrong.size} of {found.size} lengths are not between 0 and {num_steps}). "
+            "Pad the sequences to the longest, and pass lengths in steps."
+        )
+
+
 def _check_range(ids: Any, num_segments: int) -> None:
-    if isinstance(ids, Tracer) or not isinstance(ids, np.ndarray | jax.Array):
+    if not _is_concrete(ids):
         return
     found = np.asarray(ids)
     wrong = np.flatnonzero((found < 0) | (found >= num_segments))

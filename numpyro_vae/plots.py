@@ -235,7 +235,7 @@ def plot_collapse(check: Check, *, ax: Axes | None = None) -> Axes:
     means = {}
     for key, kl in check.dataset.data_vars.items():
         if (name := str(key)).startswith("kl_"):
-            for index, value in np.ndenumerate(kl.values.mean(0)):
+            for index, value in np.ndenumerate(np.nanmean(kl.values, 0)):
                 means[f"{name[3:]}[{', '.join(map(str, index))}]".removesuffix("[]")] = value
     names = sorted(means, key=lambda name: -means[name])
     heights, ax = np.array([means[name] for name in names]), _axes(ax)

@@ -282,8 +282,8 @@ class Posterior:
             batch_axes: as for `fit`.
 
         Returns:
-            By local site, in nats: ``(num_data, *datum_shape)``, or ``(num_data,)`` where the
-            prior is no product over dimensions.
+            By local site, in nats: ``(num_data, *datum_shape)``, NaN for values that the model
+            masks; or ``(num_data,)`` where the prior is no product over dimensions.
         """
         self._require_density()
         rows = Rows.read(self.guide, self.static_kwargs, data, batch_axes)

@@ -45,6 +45,33 @@ def test_reductions_of_masked_values():
     np.testing.assert_array_equal(masked.broadcast_mask(), np.stack([MASK, MASK], -1))
 
 
+def test_lengths_say_which_steps_are_there():
+    masked = Masked.from_lengths(np.ones((3, 4, 2)), np.array([4, 0, 1]))
+    assert masked.mask.tolist() == [[True] * 4, [False] * 4, [True, False, False, False]]
+    np.testing.assert_array_equal(masked.counts(), [4, 0, 1])
+
+
+@pytest.mark.parametrize("wrong", [5, -1])
+def test_lengths_beyond_the_data_are_refused_and_when_traced_no_silent_loss(wrong):
+    values, lengths = np.ones((2, 4)), np.array([4, wrong])
+    message = rf"Sequence 1 has the length {wrong}, but the data have 4 steps.*Pad the sequences"
+    with pytest.raises(ValueError, match=message):
+        Masked.from_lengths(values, lengths)
+    total = jax.jit(
+        lambda x, n: Masked.from_lengths(x, n).sum(x * Masked.from_lengths(x, n).filled())
+    )
+    found = total(values, lengths)
+    assert found[0] == 4
+    assert np.isnan(found[1])
+
+
+def test_lengths_of_another_kind_are_refused():
+    with pytest.raises(TypeError, match="must be integers, found float32"):
+        Masked.from_lengths(np.ones((2, 4)), np.ones(2, np.float32))
+    with pytest.raises(ValueError, match=r"a length for each sequence.*\(2, 4\).*\(3,\)"):
+        Masked.from_lengths(np.ones((2, 4)), np.ones(3, int))
+
+
 def test_the_softmax_of_one_element_has_no_gradient():
     one = Masked(jnp.ones((1, 2)), jnp.array([[True, False]]))
     grad = jax.jacobian(one.softmax)(jnp.array([[5.0, 1.0]]))
