@@ -36,11 +36,10 @@ from scipy.io import loadmat
 from numpyro_vae import (
     RNN,
     AutoAmortizedNormal,
-    Check,
     FitResult,
     Masked,
     Posterior,
-    check,
+    Report,
     fit,
     plot_training,
 )
@@ -159,7 +158,7 @@ def log_density_without_latents(train: Chorales, test: Chorales) -> float:
     return float((chords * np.log(rates) + (1 - chords) * np.log1p(-rates)).sum(1).mean())
 
 
-def per_step(found: Check, name: str, chorales: Chorales) -> float:
+def per_step(found: Report, name: str, chorales: Chorales) -> float:
     """Return a check's nats for each chorale as nats for each of all steps."""
     return float(found.dataset[name].values.sum() / chorales.lengths.sum())
 
@@ -198,7 +197,7 @@ def draw(
     figure.savefig(path, dpi=110)
 
 
-def save(posterior: Posterior, found: Check, data: Any, num_samples: int, path: Path) -> None:
+def save(posterior: Posterior, found: Report, data: Any, num_samples: int, path: Path) -> None:
     """Write what ArviZ reads, with the checks, then open it again."""
     tree = posterior.to_datatree(jax.random.key(4), data, num_samples)
     found.add_to(tree).to_netcdf(path)
@@ -237,7 +236,12 @@ def main() -> None:
     )
 
     posterior = Posterior(guide, result)
-    found = check(posterior, jax.random.key(1), tuple(test), num_samples=100 if args.quick else 500)
+    found = posterior.check(
+        jax.random.key(1),
+        tuple(test),
+        num_samples=100 if args.quick else 500,
+        checks=("importance", "collapse"),
+    )
     print(f"\nHeld out, of each chorale as a whole: {found.summary()}\n\nNats a step, held out:")
     print(f"  every key at its own rate  {log_density_without_latents(train, test):8.3f}")
     print(f"  ELBO                       {per_step(found, 'elbo', test):8.3f}")
@@ -248,7 +252,7 @@ def main() -> None:
     spread = posterior.encode(tuple(one))["z"].scale[0].mean(-1)
     draw(one, keys, spread, result, args.output / "deep_markov.png")
     some = Chorales(test.chords[:10], test.lengths[:10])
-    of_some = Check(found.dataset.isel(chorale=slice(10)))
+    of_some = found.isel(chorale=slice(10))
     save(posterior, of_some, tuple(some), 20, args.output / "deep_markov.nc")
 
 

@@ -32,11 +32,10 @@ from sklearn.datasets import load_digits
 from numpyro_vae import (
     MLP,
     AutoAmortizedNormal,
-    Check,
     ConvNet,
     FitResult,
     Posterior,
-    check,
+    Report,
     fit,
     plot_khat,
     plot_latents,
@@ -124,7 +123,7 @@ def make_model(data: Data, hidden_size: int) -> Callable[[jax.Array], None]:
     return model
 
 
-def draw(posterior: Posterior, result: FitResult, found: Check, data: Data, path: Path) -> None:
+def draw(posterior: Posterior, result: FitResult, found: Report, data: Data, path: Path) -> None:
     """One picture of everything."""
     figure = Figure(figsize=(13, 7.6), layout="constrained")
     axes = figure.subplot_mosaic("RRP;LKT", height_ratios=[1, 1.2])
@@ -137,7 +136,7 @@ def draw(posterior: Posterior, result: FitResult, found: Check, data: Data, path
 
 
 def save(
-    posterior: Posterior, found: Check, images: np.ndarray, num_samples: int, path: Path
+    posterior: Posterior, found: Report, images: np.ndarray, num_samples: int, path: Path
 ) -> None:
     """Write what ArviZ reads, with the checks, then open it again and ask ArviZ.
 
@@ -146,7 +145,7 @@ def save(
     and the log evidence is ``elpd_loo + p_loo``.
     """
     tree = posterior.to_datatree(jax.random.key(4), images, num_samples)
-    checked = Check(found.dataset.isel(image=slice(len(images))))  # of the same images
+    checked = found.isel(image=slice(len(images)))  # of the same images
     checked.add_to(tree).to_netcdf(path)
     with az.from_netcdf(path) as tree:
         print(f"\n{path} holds {', '.join(tree.children)}: {dict(tree.posterior.sizes)}")
@@ -189,7 +188,9 @@ def main() -> None:
     )
 
     posterior = Posterior(guide, result)
-    found = check(posterior, jax.random.key(1), data.test, num_samples=num_samples)
+    found = posterior.check(
+        jax.random.key(1), data.test, num_samples=num_samples, checks=("importance", "collapse")
+    )
     print(f"\nHeld out: {found.summary()}")
     draw(posterior, result, found, data, args.output / f"{args.dataset}_vae.png")
     num_samples = 50 if args.quick else 100

@@ -41,9 +41,8 @@ from sklearn.neighbors import KNeighborsRegressor
 from numpyro_vae import (
     MLP,
     AutoAmortizedMultivariateNormal,
-    Check,
     Posterior,
-    check,
+    Report,
     fit,
     plot_khat,
 )
@@ -147,7 +146,7 @@ def conditional_log_prob(posterior: Posterior, data: Data, num_samples: int) -> 
     return of_whole - of_upper
 
 
-def draw(data: Data, drawn: np.ndarray, checked: Check, losses: dict, path: Path) -> None:
+def draw(data: Data, drawn: np.ndarray, checked: Report, losses: dict, path: Path) -> None:
     """Images, their upper halves, draws of the lower ones and their mean; checks and training."""
     figure = Figure(figsize=(12, 8), layout="constrained")
     axes = figure.subplot_mosaic("III;KTT", height_ratios=[2, 1])
@@ -167,11 +166,11 @@ def draw(data: Data, drawn: np.ndarray, checked: Check, losses: dict, path: Path
     figure.savefig(path, dpi=110)
 
 
-def save(posterior: Posterior, checked: Check, data: Data, num_samples: int, path: Path) -> None:
+def save(posterior: Posterior, checked: Report, data: Data, num_samples: int, path: Path) -> None:
     """Write what ArviZ reads, given upper halves alone; then open it again and look at the rest."""
     images = data.test[:50]
     tree = posterior.to_datatree(jax.random.key(4), upper_half(images), num_samples)
-    checked = Check(checked.dataset.isel(image=slice(len(images))))  # of the same images
+    checked = checked.isel(image=slice(len(images)))  # of the same images
     checked.add_to(tree).to_netcdf(path)
     with az.from_netcdf(path) as tree:
         print(f"\n{path} holds {', '.join(tree.children)}: {dict(tree.posterior.sizes)}")
@@ -218,7 +217,12 @@ def main() -> None:
     print("mean squared error of the lower half, in counts out of 16:")
     for name, value in squared_errors(data, drawn.mean(0)).items():
         print(f"  {name:18}{value:9.2f}")
-    checked = check(posterior, jax.random.key(2), upper_half(data.test), num_samples=num_samples)
+    checked = posterior.check(
+        jax.random.key(2),
+        upper_half(data.test),
+        num_samples=num_samples,
+        checks=("importance", "collapse"),
+    )
     print(f"\nGiven the upper halves: {checked.summary()}")
     history = {name: values for name, values in result.history.items() if len(values)}
     draw(data, drawn, checked, history, args.output / "half_images.png")

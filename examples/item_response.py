@@ -29,7 +29,7 @@ from matplotlib.figure import Figure
 from numpyro.infer import MCMC, NUTS, SVI, Trace_ELBO
 from numpyro.infer.autoguide import AutoMultivariateNormal
 
-from numpyro_vae import MLP, AutoAmortizedNormal, Check, Posterior, check, plot_khat
+from numpyro_vae import MLP, AutoAmortizedNormal, Posterior, Report, plot_khat
 
 SITES = ("ability", "intercept", "slope")
 ITEMS = SITES[1:]
@@ -124,7 +124,7 @@ def draw_items(by_guide: dict[str, Found], site: str, ax: Axes) -> None:
     ax.set_xticklabels([str(item + 1) for item in range(len(mean))])
 
 
-def picture(by_guide: dict[str, Found], checked: Check, correct: np.ndarray, path: Path) -> None:
+def picture(by_guide: dict[str, Found], checked: Report, correct: np.ndarray, path: Path) -> None:
     """One picture of everything."""
     figure = Figure(figsize=(12, 8), layout="constrained")
     axes = figure.subplot_mosaic("AK;IS")
@@ -137,7 +137,7 @@ def picture(by_guide: dict[str, Found], checked: Check, correct: np.ndarray, pat
 
 
 def save(
-    posterior: Posterior, checked: Check, correct: np.ndarray, num_samples: int, path: Path
+    posterior: Posterior, checked: Report, correct: np.ndarray, num_samples: int, path: Path
 ) -> None:
     """Write what ArviZ reads, with the checks, then open it again and ask ArviZ."""
     tree = posterior.to_datatree(jax.random.key(4), correct, num_samples)
@@ -186,7 +186,9 @@ def main() -> None:
         compare(name, by_guide[name], by_guide["NUTS"], seconds)
 
     best = posteriors["with dependencies"]
-    checked = check(best, jax.random.key(2), correct, num_samples=num_samples)
+    checked = best.check(
+        jax.random.key(2), correct, num_samples=num_samples, checks=("importance", "collapse")
+    )
     print(f"\n{checked.summary()}")
     picture(by_guide, checked, correct, args.output / "item_response.png")
     save(best, checked, correct, num_samples // 2, args.output / "item_response.nc")

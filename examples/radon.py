@@ -31,11 +31,10 @@ from numpyro.infer.autoguide import AutoMultivariateNormal
 
 from numpyro_vae import (
     AutoAmortizedNormal,
-    Check,
     Posterior,
+    Report,
     Segments,
     SetEncoder,
-    check,
     plot_khat,
 )
 
@@ -128,7 +127,7 @@ def compare(found: dict[str, np.ndarray], nuts: dict[str, np.ndarray]) -> None:
 
 
 def draw(
-    data: Data, found: dict, nuts: dict, losses: np.ndarray, checked: Check, path: Path
+    data: Data, found: dict, nuts: dict, losses: np.ndarray, checked: Report, path: Path
 ) -> None:
     """Each county next to NUTS, the checks, and training."""
     sizes = np.bincount(data.county, minlength=len(data.names))
@@ -157,7 +156,7 @@ def draw(
     figure.savefig(path, dpi=110)
 
 
-def save(posterior: Posterior, checked: Check, data: Data, num_samples: int, path: Path) -> None:
+def save(posterior: Posterior, checked: Report, data: Data, num_samples: int, path: Path) -> None:
     """Write what ArviZ reads, with the checks, then open it again and ask ArviZ."""
     tree = posterior.to_datatree(
         jax.random.key(3), data.houses, num_samples, coords={"county": data.names}, batch_axes=None
@@ -194,8 +193,12 @@ def main() -> None:
     nuts = {name: np.asarray(draws) for name, draws in mcmc.get_samples().items()}
     compare(found, nuts)
 
-    checked = check(
-        posterior, jax.random.key(2), data.houses, num_samples=num_samples, batch_axes=None
+    checked = posterior.check(
+        jax.random.key(2),
+        data.houses,
+        num_samples=num_samples,
+        batch_axes=None,
+        checks=("importance", "collapse"),
     )
     print(f"\n{checked.summary()}")
     draw(data, found, nuts, np.asarray(result.losses), checked, args.output / "radon.png")

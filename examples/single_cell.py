@@ -42,10 +42,9 @@ from sklearn.model_selection import cross_val_predict
 from numpyro_vae import (
     MLP,
     AutoAmortizedNormal,
-    Check,
     FitResult,
     Posterior,
-    check,
+    Report,
     fit,
     plot_khat,
     plot_training,
@@ -147,7 +146,7 @@ def draw(
     latents: np.ndarray,
     cells: Cells,
     scores: tuple[np.ndarray, ...],
-    found: Check,
+    found: Report,
     result: FitResult,
     path: Path,
 ) -> None:
@@ -206,7 +205,9 @@ def main() -> None:
     posterior = Posterior(guide, result)
     held_out = (test.counts, test.library)
     num_samples = 100 if args.quick else 500
-    found = check(posterior, jax.random.key(1), held_out, num_samples=num_samples)
+    found = posterior.check(
+        jax.random.key(1), held_out, num_samples=num_samples, checks=("importance", "collapse")
+    )
     alike = held_out_without_latents(train, test, steps)
     gain = found.dataset["elbo"].values - alike
     print(f"\nHeld out: {found.summary()}")
@@ -225,7 +226,7 @@ def main() -> None:
     some = tuple(array[:10] for array in held_out)
     tree = posterior.to_datatree(jax.random.key(2), some, 20)
     path = args.output / "single_cell.nc"
-    Check(found.dataset.isel(cell=slice(10))).add_to(tree).to_netcdf(path)
+    found.isel(cell=slice(10)).add_to(tree).to_netcdf(path)
     with az.from_netcdf(path) as tree:
         print(f"\n{path} holds {', '.join(tree.children)}: {dict(tree.posterior.sizes)}")
 

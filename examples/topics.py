@@ -37,10 +37,9 @@ from sklearn.decomposition import LatentDirichletAllocation
 from numpyro_vae import (
     MLP,
     AutoAmortizedNormal,
-    Check,
     FitResult,
     Posterior,
-    check,
+    Report,
     fit,
     plot_khat,
     plot_training,
@@ -137,7 +136,7 @@ def draw(
     topics: np.ndarray,
     shares: np.ndarray,
     vocab: np.ndarray,
-    found: Check,
+    found: Report,
     result: FitResult,
     path: Path,
 ) -> None:
@@ -183,7 +182,9 @@ def main() -> None:
 
     posterior = Posterior(guide, result)
     num_samples = 100 if args.quick else 500
-    found = check(posterior, jax.random.key(1), test, num_samples=num_samples)
+    found = posterior.check(
+        jax.random.key(1), test, num_samples=num_samples, checks=("importance", "collapse")
+    )
     theirs = LatentDirichletAllocation(
         TOPICS, max_iter=2 if args.quick else 30, learning_method="online", random_state=0
     ).fit(train)
@@ -206,7 +207,7 @@ def main() -> None:
     draw(topics, shares, corpus.vocab, found, result, args.output / "topics.png")
     tree = posterior.to_datatree(jax.random.key(3), test[:20], 10)
     path = args.output / "topics.nc"
-    Check(found.dataset.isel(document=slice(20))).add_to(tree).to_netcdf(path)
+    found.isel(document=slice(20)).add_to(tree).to_netcdf(path)
     with az.from_netcdf(path) as tree:
         print(f"\n{path} holds {', '.join(tree.children)}: {dict(tree.posterior.sizes)}")
 

@@ -1,5 +1,5 @@
 from .amortized import AmortizedGuide, GuideOptions
-from .checks import Check, check, khat_threshold, pareto_khat
+from .checks import Finding, khat_threshold, pareto_khat
 from .convolution import Conv, ConvTranspose
 from .distributions import LogScaleNormal
 from .encoders import (
@@ -49,6 +49,8 @@ from .plots import (
     plot_training,
 )
 from .posterior import Posterior, SiteEncoding
+from .repair import Repair
+from .report import Report
 
 __version__: str
 
@@ -64,12 +66,12 @@ __all__ = [
     "AutoAmortizedLowRankMultivariateNormal",
     "AutoAmortizedMultivariateNormal",
     "AutoAmortizedNormal",
-    "Check",
     "Conv",
     "ConvNet",
     "ConvTranspose",
     "DiagonalNormal",
     "Encoding",
+    "Finding",
     "FitResult",
     "Flow",
     "FullRankNormal",
@@ -82,6 +84,8 @@ __all__ = [
     "Masked",
     "PointEstimate",
     "Posterior",
+    "Repair",
+    "Report",
     "ResidualMLP",
     "Segments",
     "SetEncoder",
@@ -89,7 +93,6 @@ __all__ = [
     "Softplus",
     "Standardize",
     "as_module",
-    "check",
     "fit",
     "flatten_inputs",
     "get_parameterization",

@@ -35,6 +35,25 @@ class Context(nnx.Module):
         return jnp.concatenate([both, nnx.relu(self.mix(both))], axis=-1)
 
 
+class Released(AbstractHead):
+    """A head that is given its raw outputs, so that they can be a datum's own parameters."""
+
+    def __init__(self, head: AbstractHead):
+        self.head = head
+
+    def __call__(self, features: Any) -> Any:
+        """Return what is given."""
+        return features
+
+    def distribution(self, raw: Any) -> dist.Distribution:
+        """Return the head's distribution."""
+        return self.head.distribution(raw)
+
+    def marginals(self, raw: Any) -> dist.Distribution | None:
+        """Return the head's marginals."""
+        return self.head.marginals(raw)
+
+
 class Block(nnx.Module):
     """The distribution over the latents of some local sites, given features and other sites.
 
@@ -61,6 +80,15 @@ class Block(nnx.Module):
     ):
         self.sites, self.plate, self.steps, self.reads = sites, plate, steps, reads
         self.head, self.context = head, context
+
+    def release(self) -> Block:
+        """Return the block that takes the head's raw outputs in place of features.
+
+        A block that reads other sites makes its raw outputs of these too, and keeps its features.
+        """
+        if self.context is not None:
+            return self
+        return Block(self.sites, self.plate, self.steps, (), Released(self.head), None)
 
     @property
     def num_values(self) -> int:

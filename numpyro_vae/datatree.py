@@ -4,18 +4,62 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
+from jaxtyping import Array
 
+from numpyro_vae import views
 from numpyro_vae.batches import ArrayData
+from numpyro_vae.rows import Rows
+from numpyro_vae.rowwise import Rowwise
 from numpyro_vae.sites import ModelSites
 
 if TYPE_CHECKING:
     from xarray import DataTree
 
 SAMPLED = ("posterior", "posterior_predictive", "log_likelihood", "sample_stats")
+
+Groups = dict[str, dict[str, np.ndarray]]
+
+
+def gather(
+    rowwise: Rowwise, rows: Rows, rng_key: Array, num_samples: int, num_particles: int
+) -> tuple[Groups, dict[str, list[str]]]:
+    """Return by ArviZ group all variables of some rows, and their dimensions.
+
+    Args:
+        rowwise: the trained guide.
+        rows: the data.
+        rng_key: the random key.
+        num_samples: draws of each row.
+        num_particles: local draws for each log-likelihood.
+    """
+    guide = rowwise.guide
+    globals_ = rowwise.draw_globals(rng_key, rows, num_samples)
+    sizes = {"num_samples": num_samples, "row_axis": 1}
+    draw = partial(rowwise.apply, views.draws, num_draws=num_samples, **sizes)
+    observed = rowwise.apply(views.observed, rows)
+    plates = (guide.plate.name, *guide.segments)
+    of_globals = {name: np.asarray(x) for name, x in globals_.items()}
+    if globals_:
+        derive = partial(rowwise.run, views.derive, rng_key, globals_)
+        of_globals |= rows.once(partial(derive, names=guide.sites.derived(plates)))
+    groups: Groups = draw(rows, rng_key, globals_)
+    groups["posterior"] = groups["posterior"] | of_globals
+    groups["observed_data"] = observed
+    groups["constant_data"] = constant_data(guide.model, rows.data, observed)
+    if guide.family.has_density:
+        alone = len(observed) == 1 and not guide.segments
+        found = rowwise.apply(
+            views.evidence, rows, rng_key, globals_, particles=num_particles, **sizes
+        )
+        name = next(iter(observed)) if alone else "joint"
+        groups["log_likelihood"] = {name: found["log_evidence"]}
+    by_row = {name for group in groups.values() for name in group} - set(of_globals)
+    return groups, rows_first(site_dims(guide.sites), by_row, plates)
 
 
 def site_dims(sites: ModelSites) -> dict[str, list[str]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax.numpy as jnp
@@ -49,16 +49,34 @@ def row_densities(trace: dict[str, Any], run: Run) -> Float[Array, "batch"]:
         trace: of the model on the batch.
         run: the run of the model that the guide has read.
     """
+    return _sum_by_row((site for site in trace.values() if site["type"] == "sample"), run)
+
+
+def observed_densities(trace: dict[str, Any], run: Run) -> Float[Array, "batch"]:
+    """Return each datum's log-likelihood given all latent sites, of what is observed or drawn anew.
+
+    Args:
+        trace: of the model on the batch, under ``handlers.uncondition`` or not.
+        run: the run of the model that the guide has read.
+    """
+    sites = (site for site in trace.values() if site["type"] == "sample")
+    return _sum_by_row((site for site in sites if _was_observed(site)), run)
+
+
+def _was_observed(site: dict) -> bool:
+    return site["is_observed"] or site["infer"].get("was_observed", False)
+
+
+def _sum_by_row(sites: Iterable[dict], run: Run) -> Float[Array, "batch"]:
+    """Add up the log-densities of sites for each datum."""
     total = jnp.zeros(run.plate.length)
-    for site in trace.values():
-        if site["type"] != "sample":
-            continue
+    for site in sites:
         dims = {frame.name: frame.dim for frame in site["cond_indep_stack"]}
         if run.plate.name in dims:
             total += _by_row(site, dims[run.plate.name])
             continue
         name = next((name for name in run.groups if name in dims), None)
-        if site["is_observed"] and name is not None:
+        if _was_observed(site) and name is not None:
             elements = _by_row(site, dims[name])
             total += Segments(elements, run.groups[name], run.plate.length).sum(elements)
     return total

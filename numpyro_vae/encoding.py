@@ -46,6 +46,18 @@ class Encoding:
         """The local sites as they are in this batch, in packing order."""
         return tuple(site for block in self.blocks.values() for site in block.sites)
 
+    def release(self) -> Encoding:
+        """Return the same encoding with each datum's own variational parameters as features.
+
+        They are the raw outputs of the heads; of a head that reads other sites, its features.
+        """
+        features = {
+            name: self.features[name] if block.context else block.raw(self.features[name], {})
+            for name, block in self.blocks.items()
+        }
+        blocks = {name: block.release() for name, block in self.blocks.items()}
+        return replace(self, features=features, blocks=blocks)
+
     def condition(self, values: Mapping[str, Array]) -> Encoding:
         """Return the encoding given values of the global sites.
 
@@ -180,6 +192,15 @@ class Encoding:
             for site, values in block.unpack(part):
                 yield site, site.unpack(values, self.run.plate)
             start += block.num_values
+
+    def pack(self, values: Mapping[str, Array]) -> Float[Array, "batch size"]:
+        """Return the sites' values, which lie on their supports, as packed latents."""
+        parts = {}
+        for site in self.sites:
+            unconstrained = biject_to(self.run.support(site)).inv(values[site.name])
+            rows = jnp.moveaxis(unconstrained, site.axis(self.run.plate), 0)
+            parts[site.name] = rows.reshape(rows.shape[0], -1)
+        return jnp.concatenate([block.pack(parts) for block in self.blocks.values()], axis=-1)
 
     def constrain(
         self, packed: Float[Array, "*lead batch size"]

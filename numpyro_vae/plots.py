@@ -18,10 +18,12 @@ from jaxtyping import Array
 from numpyro import handlers
 
 from numpyro_vae.batches import ArrayData
-from numpyro_vae.checks import COLLAPSED, UNTRUSTWORTHY, VERDICTS, Check
+from numpyro_vae.checks.collapse import COLLAPSED, mean_divergences
+from numpyro_vae.checks.importance import UNTRUSTWORTHY
 from numpyro_vae.fitting import FitResult
 from numpyro_vae.plates import all_rows
 from numpyro_vae.posterior import Posterior
+from numpyro_vae.report import VERDICTS, Report
 from numpyro_vae.sites import Site, sites_of_trace, trace_model
 
 if TYPE_CHECKING:
@@ -194,7 +196,7 @@ def plot_latents(
     return ax
 
 
-def plot_khat(check: Check, *, ax: Axes | None = None) -> Axes:
+def plot_khat(report: Report, *, ax: Axes | None = None) -> Axes:
     """Plot the k-hat of every datum, sorted, coloured and counted by what it means.
 
     A k-hat of minus infinity (weights without a tail) is drawn at the bottom.
@@ -202,26 +204,26 @@ def plot_khat(check: Check, *, ax: Axes | None = None) -> Axes:
     Example:
         >>> import xarray as xr
         >>> khat = xr.Dataset({"khat": ("data", [0.2, 1.3, 0.1])}, attrs={"khat_threshold": 0.7})
-        >>> ax = plot_khat(Check(khat))
+        >>> ax = plot_khat(Report(khat))
         >>> [text.get_text() for text in ax.get_legend().get_texts()]
         ['fine: 2 (67%)', 'borderline: 0 (0%)', 'not to be trusted: 1 (33%)']
     """
-    khat = check.dataset["khat"].values
+    khat = report.dataset["khat"].values
     order = np.argsort(khat)
     bottom = np.min(khat[np.isfinite(khat)], initial=0.0)
-    heights, verdict, ax = np.maximum(khat, bottom)[order], check.verdict[order], _axes(ax)
+    heights, verdict, ax = np.maximum(khat, bottom)[order], report.verdict[order], _axes(ax)
     for value, (label, colour) in enumerate(zip(VERDICTS, COLOURS, strict=True)):
         places = np.flatnonzero(verdict == value)
         label = f"{label}: {len(places)} ({len(places) / len(khat):.0%})"
         ax.scatter(places + 1, heights[places], s=8, linewidths=0, color=colour, label=label)
-    for threshold in (check.dataset.attrs["khat_threshold"], UNTRUSTWORTHY):
+    for threshold in (report.dataset.attrs["khat_threshold"], UNTRUSTWORTHY):
         ax.axhline(threshold, color="grey", linestyle="--", linewidth=0.8, zorder=0)
     ax.set(xlabel="datum, sorted", ylabel="Pareto k-hat", title="Can each posterior be trusted?")
     ax.legend(frameon=False, markerscale=2)
     return ax
 
 
-def plot_collapse(check: Check, *, ax: Axes | None = None) -> Axes:
+def plot_collapse(report: Report, *, ax: Axes | None = None) -> Axes:
     """Plot the mean KL divergence from the prior of each latent dimension, and what is collapsed.
 
     Bars are sorted; one below the axis says that a dimension is practically the prior.
@@ -229,14 +231,13 @@ def plot_collapse(check: Check, *, ax: Axes | None = None) -> Axes:
     Example:
         >>> import xarray as xr
         >>> kl = xr.Dataset({"kl_z": (["data", "z_dim_0"], [[1.0, 0.0], [3.0, 0.001]])})
-        >>> [label.get_text() for label in plot_collapse(Check(kl)).get_xticklabels()]
+        >>> [label.get_text() for label in plot_collapse(Report(kl)).get_xticklabels()]
         ['z[0]', 'z[1]']
     """
     means = {}
-    for key, kl in check.dataset.data_vars.items():
-        if (name := str(key)).startswith("kl_"):
-            for index, value in np.ndenumerate(np.nanmean(kl.values, 0)):
-                means[f"{name[3:]}[{', '.join(map(str, index))}]".removesuffix("[]")] = value
+    for name, kl in mean_divergences(report.dataset):
+        for index, value in np.ndenumerate(kl):
+            means[f"{name}[{', '.join(map(str, index))}]".removesuffix("[]")] = value
     names = sorted(means, key=lambda name: -means[name])
     heights, ax = np.array([means[name] for name in names]), _axes(ax)
     collapsed = heights < COLLAPSED

@@ -3,28 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import jax
 import numpy as np
 from jaxtyping import Array
 from numpyro.infer.autoguide import AutoGuide
 
 from numpyro_vae import views as compiled
 from numpyro_vae.amortized import AmortizedGuide
-from numpyro_vae.datatree import build_datatree, constant_data, rows_first, site_dims
+from numpyro_vae.battery import run_checks
+from numpyro_vae.datatree import build_datatree, gather
 from numpyro_vae.enumeration import Enumeration
-from numpyro_vae.rows import Rows
-from numpyro_vae.views import View
+from numpyro_vae.ladder import run_repair
+from numpyro_vae.repair import Repair
+from numpyro_vae.report import Report
+from numpyro_vae.rowwise import Rowwise, choose_names
 
 if TYPE_CHECKING:
     from xarray import DataTree
 
 __all__ = ["Posterior", "SiteEncoding"]
-
-ROWS = 256  # rows at once
-DRAWS = 2**22  # unconstrained values drawn at once
 
 
 class SiteEncoding(NamedTuple):
@@ -50,7 +48,7 @@ class Posterior:
         TypeError: if the guide is not an amortized one.
 
     Example:
-        >>> import numpyro, numpyro.distributions as dist, optax
+        >>> import jax, numpyro, numpyro.distributions as dist, optax
         >>> from numpyro.infer import SVI, Trace_ELBO
         >>> from numpyro_vae import AutoAmortizedNormal, fit
         >>> def model(x):
@@ -77,7 +75,7 @@ class Posterior:
         self.guide, self.static_kwargs = guide, static_kwargs
         state = getattr(getattr(params, "state", None), "mutable_state", None)
         self.params = {**getattr(params, "params", params), **(state or {})}
-        self._compiled: dict[Callable, Callable] = {}
+        self._rowwise = Rowwise(guide, self.params, static_kwargs)
 
     def encode(self, data: Any, *, batch_axes: Any = 0) -> dict[str, SiteEncoding]:
         """Return ``loc`` and ``scale`` of every local site's unconstrained values.
@@ -89,8 +87,8 @@ class Posterior:
         Returns:
             By site name, arrays of shape ``(num_data, *datum_shape)``.
         """
-        rows = Rows.read(self.guide, self.static_kwargs, data, batch_axes)
-        found = rows.collect(partial(self._run, compiled.encode), ROWS)
+        rows = self._rowwise.read(data, batch_axes)
+        found = self._rowwise.apply(compiled.encode, rows)
         return {name: SiteEncoding(*parts) for name, parts in found.items()}
 
     def sample(
@@ -117,14 +115,17 @@ class Posterior:
         Raises:
             ValueError: if ``num_samples`` is below 1 or a site does not exist.
         """
-        rows = Rows.read(self.guide, self.static_kwargs, data, batch_axes)
-        globals_ = self._globals(rng_key, rows, num_samples)
-        local = self._local_names()
-        names = self._names(var_names, (*local, *globals_))
+        rows = self._rowwise.read(data, batch_axes)
+        globals_ = self._rowwise.draw_globals(rng_key, rows, num_samples)
+        local = self._rowwise.local_names
+        names = choose_names(var_names, (*local, *globals_))
         kept = tuple(name for name in local if name in names)
-        static = {"num_samples": num_samples, "names": kept}
-        fn = partial(self._run, compiled.sample, rng_key, globals_, **static)
-        draws = rows.collect(fn, self._rows_at_once(num_samples), row_axis=1) if kept else {}
+        sizes = {"num_samples": num_samples, "num_draws": num_samples, "row_axis": 1}
+        draws = {}
+        if kept:
+            draws = self._rowwise.apply(
+                compiled.sample, rows, rng_key, globals_, names=kept, **sizes
+            )
         for name, value in draws.items():
             axis = self.guide.sites.sites[name].axis(self.guide.plate)
             draws[name] = np.moveaxis(value, 1, 1 + axis)
@@ -158,11 +159,11 @@ class Posterior:
         Raises:
             ValueError: if ``num_samples`` is below 1 or a site does not exist.
         """
-        rows = Rows.read(self.guide, self.static_kwargs, data, batch_axes)
-        globals_ = self._globals(rng_key, rows, num_samples)
-        fn = partial(self._run, compiled.predict, rng_key, globals_, num_samples=num_samples)
-        found = rows.collect(fn, self._rows_at_once(num_samples), row_axis=1)
-        return {name: found[name] for name in self._names(var_names, found)}
+        rows = self._rowwise.read(data, batch_axes)
+        globals_ = self._rowwise.draw_globals(rng_key, rows, num_samples)
+        sizes = {"num_samples": num_samples, "num_draws": num_samples, "row_axis": 1}
+        found = self._rowwise.apply(compiled.predict, rows, rng_key, globals_, **sizes)
+        return {name: found[name] for name in choose_names(var_names, found)}
 
     def log_weights(
         self, rng_key: Array, data: Any, num_samples: int, *, batch_axes: Any = 0
@@ -185,11 +186,12 @@ class Posterior:
         Raises:
             ValueError: if ``num_samples`` is below 1, or the guide has no density.
         """
-        self._require_density()
-        rows = Rows.read(self.guide, self.static_kwargs, data, batch_axes)
-        globals_ = self._globals(rng_key, rows, num_samples)
-        fn = partial(self._run, compiled.weigh, rng_key, globals_, num_samples=num_samples)
-        return rows.collect(fn, self._rows_at_once(num_samples), row_axis=1)["log_weights"]
+        self._rowwise.require_density()
+        rows = self._rowwise.read(data, batch_axes)
+        globals_ = self._rowwise.draw_globals(rng_key, rows, num_samples)
+        sizes = {"num_samples": num_samples, "num_draws": num_samples, "row_axis": 1}
+        found = self._rowwise.apply(compiled.weigh, rows, rng_key, globals_, **sizes)
+        return found["log_weights"]
 
     def log_evidence(
         self,
@@ -217,12 +219,12 @@ class Posterior:
         Returns:
             An array of shape ``(num_samples, num_data)``.
         """
-        self._require_density()
-        rows = Rows.read(self.guide, self.static_kwargs, data, batch_axes)
-        globals_ = self._globals(rng_key, rows, num_samples)
-        sizes = {"num_samples": num_samples, "particles": num_particles}
-        fn = partial(self._run, compiled.evidence, rng_key, globals_, **sizes)
-        return rows.collect(fn, ROWS, row_axis=1)["log_evidence"]
+        self._rowwise.require_density()
+        rows = self._rowwise.read(data, batch_axes)
+        globals_ = self._rowwise.draw_globals(rng_key, rows, num_samples)
+        sizes = {"num_samples": num_samples, "particles": num_particles, "row_axis": 1}
+        found = self._rowwise.apply(compiled.evidence, rows, rng_key, globals_, **sizes)
+        return found["log_evidence"]
 
     def probabilities(
         self,
@@ -255,41 +257,107 @@ class Posterior:
         Raises:
             ValueError: if no site of the local plate is enumerated.
         """
-        self._require_density()
-        rows = Rows.read(self.guide, self.static_kwargs, data, batch_axes)
+        self._rowwise.require_density()
+        rows = self._rowwise.read(data, batch_axes)
         if not self.guide.sites.enumerated(self.guide.plate.name):
             raise ValueError(
                 f"No site of plate {self.guide.plate.name!r} is enumerated, so there are no "
                 'probabilities. Mark a discrete site with infer={"enumerate": "parallel"}.'
             )
-        globals_ = self._globals(rng_key, rows, num_samples)
+        globals_ = self._rowwise.draw_globals(rng_key, rows, num_samples)
         sizes = {"num_samples": num_samples, "particles": num_particles}
-        fn = partial(self._run, compiled.classify, rng_key, globals_, **sizes)
-        found = rows.collect(fn, ROWS)["probabilities"]
+        found = self._rowwise.apply(compiled.classify, rows, rng_key, globals_, **sizes)
         return Enumeration.of_model(
             self.guide.model, self.guide.plate.name, rows.args, rows.kwargs
-        ).probabilities(found)
+        ).probabilities(found["probabilities"])
 
-    def divergences(
-        self, rng_key: Array, data: Any, num_samples: int, *, batch_axes: Any = 0
-    ) -> dict[str, np.ndarray]:
-        """Return the KL divergence of each row's guide from its prior, by latent dimension.
+    def check(
+        self,
+        rng_key: Array,
+        data: Any,
+        *,
+        checks: Iterable[str] | None = None,
+        num_samples: int = 1000,
+        max_rows: int = 256,
+        num_simulations: int = 500,
+        reference: Any = None,
+        to_data: Callable[[dict], Any] | None = None,
+        batch_axes: Any = 0,
+        coords: Mapping[str, Any] | None = None,
+    ) -> Report:
+        """Check the posterior of every row, without a refit; see the page on checks.
+
+        Where there are global latents, each draw has a draw of these: what is judged is the local
+        posterior given them.
 
         Args:
             rng_key: the random key.
             data: as for `fit`, any number of rows.
-            num_samples: draws over which what is not known in closed form is averaged.
+            checks: which to run, of ``importance``, ``gap``, ``calibration``, ``collapse``,
+                ``novelty`` and ``predictive``; by default all that can be.
+            num_samples: draws of each row for its importance weights, and for its gap.
+            max_rows: how many rows, evenly spread, the gap and the predictive check look at.
+            num_simulations: how many data are simulated for the calibration.
+            reference: data like those of the training, for the novelty check.
+            to_data: from simulated values by observed site to data, for the calibration of a model
+                whose observed values are not one of its arguments as it stands.
+            batch_axes: as for `fit`.
+            coords: coordinates by dimension, as ArviZ takes them.
+
+        Raises:
+            ValueError: if a check is unknown or, asked for by name, cannot be made; if there are
+                too few draws for a k-hat, or a row's weights are not finite.
+        """
+        return run_checks(
+            self._rowwise,
+            rng_key,
+            data,
+            checks=checks,
+            num_samples=num_samples,
+            max_rows=max_rows,
+            num_simulations=num_simulations,
+            reference=reference,
+            to_data=to_data,
+            batch_axes=batch_axes,
+            coords=coords,
+        )
+
+    def repair(
+        self,
+        rng_key: Array,
+        data: Any,
+        rows: Any,
+        *,
+        method: str = "auto",
+        num_samples: int = 500,
+        batch_axes: Any = 0,
+    ) -> Repair:
+        """Draw the latents of some rows anew, better than the guide can.
+
+        ``"importance"`` weighs draws of the guide, and a few of the prior, and resamples them;
+        ``"refine"`` does so after it has optimized the rows' own variational parameters; ``"nuts"``
+        runs four chains of each row. ``"auto"`` tries them in this order on the rows that have not
+        passed yet.
+
+        Global latents are held at draws of their posterior, eight of them, among which the draws of
+        a row are divided evenly. So a row's draws tell of the uncertainty of the globals, but a
+        row's data do not tell of the globals once more.
+
+        Args:
+            rng_key: the random key.
+            data: as for `fit`.
+            rows: the numbers of the rows, a boolean for each row, or a `Report` on these data, of
+                which the flagged rows are taken.
+            method: ``"auto"``, ``"importance"``, ``"refine"`` or ``"nuts"``.
+            num_samples: draws of each row.
             batch_axes: as for `fit`.
 
-        Returns:
-            By local site, in nats: ``(num_data, *datum_shape)``, NaN for values that the model
-            masks; or ``(num_data,)`` where the prior is no product over dimensions.
+        Raises:
+            ValueError: if a row does not exist, the method is unknown, the guide has no density, or
+                no draw of a row has any importance weight.
         """
-        self._require_density()
-        rows = Rows.read(self.guide, self.static_kwargs, data, batch_axes)
-        globals_ = self._globals(rng_key, rows, num_samples)
-        fn = partial(self._run, compiled.diverge, rng_key, globals_, num_samples=num_samples)
-        return rows.collect(fn, self._rows_at_once(num_samples))
+        chosen = rows.flagged if isinstance(rows, Report) else rows
+        return run_repair(self._rowwise, rng_key, data, chosen, method, num_samples, batch_axes)
 
     def to_datatree(
         self,
@@ -320,80 +388,11 @@ class Posterior:
             ``observed_data``; and ``constant_data``, the model's other data. A guide without a
             density, of points, has neither log-likelihood nor weights.
         """
-        rows = Rows.read(self.guide, self.static_kwargs, data, batch_axes)
-        globals_ = self._globals(rng_key, rows, num_samples)
-        local = self._local_names()
-        known = (*local, *globals_, *self.guide.sites.deterministic)
-        names = self._names(var_names, known)
-        fn = partial(self._run, compiled.draws, rng_key, globals_, num_samples=num_samples)
-        found = rows.collect(fn, self._rows_at_once(num_samples), row_axis=1)
-        observed = rows.collect(partial(self._run, compiled.observed), ROWS)
-        plates = (self.guide.plate.name, *self.guide.segments)
-        of_globals = {name: np.asarray(x) for name, x in globals_.items()}
-        if globals_:
-            derive = partial(self._run, compiled.derive, rng_key, globals_)
-            of_globals |= rows.once(partial(derive, names=self.guide.sites.derived(plates)))
-        latent = found["posterior"] | of_globals
-        likelihood = {}
-        if self.guide.family.has_density:
-            alone = len(observed) == 1 and not self.guide.segments
-            likelihood[next(iter(observed)) if alone else "joint"] = self.log_evidence(
-                rng_key, data, num_samples, num_particles=num_particles, batch_axes=batch_axes
-            )
-        groups = found | {
-            "posterior": {name: latent[name] for name in names if name in latent},
-            "log_likelihood": likelihood,
-            "observed_data": observed,
-            "constant_data": constant_data(self.guide.model, rows.data, observed),
-        }
-        by_row = {name for group in groups.values() for name in group} - set(of_globals)
-        dims = rows_first(site_dims(self.guide.sites), by_row, plates)
+        rows = self._rowwise.read(data, batch_axes)
+        guide = self.guide
+        known = (*self._rowwise.local_names, *guide.global_names, *guide.sites.deterministic)
+        names = choose_names(var_names, known)
+        groups, dims = gather(self._rowwise, rows, rng_key, num_samples, num_particles)
+        latent = groups["posterior"]
+        groups["posterior"] = {name: latent[name] for name in names if name in latent}
         return build_datatree(groups, dims, coords)
-
-    def _require_density(self) -> None:
-        if not self.guide.family.has_density:
-            raise ValueError(
-                f"{type(self.guide.family).__name__} has no density, so there are no importance "
-                "weights, evidence, divergences or checks of it. Use AutoAmortizedNormal for these."
-            )
-
-    def _local_names(self) -> tuple[str, ...]:
-        """Return the latent sites of the local plate, those that are enumerated too."""
-        discrete = self.guide.sites.enumerated(self.guide.plate.name)
-        return tuple(site.name for site in (*self.guide.local_sites, *discrete))
-
-    def _globals(self, rng_key: Array, rows: Rows, num_samples: int) -> dict[str, Array]:
-        """Draw the global sites, one set for all rows."""
-        if num_samples < 1:
-            raise ValueError(f"num_samples is {num_samples}, expected at least 1.")
-        key = jax.random.fold_in(rng_key, 2**32 - 1)  # of no row
-        return self.guide.sample_globals(key, self.params, (num_samples,), rows.args, rows.kwargs)
-
-    def _names(self, var_names: Iterable[str] | None, known: Iterable[str]) -> list[str]:
-        names = list(known if var_names is None else var_names)
-        missing = sorted(set(names) - set(known))
-        if missing:
-            raise ValueError(f"There are no sites {missing} here, choose from {sorted(known)}.")
-        return names
-
-    def _rows_at_once(self, num_samples: int) -> int:
-        size = sum(site.datum_size(self.guide.plate) for site in self.guide.local_sites)
-        return int(np.clip(DRAWS // (num_samples * max(size, 1)), 1, ROWS))
-
-    def _run(
-        self, fn: Callable[..., Any], *arguments: Any, layout: Any, subsamples: bool, **static: Any
-    ) -> Any:
-        """Call a function of a `View` on the last two arguments, arrays and indices, compiled."""
-        *dynamic, arrays, indices = arguments
-
-        def on_view(params: dict, arrays: tuple, indices: Array, *dynamic: Any, **kw: Any) -> Any:
-            names = {"layout": kw.pop("layout"), "subsamples": kw.pop("subsamples")}
-            view = View.build(
-                self.guide, params, arrays, indices, static_kwargs=self.static_kwargs, **names
-            )
-            return fn(view, *dynamic, **kw)
-
-        static |= {"layout": layout, "subsamples": subsamples}
-        if fn not in self._compiled:
-            self._compiled[fn] = jax.jit(on_view, static_argnames=tuple(static))
-        return self._compiled[fn](self.params, arrays, indices, *dynamic, **static)

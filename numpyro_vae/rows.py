@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -28,6 +28,7 @@ class Rows:
         data: the data.
         num_rows: how many rows the local plate has.
         subsamples: whether the model selects rows in its own plate.
+        chosen: the numbers of the rows that results are wanted of, in that order.
         args: the model's arguments with all rows.
         kwargs: its keyword arguments, those that never change among them.
     """
@@ -35,6 +36,7 @@ class Rows:
     data: ArrayData
     num_rows: int
     subsamples: bool
+    chosen: np.ndarray
     args: tuple
     kwargs: dict[str, Any]
 
@@ -64,7 +66,50 @@ class Rows:
                 "argument has a row for each of the plate's, pass batch_axes=None."
             )
         check_observed(guide.model, sites, plate, guide.segments, args, kwargs)
-        return cls(arrays, plate.size, plate.length < plate.size, args, kwargs)
+        chosen = np.arange(plate.size)
+        return cls(arrays, plate.size, plate.length < plate.size, chosen, args, kwargs)
+
+    def choose(self, rows: Any) -> Rows:
+        """Return the same data, with results wanted of some rows only.
+
+        Args:
+            rows: their numbers, or a boolean for each row.
+
+        Raises:
+            ValueError: if there are no such rows.
+        """
+        given = np.asarray(rows)
+        if given.dtype == bool and given.shape != (self.num_rows,):
+            raise ValueError(
+                f"The data have {self.num_rows} rows, and rows= has shape {given.shape}. Give a "
+                "boolean for each row, or the rows' numbers."
+            )
+        chosen = np.flatnonzero(given) if given.dtype == bool else given.reshape(-1)
+        if not np.issubdtype(chosen.dtype, np.integer) and chosen.size:
+            raise ValueError(f"Rows are chosen by their numbers, found {chosen.dtype}.")
+        wrong = chosen[(chosen < 0) | (chosen >= self.num_rows)]
+        if wrong.size:
+            raise ValueError(
+                f"There is no row {wrong[0]}: the data have {self.num_rows} rows, 0 to "
+                f"{self.num_rows - 1} ({wrong.size} of {chosen.size} do not exist)."
+            )
+        return replace(self, chosen=chosen.astype(int))
+
+    def cut(self, rows: np.ndarray) -> Rows:
+        """Return data of some rows only; a model that selects rows itself needs all."""
+        return self.with_arrays(self.data.layout.take(self.data.arrays, jnp.asarray(rows)))
+
+    def with_arrays(self, arrays: tuple[Array, ...]) -> Rows:
+        """Return rows of other data for the same model, as many as the arrays have."""
+        data = replace(self.data, arrays=arrays)
+        args, kwargs = data.whole()
+        static = {name: value for name, value in self.kwargs.items() if name not in kwargs}
+        number = self.num_rows if data.is_whole else data.layout.num_data(arrays)
+        data = replace(data, num_data=1 if data.is_whole else number)
+        chosen = np.arange(number)
+        return replace(
+            self, data=data, num_rows=number, chosen=chosen, args=args, kwargs=kwargs | static
+        )
 
     def once(self, fn: Callable[..., Any]) -> Any:
         """Apply a compiled function, as `collect` takes it, for what is the same for all rows."""
@@ -83,14 +128,16 @@ class Rows:
             row_axis: the axis of the rows in every result.
         """
         if self.data.is_whole:
-            return self.once(fn)
+            take = partial(np.take, indices=self.chosen, axis=row_axis)
+            return jax.tree.map(take, self.once(fn))
         options = {"layout": self.data.layout, "subsamples": self.subsamples}
-        batch_size = min(batch_size, self.num_rows)
-        batches = (indices for indices, _ in padded_batches(self.num_rows, batch_size))
-        results = prefetch(fn(self.data.arrays, indices, **options) for indices in batches)
+        num_rows = len(self.chosen)
+        batch_size = min(batch_size, num_rows)
+        batches = (self.chosen[places] for places, _ in padded_batches(num_rows, batch_size))
+        results = prefetch(fn(self.data.arrays, jnp.asarray(rows), **options) for rows in batches)
         first = next(results)
-        out = jax.tree.map(partial(_room, self.num_rows, row_axis), first)
-        starts = range(0, self.num_rows, batch_size)
+        out = jax.tree.map(partial(_room, num_rows, row_axis), first)
+        starts = range(0, num_rows, batch_size)
         for start, found in zip(starts, itertools.chain([first], results), strict=True):
             jax.tree.map(partial(_write, start, row_axis), out, found)
         return out

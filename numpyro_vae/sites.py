@@ -178,12 +178,13 @@ def draw_improper(msg: dict) -> Any:
     """Draw from an improper prior, which has no sampler of its own; of other messages be None."""
     if msg["type"] != "sample" or msg["value"] is not None:
         return None
-    if not msg["is_observed"] and _is_improper(msg["fn"]):
+    if not msg["is_observed"] and is_improper(msg["fn"]):
         return init_to_sample({**msg, "kwargs": {**msg["kwargs"], "rng_key": numpyro.prng_key()}})
     return None
 
 
-def _is_improper(fn: Any) -> bool:
+def is_improper(fn: Any) -> bool:
+    """Whether a distribution has no density that could be normalized."""
     while hasattr(fn, "base_dist"):
         fn = fn.base_dist
     return isinstance(fn, dist.ImproperUniform)

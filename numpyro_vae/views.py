@@ -16,7 +16,7 @@ from numpyro.primitives import Messenger
 
 from numpyro_vae.amortized import AmortizedGuide
 from numpyro_vae.batches import Layout
-from numpyro_vae.densities import predicted_rows, row_densities, trace_rows
+from numpyro_vae.densities import observed_densities, predicted_rows, row_densities, trace_rows
 from numpyro_vae.divergences import row_divergences
 from numpyro_vae.encoding import Encoding
 from numpyro_vae.enumeration import Enumeration
@@ -99,12 +99,19 @@ class View:
         The density is that of the data, the unconstrained latents and each combination of values
         of the discrete ones.
         """
+        return self.log_densities(packed, globals_, rng_key)[0]
+
+    def log_densities(
+        self, packed: Array, globals_: dict[str, Array], rng_key: Array
+    ) -> tuple[Array, Array]:
+        """Return what `log_joint` does, and the part of it that is the prior's."""
         values, log_det = self.encoding.constrain(packed)
 
-        def one(combination: Array) -> Array:
+        def one(combination: Array) -> tuple[Array, Array]:
             discrete = self.enumeration.assign(jnp.full(len(self.indices), combination))
             trace = self.trace(values | globals_ | discrete, rng_key)
-            return row_densities(trace, self.encoding.run) + log_det
+            log_joint = row_densities(trace, self.encoding.run) + log_det
+            return log_joint, log_joint - observed_densities(trace, self.encoding.run)
 
         return jax.vmap(one)(jnp.arange(self.enumeration.num_combinations))
 
@@ -154,9 +161,13 @@ def sample(
     view: View, rng_key: Array, globals_: dict, *, num_samples: int, names: tuple[str, ...]
 ) -> dict:
     """Return draws by site, ``(num_samples, batch, ...)``."""
-    run, packed = view.encoding.run, view.draw(rng_key, num_samples, globals_)
+    keys = _noise_keys(view, rng_key, num_samples)
+    return _values(view, view.draw(rng_key, num_samples, globals_), globals_, keys, names)
+
+
+def _values(view: View, packed: Array, globals_: dict, keys: Array, names: tuple[str, ...]) -> dict:
+    run = view.encoding.run
     if any(site.name in names for site in view.enumeration.sites):
-        keys = _noise_keys(view, rng_key, num_samples)
         values = view.over_draws(view.complete, packed, globals_, keys)
     else:
         values, _ = view.encoding.constrain(packed)
@@ -166,14 +177,17 @@ def sample(
 
 def predict(view: View, rng_key: Array, globals_: dict, *, num_samples: int) -> dict:
     """Return draws of the observed and deterministic sites, ``(num_samples, batch, ...)``."""
+    keys = _noise_keys(view, rng_key, num_samples)
+    return _predictions(view, view.draw(rng_key, num_samples, globals_), globals_, keys)
 
+
+def _predictions(view: View, packed: Array, globals_: dict, keys: Array) -> dict:
     def one(packed: Array, globals_: dict, rng_key: Array) -> dict:
         values = view.complete(packed, globals_, rng_key)
         trace = view.trace(values, jax.random.fold_in(rng_key, 1), observed=False)
         return predicted_rows(trace, view.encoding.run)
 
-    packed = view.draw(rng_key, num_samples, globals_)
-    return view.over_draws(one, packed, globals_, _noise_keys(view, rng_key, num_samples))
+    return view.over_draws(one, packed, globals_, keys)
 
 
 def derive(view: View, rng_key: Array, globals_: dict, *, names: tuple[str, ...]) -> dict:
@@ -219,21 +233,28 @@ def classify(
 
 
 def draws(view: View, rng_key: Array, globals_: dict, *, num_samples: int) -> dict[str, dict]:
-    """Return by ArviZ group what is drawn, all ``(num_samples, batch, ...)``.
-
-    The latents are drawn once; deterministic sites belong to the posterior.
-    """
-    sites = (*view.encoding.sites, *view.enumeration.sites)
-    names = tuple(site.name for site in sites)
-    posterior = sample(view, rng_key, globals_, num_samples=num_samples, names=names)
-    predicted = predict(view, rng_key, globals_, num_samples=num_samples)
-    for name in view.encoding.run.sites.deterministic:
-        if name in predicted:
-            posterior[name] = predicted.pop(name)
-    groups = {"posterior": posterior, "posterior_predictive": predicted}
+    """Return by ArviZ group what is drawn, all ``(num_samples, batch, ...)``."""
+    packed = jnp.moveaxis(view.draw(rng_key, num_samples, globals_), 0, 1)
+    groups = finish(view, packed, rng_key, globals_)
     if view.encoding.family.has_density:
         groups["sample_stats"] = weigh(view, rng_key, globals_, num_samples=num_samples)
     return groups
+
+
+def finish(view: View, packed: Array, rng_key: Array, globals_: dict) -> dict[str, dict]:
+    """Return by ArviZ group the latents of draws ``(batch, num_samples, size)``, and predictions.
+
+    All are ``(num_samples, batch, ...)``; deterministic sites belong to the posterior.
+    """
+    packed = jnp.moveaxis(packed, 1, 0)
+    keys = _noise_keys(view, rng_key, len(packed))
+    names = tuple(site.name for site in (*view.encoding.sites, *view.enumeration.sites))
+    posterior = _values(view, packed, globals_, keys, names)
+    predicted = _predictions(view, packed, globals_, keys)
+    for name in view.encoding.run.sites.deterministic:
+        if name in predicted:
+            posterior[name] = predicted.pop(name)
+    return {"posterior": posterior, "posterior_predictive": predicted}
 
 
 def evidence(

@@ -21,7 +21,6 @@ from numpyro_vae import (
     AutoAmortizedDelta,
     AutoAmortizedNormal,
     Posterior,
-    check,
     fit,
     khat_threshold,
     pareto_khat,
@@ -53,7 +52,7 @@ def posterior_with(factor):
 
 
 def test_the_exact_posterior_has_equal_weights():
-    found = check(posterior_with(1.0), KEY, X)
+    found = posterior_with(1.0).check(KEY, X, checks=("importance", "collapse"))
     exact = dist.Normal(0, np.sqrt(1.25)).log_prob(X)
     np.testing.assert_allclose(found.dataset["elbo"], exact, atol=1e-4)
     np.testing.assert_allclose(found.dataset["log_evidence"], exact, atol=1e-4)
@@ -62,7 +61,7 @@ def test_the_exact_posterior_has_equal_weights():
 
 
 def test_too_wide_a_guide_is_fine_but_not_tight():
-    found = check(posterior_with(2.0), KEY, X, num_samples=20_000)
+    found = posterior_with(2.0).check(KEY, X, num_samples=20_000, checks=("importance", "collapse"))
     exact = np.asarray(dist.Normal(0, np.sqrt(1.25)).log_prob(X))
     gap = np.log(2.0)  # KL(q | p) is (factor^2 - 1) / 2 - log(factor)
     np.testing.assert_allclose(exact - found.dataset["elbo"], 1.5 - gap, atol=0.1)
@@ -74,7 +73,9 @@ def test_too_wide_a_guide_is_fine_but_not_tight():
 @pytest.mark.parametrize(("factor", "verdict"), [(0.8, 0), (0.25, 2)])
 def test_too_narrow_a_guide_is_flagged(factor, verdict):
     r"""For a Normal of relative scale ``r < 1`` the weights' tail has shape ``1 - r^2``."""
-    found = check(posterior_with(factor), KEY, X, num_samples=20_000)
+    found = posterior_with(factor).check(
+        KEY, X, num_samples=20_000, checks=("importance", "collapse")
+    )
     khat = found.dataset["khat"].values
     assert np.median(khat) == pytest.approx(1 - factor**2, abs=0.25)
     if verdict == 0:
@@ -108,17 +109,19 @@ def test_a_silent_dimension_has_collapsed():
 
     guide = AutoAmortizedNormal(model, Affine(1.0, size=2))
     posterior = Posterior(guide, {"auto$params": {}})
-    found = check(posterior, KEY, X, coords={"data": np.arange(100, 164)})
+    found = posterior.check(
+        KEY, X, coords={"data": np.arange(100, 164)}, checks=("importance", "collapse")
+    )
     assert found.collapsed() == {"z": (1, 2)}
     assert found.dataset["kl_z"].dims == ("data", "z_dim_0")
     assert found.dataset["data"].values[0] == 100
 
 
 def test_summary_is_for_a_person():
-    found = check(posterior_with(0.5), KEY, X)
+    found = posterior_with(0.5).check(KEY, X, checks=("importance", "collapse"))
     text = found.summary()
     assert "64 data, 1000 draws of each" in text
-    assert "site 'z': 0 of 1 dimensions collapsed" in text
+    assert "0 of 1 dimensions of site 'z' are inactive" in text
     for verdict, label in enumerate(("fine", "borderline", "not to be trusted")):
         (count,) = re.findall(rf"{label} +(\d+)", text)
         assert int(count) == (found.verdict == verdict).sum()
@@ -128,7 +131,7 @@ def test_summary_is_for_a_person():
 
 def test_as_a_group_of_the_datatree(tmp_path):
     posterior = posterior_with(1.0)
-    found = check(posterior, KEY, X)
+    found = posterior.check(KEY, X, checks=("importance", "collapse"))
     found.add_to(posterior.to_datatree(KEY, X, 100)).to_netcdf(tmp_path / "tree.nc")
     with xr.open_datatree(tmp_path / "tree.nc") as tree:
         assert {"posterior", "checks"} <= set(tree.children)
@@ -149,7 +152,7 @@ def test_a_point_has_no_weights():
     result = fit(svi, jax.random.key(0), x, num_epochs=2, progress_bar=False)
     posterior = Posterior(guide, result)
     with pytest.raises(ValueError, match="PointEstimate has no density"):
-        check(posterior, jax.random.key(1), x, num_samples=100)
+        posterior.check(jax.random.key(1), x, num_samples=100, checks=("importance", "collapse"))
     tree = posterior.to_datatree(jax.random.key(1), x, 10)
     assert set(tree.children) == {"posterior", "posterior_predictive", "observed_data"}
     assert np.ptp(tree.posterior["z"].values, axis=1).max() == 0

@@ -86,7 +86,7 @@ from numpyro import handlers
 from numpyro.contrib.module import nnx_module
 from numpyro.infer import SVI, RenyiELBO, Trace_ELBO, TraceMeanField_ELBO
 
-from numpyro_vae import MLP, AutoAmortizedNormal, Posterior, check, fit, pareto_khat
+from numpyro_vae import MLP, AutoAmortizedNormal, Posterior, fit, pareto_khat
 
 X = np.asarray(jax.random.normal(jax.random.key(7), (40,)) + 1)
 SMALL = partial(MLP, hidden_sizes=(4,))
@@ -151,7 +151,7 @@ def test_khats_of_single_data_do_not_grow_with_their_number():
     guide = AutoAmortizedNormal(normal_model, TooNarrow())
     posterior = Posterior(guide, {"auto$params": {"encoder": {}, "blocks": {}}})
     x = np.asarray(jax.random.normal(jax.random.key(3), (100,)))
-    found = check(posterior, KEY, x, num_samples=2000)
+    found = posterior.check(KEY, x, num_samples=2000, checks=("importance", "collapse"))
     assert (found.verdict == 0).mean() > 0.95
     joint = posterior.log_weights(KEY, x, 2000).sum(1, keepdims=True)
     assert pareto_khat(joint)[0] > 0.7 > np.quantile(found.dataset["khat"], 0.95)

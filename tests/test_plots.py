@@ -13,10 +13,9 @@ from numpyro.infer import SVI, Trace_ELBO
 
 from numpyro_vae import (
     AutoAmortizedNormal,
-    Check,
     FitResult,
     Posterior,
-    check,
+    Report,
     fit,
     plot_collapse,
     plot_khat,
@@ -224,7 +223,7 @@ def test_many_labels_are_a_scale(fitted, x):
 
 
 def test_khat_draws_and_counts_every_datum(fitted, x, key):
-    found = check(fitted[1], key, x, num_samples=200)
+    found = fitted[1].check(key, x, num_samples=200, checks=("importance", "collapse"))
     ax = plot_khat(found)
     points = np.concatenate([c.get_offsets() for c in ax.collections])
     np.testing.assert_array_equal(np.sort(points[:, 1]), np.sort(found.dataset["khat"]))
@@ -238,12 +237,12 @@ def test_khat_draws_and_counts_every_datum(fitted, x, key):
 
 def test_khat_of_weights_without_a_tail_is_drawn_at_the_bottom():
     khat = xr.Dataset({"khat": ("data", [-np.inf, 0.4, -0.2])}, attrs={"khat_threshold": 0.7})
-    points = plot_khat(Check(khat)).collections[0].get_offsets()
+    points = plot_khat(Report(khat)).collections[0].get_offsets()
     np.testing.assert_allclose(points, [[1, -0.2], [2, -0.2], [3, 0.4]])
 
 
 def test_collapse_draws_a_bar_for_each_dimension(fitted, x, key):
-    found = check(fitted[1], key, x, num_samples=200)
+    found = fitted[1].check(key, x, num_samples=200, checks=("importance", "collapse"))
     ax = plot_collapse(found)
     means = found.dataset["kl_z"].mean("data").values
     order = np.argsort(-means)
@@ -254,7 +253,7 @@ def test_collapse_draws_a_bar_for_each_dimension(fitted, x, key):
 
 def test_collapse_counts_and_colours_what_is_collapsed():
     kl = {"kl_z": (["data", "z_dim_0"], [[1.0, 0.0], [3.0, -1e-9]]), "kl_w": ("data", [0.1, 0.3])}
-    ax = plot_collapse(Check(xr.Dataset(kl)))
+    ax = plot_collapse(Report(xr.Dataset(kl)))
     assert [t.get_text() for t in ax.get_xticklabels()] == ["z[0]", "w", "z[1]"]
     assert legend(ax) == ["collapsed below 0.01 nats: 1 of 3"]
     first, second, third = (bar.get_facecolor() for bar in ax.patches)

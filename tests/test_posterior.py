@@ -19,8 +19,8 @@ from numpyro.infer import SVI, Trace_ELBO
 from numpyro.infer.autoguide import AutoNormal
 from numpyro.infer.reparam import LocScaleReparam
 
-from numpyro_vae import MLP, AutoAmortizedNormal, Posterior, check, fit
-from numpyro_vae import posterior as posterior_module
+from numpyro_vae import MLP, AutoAmortizedNormal, Posterior, fit, rowwise
+from numpyro_vae.checks import collapse
 
 X = np.asarray(jax.random.normal(jax.random.key(7), (60,)) + 1)
 SMALL = partial(MLP, hidden_sizes=(8,))
@@ -87,7 +87,7 @@ def test_weights_of_constrained_sites(wide):
 
 def test_batches_do_not_show(hierarchical, monkeypatch):
     expected = hierarchical.sample(KEY, X, 5), hierarchical.log_weights(KEY, X, 5)
-    monkeypatch.setattr(posterior_module, "ROWS", 7)
+    monkeypatch.setattr(rowwise, "ROWS", 7)
     found = hierarchical.sample(KEY, X, 5), hierarchical.log_weights(KEY, X, 5)
     np.testing.assert_allclose(found[0]["z"], expected[0]["z"], rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(found[0]["mu"], expected[0]["mu"])
@@ -131,23 +131,26 @@ def test_shapes_keep_the_sites_own_axes(wide):
     np.testing.assert_allclose(
         predicted["mean"], draws["z"].sum(-1) + data[1][:, None], rtol=1e-5, atol=1e-5
     )
-    divergences = posterior.divergences(KEY, data, 4)
-    assert divergences["z"].shape == (30, 3, 2)
-    assert divergences["rate"].shape == (30,)
+    found = posterior.check(KEY, data, checks=("collapse",)).dataset
+    assert found["kl_z"].shape == (30, 3, 2)
+    assert found["kl_rate"].shape == (30,)
+    assert found["activity_rate"].shape == (3,)
 
 
 def test_divergences_are_those_of_the_normals(hierarchical):
     posterior = trained(normal_model)
     loc, scale = posterior.encode(X)["z"]
     exact = 0.5 * (scale**2 + loc**2 - 1) - np.log(scale)
-    np.testing.assert_allclose(posterior.divergences(KEY, X, 2)["z"], exact, rtol=1e-4, atol=1e-5)
+    found = posterior.check(KEY, X, checks=("collapse",)).dataset["kl_z"]
+    np.testing.assert_allclose(found, exact, rtol=1e-4, atol=1e-5)
 
 
-def test_divergence_of_a_positive_site_is_estimated(wide):
+def test_divergence_of_a_positive_site_is_estimated(wide, monkeypatch):
     posterior, data = wide
     loc, scale = posterior.encode(data)["rate"]
     exact = (0.5 * (scale**2 + loc**2 - 1) - np.log(scale)).sum(-1)
-    found = posterior.divergences(KEY, data, 4000)["rate"]
+    monkeypatch.setattr(collapse, "NUM_SAMPLES", 4000)
+    found = posterior.check(KEY, data, checks=("collapse",)).dataset["kl_rate"]
     assert np.abs(found - exact).max() < 0.2
 
 
@@ -294,7 +297,7 @@ def test_bad_requests_are_refused(hierarchical):
     with pytest.raises(ValueError, match="data is empty"):
         hierarchical.encode(X[:0])
     with pytest.raises(ValueError, match="at least 100 draws"):
-        check(hierarchical, KEY, X, num_samples=50)
+        hierarchical.check(KEY, X, num_samples=50, checks=("importance", "collapse"))
 
 
 def test_another_guides_parameters_are_refused(hierarchical):

@@ -13,7 +13,7 @@ from linear_gaussian import exact, train
 from numpyro import handlers
 from numpyro.infer import Trace_ELBO
 
-from numpyro_vae import MLP, AutoAmortizedMultivariateNormal, AutoAmortizedNormal, check
+from numpyro_vae import MLP, AutoAmortizedMultivariateNormal, AutoAmortizedNormal
 
 NUM_DATA, NOISE = 160, 0.8
 LOADINGS = np.array([1.0, -0.7, 0.5])
@@ -71,7 +71,9 @@ def test_the_posterior_is_the_one_without_those_entries(trained):
 
 
 def test_the_evidence_is_the_one_without_those_entries(trained):
-    found = check(trained, jax.random.key(1), (X, MASK), num_samples=1000)
+    found = trained.check(
+        jax.random.key(1), (X, MASK), num_samples=1000, checks=("importance", "collapse")
+    )
     assert np.abs(found.dataset["log_evidence"].values - evidence()).max() <= 0.02
 
 
@@ -151,7 +153,9 @@ def test_masked_rows_of_a_multivariate_family():
     x = RNG.normal(size=(NUM_DATA, 2)).astype(np.float32)
     guide = AutoAmortizedMultivariateNormal(model, ENCODER)
     posterior = train(guide, x, there, steps=1500, rate=1e-2, loss=Trace_ELBO)
-    found = check(posterior, jax.random.key(1), (x, there), num_samples=1000)
+    found = posterior.check(
+        jax.random.key(1), (x, there), num_samples=1000, checks=("importance", "collapse")
+    )
     evidence = found.dataset["log_evidence"].values
     part = exact(x[::2, :1], loadings[:1], NOISE)
     np.testing.assert_allclose(evidence[::2], part.log_evidence, atol=0.02)

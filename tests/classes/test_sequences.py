@@ -20,7 +20,6 @@ from numpyro_vae import (
     AutoAmortizedMultivariateNormal,
     AutoAmortizedNormal,
     Posterior,
-    check,
     fit,
 )
 
@@ -164,7 +163,9 @@ def test_scales_are_those_of_each_step_given_the_others(posterior):
 
 
 def test_the_evidence_is_made_up_for_by_the_weights(posterior):
-    found = check(posterior, jax.random.key(1), (X, LENGTHS), num_samples=1000).dataset
+    found = posterior.check(
+        jax.random.key(1), (X, LENGTHS), num_samples=1000, checks=("importance", "collapse")
+    ).dataset
     exact = np.array([smoothed.log_evidence for smoothed in EXACT])
     short = LENGTHS <= 3  # of more steps some weights have no finite variance
     error = found["log_evidence"].values - exact
@@ -263,7 +264,9 @@ def test_a_joint_normal_over_all_steps_is_exact():
     error = (loc - np.array([smoothed.mean for smoothed in exact])) / exact[0].sd
     assert np.abs(error).max() <= 0.1
     assert np.abs(scale / exact[0].sd - 1).max() <= 0.05
-    found = check(posterior, jax.random.key(1), x, num_samples=500)
+    found = posterior.check(
+        jax.random.key(1), x, num_samples=500, checks=("importance", "collapse")
+    )
     log_evidence = np.array([smoothed.log_evidence for smoothed in exact])
     assert np.abs(found.dataset["elbo"].values - log_evidence).max() <= 0.05
     assert (found.verdict == 0).all()

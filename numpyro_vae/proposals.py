@@ -1,0 +1,142 @@
+"""Proposals for a datum's latents, and their importance weights, in compiled code."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.scipy.linalg import solve_triangular
+from jax.scipy.special import logsumexp
+from jaxtyping import Array, Float
+
+from numpyro_vae.refinement import refine
+from numpyro_vae.sites import is_improper
+from numpyro_vae.views import View
+
+PROPOSALS = 8000  # draws of a datum
+FROM_PRIOR = 2000  # and as many more from the prior
+
+Held = dict[str, Array]
+
+
+class Kernels(NamedTuple):
+    """A mixture of Normals for each datum, all of one covariance.
+
+    Attributes:
+        centers: ``(batch, number, size)``, equally probable.
+        scale_tril: the Cholesky factor of the covariance, ``(batch, size, size)``.
+    """
+
+    centers: Any
+    scale_tril: Any
+
+    @classmethod
+    def around(cls, draws: Float[np.ndarray, "batch number size"]) -> Kernels:
+        """Return kernels around draws, of the bandwidth of Silverman's rule."""
+        _, number, size = draws.shape
+        centered = draws - draws.mean(1, keepdims=True)
+        covariance = np.einsum("bni,bnj->bij", centered, centered) / number
+        ridge = 1e-6 * np.einsum("bii->b", covariance) / size + 1e-12
+        covariance += ridge[:, None, None] * np.eye(size)
+        bandwidth = (4 / (number * (size + 2))) ** (1 / (size + 4))
+        return cls(draws, bandwidth * np.linalg.cholesky(covariance))
+
+    def sample(self, rng_key: Array, num_samples: int) -> Float[Array, "num_samples batch size"]:
+        """Draw from the mixture of every datum."""
+        pick_key, noise_key = jax.random.split(rng_key)
+        batch, number, size = self.centers.shape
+        picked = jax.random.randint(pick_key, (batch, num_samples), 0, number)
+        means = jnp.take_along_axis(self.centers, picked[..., None], axis=1)
+        noise = jax.random.normal(noise_key, (batch, num_samples, size))
+        return jnp.moveaxis(means + jnp.einsum("bij,bnj->bni", self.scale_tril, noise), 1, 0)
+
+    def log_prob(self, packed: Float[Array, "batch size"]) -> Float[Array, "batch"]:
+        """Return the log-density of a draw of each datum."""
+        number, size = self.centers.shape[1:]
+        shifts = jnp.moveaxis(packed[:, None] - self.centers, 1, -1)  # batch, size, number
+        standard = jax.vmap(lambda tril, x: solve_triangular(tril, x, lower=True))(
+            self.scale_tril, shifts
+        )
+        log_det = jnp.log(jnp.diagonal(self.scale_tril, axis1=1, axis2=2)).sum(-1)
+        normalizer = log_det + size / 2 * jnp.log(2 * jnp.pi) + jnp.log(number)
+        return logsumexp(-(standard**2).sum(1) / 2, axis=-1) - normalizer
+
+
+def propose(view: View, rng_key: Array, held: Held, *, refined: bool) -> dict[str, Array]:
+    """Draw from the guide, or from what it is refined to, and weigh.
+
+    Args:
+        view: the batch.
+        rng_key: the random key.
+        held: one value of each global site.
+        refined: whether each datum's own variational parameters are optimized first.
+
+    Returns:
+        By row: packed ``draws`` ``(batch, number, size)``, their ``log_weights``
+        ``(batch, number)``, and whether the optimization has ``converged``.
+    """
+    refine_key, draw_key, key = jax.random.split(rng_key, 3)
+    converged = jnp.ones(len(view.indices), bool)
+    if refined:
+        view, converged = refine(view, refine_key, {k: x[None] for k, x in held.items()})
+    given = {name: jnp.broadcast_to(x, (PROPOSALS, *x.shape)) for name, x in held.items()}
+    draws = view.draw(draw_key, PROPOSALS, given)
+    log_q = view.encoding.condition(held).log_prob
+    return _weigh(view, draws, log_q, key, held) | {"converged": converged}
+
+
+def adapt(view: View, kernels: Kernels, rng_key: Array, held: Held) -> dict[str, Array]:
+    """Draw from kernels around draws that were resampled before, and weigh; see `propose`.
+
+    Reference:
+        Cappé, Guillin, Marin and Robert, *Population Monte Carlo*, Journal of Computational and
+        Graphical Statistics, 2004.
+    """
+    kernels = jax.tree.map(jnp.asarray, kernels)
+    draw_key, key = jax.random.split(rng_key)
+    draws = kernels.sample(draw_key, PROPOSALS)
+    return _weigh(view, draws, kernels.log_prob, key, held)
+
+
+def _weigh(
+    view: View, draws: Array, log_q: Callable[[Array], Array], rng_key: Array, held: Held
+) -> dict[str, Array]:
+    """Weigh draws, with some of the prior among them lest a mode be missed.
+
+    A weight is that of the mixture which all were drawn from, and so it is bounded by the
+    likelihood (*defensive* importance sampling: Hesterberg, Technometrics, 1995).
+    """
+    prior_key, key = jax.random.split(rng_key)
+    defended = not _is_improper(view)
+    if defended:
+        draws = jnp.concatenate([draws, _from_prior(view, prior_key, held)])
+
+    def weigh(packed: Array) -> Array:
+        log_joint, log_prior = view.log_densities(packed, held, key)
+        proposed = log_q(packed)
+        if defended:
+            share = FROM_PRIOR / (PROPOSALS + FROM_PRIOR)
+            of_prior = jnp.log(share) + logsumexp(log_prior, axis=0)
+            proposed = jnp.logaddexp(jnp.log1p(-share) + proposed, of_prior)
+        return logsumexp(log_joint, axis=0) - proposed
+
+    log_weights = view.over_draws(weigh, draws)
+    known = jnp.where(jnp.isnan(log_weights), -jnp.inf, log_weights)
+    return {"draws": jnp.moveaxis(draws, 0, 1), "log_weights": known.T}
+
+
+def _is_improper(view: View) -> bool:
+    trace = view.encoding.run.trace
+    return any(is_improper(trace[site.name]["fn"]) for site in view.encoding.sites)
+
+
+def _from_prior(view: View, rng_key: Array, held: Held) -> Float[Array, "draws batch size"]:
+    def one(key: Array) -> Array:
+        trace = view.trace(held, key)
+        values = {site.name: trace[site.name]["value"] for site in view.encoding.sites}
+        return view.encoding.pack(values)
+
+    return view.over_draws(one, jax.random.split(rng_key, FROM_PRIOR))
