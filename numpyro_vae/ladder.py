@@ -23,6 +23,8 @@ def run_repair(
 ) -> Repair:
     """Repair rows; see `Posterior.repair`."""
     rowwise.require_density()
+    if num_samples < 1:
+        raise ValueError(f"num_samples is {num_samples}, expected at least 1.")
     if method not in ("auto", *METHODS):
         raise ValueError(f"method is {method!r}, expected 'auto' or one of {list(METHODS)}.")
     every = rowwise.read(data, axes)

@@ -151,7 +151,7 @@ class Rowwise:
             def one(row: Array, of_row: Any) -> Any:
                 indices = jnp.arange(number) if whole else row[None]
                 view = self._view(params, arrays, indices, layout, subsamples)
-                return fn(view, row if whole else 0, of_row, *dynamic, **kw)
+                return fn(view, row if whole else jnp.zeros_like(row), of_row, *dynamic, **kw)
 
             return jax.vmap(one)(rows, by_row)
 

@@ -1,0 +1,173 @@
+"""The report: what a person reads, what ArviZ reads, and what is refused."""
+
+import io
+
+import arviz as az
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import planted
+import pytest
+import rich.console
+import xarray as xr
+from numpyro.infer import SVI, Trace_ELBO
+
+from numpyro_vae import AutoAmortizedDelta, AutoAmortizedNormal, Posterior
+
+KEY = jax.random.key(1)
+
+
+@pytest.fixture(scope="module")
+def case():
+    return planted.exact(planted.ORTHOGONAL, 0.7, factor=0.5)
+
+
+@pytest.fixture(scope="module")
+def report(case):
+    coords = {"data": np.arange(100, 140)}
+    return case.posterior.check(KEY, case.data[:40], num_simulations=200, coords=coords)
+
+
+def test_a_person_reads_one_sentence_for_each_finding(report):
+    text = str(report)
+    number = len(report.flagged)
+    assert 0 < number <= 40
+    assert f"! {number} of 40 rows have k-hat > 0.67; repair them: posterior.repair" in text
+    assert "0 of 2 dimensions of site 'z' are inactive" in text
+    assert "not run: it needs data to compare with, reference=" in text
+    assert {finding.check for finding in report.findings} == {
+        "importance",
+        "gap",
+        "calibration",
+        "collapse",
+        "predictive",
+    }
+    assert all(bool(finding.advice) != finding.ok for finding in report.findings)
+
+
+def test_the_terminal_gets_a_table_and_a_pipe_plain_text(report):
+    out = io.StringIO()
+    rich.console.Console(file=out, width=200).print(report)
+    piped = out.getvalue()
+    assert "\x1b" not in piped
+    assert "importance" in piped
+    out = io.StringIO()
+    rich.console.Console(file=out, width=200, force_terminal=True).print(report)
+    assert "\x1b" in out.getvalue()
+    html = report._repr_html_()
+    assert html.count("<tr>") == len(report.findings) + 1
+    assert "k-hat &gt;" in html
+
+
+def test_arviz_opens_it_again_and_draws_the_ranks(case, report, tmp_path):
+    tree = case.posterior.to_datatree(KEY, case.data[:40], 50, coords={"data": np.arange(100, 140)})
+    report.add_to(tree).to_netcdf(tmp_path / "tree.nc")
+    with az.from_netcdf(tmp_path / "tree.nc") as tree:
+        xr.testing.assert_equal(tree.checks.to_dataset(), report.to_dataset())
+        assert tree.checks["data"].values[0] == 100
+        assert tree.prior_sbc["z"].dims == ("chain", "draw", "z_dim_0")
+        az.plot_ecdf_pit(tree, var_names=["z"], backend="none")
+
+
+def test_a_part_of_a_report_is_one(report):
+    part = report.isel(data=slice(10))
+    assert len(part.verdict) == 10
+    np.testing.assert_array_equal(part.verdict, report.verdict[:10])
+
+
+# -- what is refused ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"checks": ("importanc",)}, r"There are no checks \['importanc'\], choose from"),
+        ({"checks": ("novelty",)}, r"The novelty check compares.*pass reference="),
+        ({"num_samples": 99}, r"needs at least 100 draws of each datum, found 99"),
+        ({"reference": np.zeros((20, 4), np.float32)}, r"at least 400 rows of reference.*found 20"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(case, options, message):
+    with pytest.raises(ValueError, match=message):
+        case.posterior.check(KEY, case.data, **options)
+
+
+def test_data_of_another_shape_are_refused(case):
+    with pytest.raises(ValueError, match=r"(?s)\(300, 4\)|4 values each, found 3|4.*3"):
+        case.posterior.check(KEY, case.data[:, :3])
+
+
+def trained(model, x, guide=AutoAmortizedNormal):
+    guide = guide(model)
+    svi = SVI(model, guide, numpyro.optim.Adam(1e-2), Trace_ELBO())
+    return Posterior(guide, svi.run(KEY, 5, x, progress_bar=False))
+
+
+X = np.linspace(-1, 1, 50).astype(np.float32)
+
+
+def test_points_cannot_be_checked():
+    def model(x):
+        with numpyro.plate("data", len(x)):
+            z = numpyro.sample("z", dist.Normal(0.0, 1.0))
+            numpyro.sample("x", dist.Normal(z, 0.5), obs=x)
+
+    posterior = trained(model, X, AutoAmortizedDelta)
+    with pytest.raises(ValueError, match=r"has no density, so there are no importance weights"):
+        posterior.check(KEY, X)
+
+
+def test_an_improper_prior_cannot_be_simulated_from():
+    def model(x):
+        with numpyro.plate("data", len(x)):
+            z = numpyro.sample("z", dist.ImproperUniform(dist.constraints.real, (), ()))
+            numpyro.sample("x", dist.Normal(z, 0.5), obs=x)
+
+    posterior = trained(model, X)
+    message = r"Site 'z' has an improper prior, so data cannot be simulated.*Give it a proper prior"
+    with pytest.raises(ValueError, match=message):
+        posterior.check(KEY, X, checks=("calibration",))
+    report = posterior.check(KEY, X, checks=None, max_rows=10)
+    assert "improper prior" in report.skipped["calibration"]
+
+
+def test_data_that_the_model_transforms_need_to_be_made_again():
+    def model(x):
+        with numpyro.plate("data", len(x)):
+            z = numpyro.sample("z", dist.Normal(0.0, 1.0))
+            numpyro.sample("x", dist.Normal(z, 0.5), obs=jnp.log(x))
+
+    x = np.exp(X)
+    posterior = trained(model, x)
+    with pytest.raises(ValueError, match=r"site 'x' are not one of the model's arg.*Pass to_data="):
+        posterior.check(KEY, x, checks=("calibration",))
+    found = posterior.check(
+        KEY, x, checks=("calibration",), num_simulations=50, to_data=lambda made: np.exp(made["x"])
+    )
+    assert found.dataset.sizes["simulation"] >= 50
+
+
+@pytest.mark.parametrize(
+    ("likelihood", "message"),
+    [
+        (dist.Delta(5.0), r"50 rows have zero importance weight everywhere.*row 0"),
+        (
+            dist.Normal(0.0, jnp.nan, validate_args=False),
+            r"50 rows have log weights that are not finite.*row 0",
+        ),
+    ],
+)
+def test_rows_without_weights_are_refused(likelihood, message):
+    def model(x):
+        with numpyro.plate("data", len(x)):
+            numpyro.sample("z", dist.Normal(0.0, 1.0))
+            numpyro.sample("x", likelihood, obs=x)
+
+    guide = AutoAmortizedNormal(model)
+    params = SVI(model, guide, numpyro.optim.Adam(1e-2), Trace_ELBO())
+    with numpyro.validation_enabled(is_validate=False):
+        posterior = Posterior(guide, params.get_params(params.init(KEY, X)))
+        with pytest.raises(ValueError, match=message):
+            posterior.check(KEY, X, checks=("importance",))

@@ -1,0 +1,221 @@
+"""Repaired draws against exact posteriors, and against numerical integration."""
+
+import jax
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import optax
+import pytest
+import xarray as xr
+from numpyro.infer import SVI, Trace_ELBO
+
+from numpyro_vae import AutoAmortizedNormal, Posterior
+
+KEY = jax.random.key(2)
+NUM_SAMPLES, NUM_ROWS = 4000, 30
+RNG = np.random.default_rng(0)
+GRID = np.linspace(-6, 6, 801)
+
+
+def conjugate(x):
+    with numpyro.plate("data", len(x)):
+        z = numpyro.sample("z", dist.Normal(0.0, 1.0))
+        numpyro.sample("x", dist.Normal(z, 0.5), obs=x)
+
+
+def banana(x):
+    with numpyro.plate("data", len(x)):
+        z = numpyro.sample("z", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
+        numpyro.sample("x", dist.Normal(z[..., 1] + z[..., 0] ** 2, 0.2), obs=x)
+
+
+def bimodal(x):
+    with numpyro.plate("data", len(x)):
+        z = numpyro.sample("z", dist.Normal(0.0, 1.0))
+        numpyro.sample("x", dist.Normal(z**2, 0.5), obs=x)
+
+
+def fitted(model, x, num_steps=1500):
+    guide = AutoAmortizedNormal(model)
+    optimizer = optax.adam(optax.cosine_decay_schedule(5e-3, num_steps))
+    svi = SVI(model, guide, optimizer, Trace_ELBO())
+    return Posterior(guide, svi.run(jax.random.key(0), num_steps, x, progress_bar=False))
+
+
+def simulated(model):
+    z = RNG.normal(size=(500, 2))
+    mean = {conjugate: z[:, 0], banana: z[:, 1] + z[:, 0] ** 2, bimodal: z[:, 0] ** 2}[model]
+    noise = 0.2 if model is banana else 0.5
+    return (mean + noise * RNG.normal(size=500)).astype(np.float32)
+
+
+def integrated(model, x):
+    """Mean and sd of each datum's latents, on a grid."""
+    if model is banana:
+        z = np.stack(np.meshgrid(GRID, GRID, indexing="ij"), -1).reshape(-1, 2)
+        residual = (x[:, None] - z[:, 1] - z[:, 0] ** 2) / 0.2
+    else:
+        z = GRID[:, None]
+        residual = (x[:, None] - (z[:, 0] ** 2 if model is bimodal else z[:, 0])) / 0.5
+    log_p = -(z**2).sum(1) / 2 - residual**2 / 2
+    p = np.exp(log_p - log_p.max(1, keepdims=True))
+    p /= p.sum(1, keepdims=True)
+    mean = p @ z
+    return mean, np.sqrt(p @ z**2 - mean**2)
+
+
+def errors(repair, exact):
+    """Errors of means in posterior sds, and ratios of sds."""
+    draws = repair.groups["posterior"]["z"].reshape(NUM_SAMPLES, len(exact[0]), -1)
+    return np.abs(draws.mean(0) - exact[0]) / exact[1], draws.std(0) / exact[1]
+
+
+@pytest.fixture(scope="module", params=[banana, bimodal], ids=lambda model: model.__name__)
+def bent(request):
+    x = simulated(request.param)
+    return request.param, fitted(request.param, x), x[:NUM_ROWS]
+
+
+@pytest.fixture(scope="module")
+def wrong():
+    """A guide of a conjugate model after a few steps of training: wrong everywhere."""
+    x = simulated(conjugate)
+    return fitted(conjugate, x, 30), x[:NUM_ROWS]
+
+
+@pytest.mark.parametrize("method", ["importance", "refine", "nuts"])
+def test_every_method_finds_the_exact_posterior(wrong, method):
+    posterior, x = wrong
+    found = posterior.repair(KEY, x, np.arange(NUM_ROWS), method=method, num_samples=NUM_SAMPLES)
+    error, ratio = errors(found, (0.8 * x[:, None], np.full((NUM_ROWS, 1), np.sqrt(0.2))))
+    assert found.dataset["passed"].values.all()
+    # Each row's mean has a Monte Carlo error of a twentieth of an sd at 400 effective draws.
+    assert error.mean() <= 0.05
+    assert error.max() <= 0.05 * 3.5
+    assert abs(ratio.mean() - 1) <= 0.01
+    assert np.abs(ratio - 1).max() <= 0.15
+    if method == "nuts":
+        assert (found.dataset["rhat"] < 1.01).all()
+        assert (found.dataset["ess"] >= 400).all()
+    else:
+        assert (found.dataset["khat"] < 0.7).all()
+        evidence = dist.Normal(0, np.sqrt(1.25)).log_prob(x)
+        assert np.abs(found.dataset["log_evidence"].values - evidence).max() <= 0.1
+    if method == "refine":
+        assert (found.dataset["converged"] == 1).all()
+
+
+def test_what_the_guide_gets_wrong_is_flagged_and_mended(bent):
+    model, posterior, x = bent
+    report = posterior.check(jax.random.key(1), x, checks=("importance",))
+    assert len(report.flagged) >= NUM_ROWS // 4
+    exact = integrated(model, x)
+    found = posterior.repair(KEY, x, np.arange(NUM_ROWS), num_samples=NUM_SAMPLES)
+    assert not found.remaining.size
+    error, ratio = errors(found, exact)
+    assert error.mean() <= 0.05
+    assert error.max() <= 0.05 * 4
+    assert np.abs(ratio - 1).max() <= 0.15
+    # As it was, the guide is far off.
+    before = posterior.sample(KEY, x, NUM_SAMPLES)["z"].reshape(NUM_SAMPLES, NUM_ROWS, -1)
+    flagged = report.flagged
+    assert np.abs(before.std(0) / exact[1] - 1)[flagged].max() > 0.3
+
+
+def test_the_ladder_is_climbed_no_further_than_needed(bent):
+    _, posterior, x = bent
+    report = posterior.check(jax.random.key(1), x, checks=("importance",))
+    found = posterior.repair(KEY, x, report, num_samples=100)
+    np.testing.assert_array_equal(found.rows, report.flagged)
+    methods = found.dataset["method"].values
+    assert (methods == "importance").sum() >= len(methods) / 2
+    assert (found.dataset["passed"].values | (methods == "nuts")).all()
+    assert f"{len(found.rows)} rows" in str(found)
+
+
+def test_only_the_rows_asked_for_change(bent, tmp_path):
+    _, posterior, x = bent
+    rows = np.array([7, 2, 11])
+    before = posterior.to_datatree(KEY, x, 100, coords={"data": np.arange(50, 50 + NUM_ROWS)})
+    found = posterior.repair(KEY, x, rows, method="importance", num_samples=100)
+    found.add_to(before).to_netcdf(tmp_path / "tree.nc")
+    others = np.setdiff1d(np.arange(NUM_ROWS), rows)
+    with xr.open_datatree(tmp_path / "tree.nc") as tree:
+        for group, name in (("posterior", "z"), ("posterior_predictive", "x")):
+            new, old = tree[group][name], before[group][name]
+            xr.testing.assert_equal(new.isel(data=others), old.isel(data=others))
+            for place, row in enumerate(np.sort(rows)):
+                expected = found.groups[group][name][:, place]
+                np.testing.assert_array_equal(new.isel(chain=0, data=row), expected)
+        assert (tree.sample_stats["log_weights"].isel(data=rows) == 0).all()
+        method = tree["repair"]["method"]
+        assert (method.isel(data=rows) == "importance").all()
+        assert (method.isel(data=others) == "amortized").all()
+        assert tree["repair"]["data"].values[0] == 50
+    assert (before.sample_stats["log_weights"] != 0).all()  # and the tree that was given did not
+
+
+def test_no_rows_are_no_work(wrong):
+    posterior, x = wrong
+    found = posterior.repair(KEY, x, [], num_samples=50)
+    tree = found.add_to(posterior.to_datatree(KEY, x, 50))
+    assert (tree["repair"]["method"] == "amortized").all()
+
+
+def test_the_same_key_gives_the_same_draws_whatever_else_is_repaired(wrong):
+    posterior, x = wrong
+    some = posterior.repair(KEY, x, [3, 9], method="importance", num_samples=200)
+    mask = np.isin(np.arange(NUM_ROWS), [3, 9])
+    again = posterior.repair(KEY, x, mask, method="importance", num_samples=200)
+    np.testing.assert_array_equal(some.groups["posterior"]["z"], again.groups["posterior"]["z"])
+
+
+def hierarchical(x):
+    mu = numpyro.sample("mu", dist.Normal(0.0, 3.0))
+    with numpyro.plate("data", len(x)):
+        z = numpyro.sample("z", dist.Normal(mu, 1.0))
+        numpyro.sample("x", dist.Normal(z, 0.5), obs=x)
+
+
+@pytest.mark.parametrize("method", ["importance", "nuts"])
+def test_globals_are_held_at_draws_of_their_posterior(method):
+    """Given a draw of the global, a row's posterior is exact, and their mixture is drawn from."""
+    x = simulated(conjugate)[:60] + 2
+    posterior = fitted(hierarchical, x, 400)
+    found = posterior.repair(KEY, x, [0, 5], method=method, num_samples=NUM_SAMPLES)
+    mu = posterior.sample(KEY, x, 2000, var_names=["mu"])["mu"]
+    mean = 0.8 * x[[0, 5]] + 0.2 * mu.mean()
+    sd = np.sqrt(0.2 + 0.04 * mu.var())
+    draws = found.groups["posterior"]["z"]
+    error = np.abs(draws.mean(0) - mean) / sd
+    assert found.dataset["passed"].values.all()
+    assert error.max() <= 0.15  # eight draws of mu tell of its mean no better
+    assert np.abs(draws.std(0) / sd - 1).max() <= 0.1
+
+
+# -- what is refused ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "message"),
+    [
+        ([30], {}, r"There is no row 30: the data have 30 rows, 0 to 29"),
+        ([-1], {}, r"There is no row -1"),
+        ([0.5], {}, r"Rows are chosen by their numbers, found float64"),
+        (np.ones(5, bool), {}, r"The data have 30 rows, and rows= has shape \(5,\)"),
+        ([0], {"method": "mcmc"}, r"method is 'mcmc', expected 'auto' or one of"),
+        ([0], {"num_samples": 0}, r"num_samples is 0, expected at least 1"),
+    ],
+)
+def test_what_cannot_be_repaired_is_refused(wrong, rows, options, message):
+    posterior, x = wrong
+    with pytest.raises(ValueError, match=message):
+        posterior.repair(KEY, x, rows, **options)
+
+
+def test_a_tree_of_other_draws_is_refused(wrong):
+    posterior, x = wrong
+    found = posterior.repair(KEY, x, [3], method="importance", num_samples=100)
+    for tree in (posterior.to_datatree(KEY, x, 50), posterior.to_datatree(KEY, x[:3], 100)):
+        with pytest.raises(ValueError, match=r"Pass the tree of the same data, with as many draws"):
+            found.add_to(tree)
