@@ -32,6 +32,7 @@ from .guide import (
     AutoAmortizedNormal,
 )
 from .inputs import Masked, Segments
+from .pages import save_report
 from .parameterization import (
     AbstractParameterization,
     LogScale,
@@ -105,4 +106,5 @@ __all__ = [
     "plot_reconstructions",
     "plot_training",
     "reparameterize",
+    "save_report",
 ]

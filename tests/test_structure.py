@@ -52,6 +52,7 @@ STAGES = (
     "ladder",
     "posterior",
     "plots",
+    "pages",
 )
 # Installed with the library or by an extra, but loaded only by what needs them.
 LAZY = ("arviz", "arviz_base", "arviz_plots", "arviz_stats", "matplotlib", "orbax")

@@ -1,10 +1,14 @@
 """The report: what a person reads, what ArviZ reads, and what is refused."""
 
+import base64
+import html
 import io
+import re
 
 import arviz as az
 import jax
 import jax.numpy as jnp
+import matplotlib.image
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
@@ -14,7 +18,7 @@ import rich.console
 import xarray as xr
 from numpyro.infer import SVI, Trace_ELBO
 
-from numpyro_vae import AutoAmortizedDelta, AutoAmortizedNormal, Posterior
+from numpyro_vae import AutoAmortizedDelta, AutoAmortizedNormal, Posterior, Report, save_report
 
 KEY = jax.random.key(1)
 
@@ -56,9 +60,9 @@ def test_the_terminal_gets_a_table_and_a_pipe_plain_text(report):
     out = io.StringIO()
     rich.console.Console(file=out, width=200, force_terminal=True).print(report)
     assert "\x1b" in out.getvalue()
-    html = report._repr_html_()
-    assert html.count("<tr>") == len(report.findings) + 1
-    assert "k-hat &gt;" in html
+    page = report._repr_html_()
+    assert page.count("<tr>") == len(report.findings) + 1
+    assert "k-hat &gt;" in page
 
 
 def test_arviz_opens_it_again_and_draws_the_ranks(case, report, tmp_path):
@@ -69,6 +73,21 @@ def test_arviz_opens_it_again_and_draws_the_ranks(case, report, tmp_path):
         assert tree.checks["data"].values[0] == 100
         assert tree.prior_sbc["z"].dims == ("chain", "draw", "z_dim_0")
         az.plot_ecdf_pit(tree, var_names=["z"], backend="none")
+
+
+def test_a_page_has_the_words_and_the_pictures(report, tmp_path):
+    save_report(report, tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    encoded = re.search(r"data:image/png;base64,([^']+)'", page)
+    assert encoded
+    pixels = matplotlib.image.imread(io.BytesIO(base64.b64decode(encoded[1])))
+    assert min(pixels.shape[:2]) > 500
+    for finding in report.findings:
+        assert html.escape(finding.text) in page
+    save_report(report, tmp_path / "report.png")
+    assert matplotlib.image.imread(tmp_path / "report.png").shape == pixels.shape
+    with pytest.raises(ValueError, match=r"no check to draw, only the variables \['elbo'\]"):
+        save_report(Report(report.dataset[["elbo"]]), tmp_path / "report.png")
 
 
 def test_a_part_of_a_report_is_one(report):
