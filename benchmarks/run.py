@@ -2,8 +2,8 @@
 
     python benchmarks/run.py [--data mnist.npz]
 
-Without MNIST the convolutional network is timed on images drawn at random, and the comparison of
-held-out ELBOs is left out.
+Without MNIST the convolutional network is timed on images drawn at random, and what compares
+held-out ELBOs, checks and repairs is left out.
 """
 
 import argparse
@@ -19,7 +19,7 @@ def main() -> int:
     data = ["--data", args.data] if args.data else []
     commands = [["imports.py"], ["epoch.py"], ["sampling.py"], ["convolution.py", *data]]
     if data:
-        commands.append(["mnist_elbo.py", *data])
+        commands += [["mnist_elbo.py", *data], ["checking.py", *data]]
     folder = pathlib.Path(__file__).parent
     codes = [
         subprocess.run([sys.executable, folder / script, *options], check=False).returncode

@@ -68,7 +68,7 @@ def train(correct: np.ndarray, num_steps: int, particles: int, **options: Any) -
     """Learn from all answers at once, with a learning rate that falls to zero."""
     encoder = partial(MLP, hidden_sizes=(64,), activation=nnx.tanh)
     guide = AutoAmortizedNormal(model, encoder, **options)
-    optimizer = optax.adam(optax.cosine_decay_schedule(2e-2, num_steps))
+    optimizer = optax.adam(optax.cosine_decay_schedule(1e-2, num_steps))
     svi = SVI(model, guide, optimizer, Trace_ELBO(num_particles=particles))
     return Posterior(guide, svi.run(jax.random.key(0), num_steps, correct, progress_bar=False))
 
@@ -162,7 +162,7 @@ def main() -> None:
         )
     args.output.mkdir(parents=True, exist_ok=True)
     correct = load(args.data)
-    num_steps, num_samples = (50, 100) if args.quick else (2000, 1000)
+    num_steps, num_samples = (50, 100) if args.quick else (8000, 1000)
 
     start = time.perf_counter()
     by_guide = {"NUTS": moments(run_nuts(correct, num_samples))}

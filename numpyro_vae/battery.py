@@ -80,10 +80,10 @@ def run_checks(
             skipped[name] = str(reason)
             continue
         done.append(name)
-    attrs: dict[str, Any] = {}
+    attrs: dict[str, Any] = {"num_data": len(subject.rows.chosen)}
     if "importance" in done:
         threshold = importance.khat_threshold(num_samples)
-        attrs = {"num_samples": num_samples, "khat_threshold": threshold}
+        attrs |= {"num_samples": num_samples, "khat_threshold": threshold}
     dataset = xr.Dataset(found, attrs=attrs)
     given = coords or {}
     if "interval" in dataset.dims:

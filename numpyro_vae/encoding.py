@@ -14,7 +14,7 @@ from numpyro.distributions import biject_to
 from numpyro_vae.blocks import Block
 from numpyro_vae.families import AbstractFamily
 from numpyro_vae.runs import Run
-from numpyro_vae.sites import Site
+from numpyro_vae.sites import Site, is_real
 
 __all__ = ["Encoding"]
 
@@ -122,11 +122,11 @@ class Encoding:
     def _over_rows(self, fn: Callable[..., Array], packed: Array) -> Array:
         """Apply a function of a row's features, mask and packed latents to all rows."""
         axis = packed.ndim - 2
-        mapped = jax.vmap(fn, in_axes=(0, None if self._mask is None else 0, axis), out_axes=axis)
-        return mapped(dict(self.features), self._mask, packed)
+        mapped = jax.vmap(fn, in_axes=(0, None if self.mask is None else 0, axis), out_axes=axis)
+        return mapped(dict(self.features), self.mask, packed)
 
     @property
-    def _mask(self) -> Bool[Array, "batch size"] | None:
+    def mask(self) -> Bool[Array, "batch size"] | None:
         """Which packed latents count; None if all do."""
         masks = {site.name: self.run.mask(site) for site in self.sites}
         if all(mask is None for mask in masks.values()):
@@ -218,7 +218,7 @@ class Encoding:
             values[site.name] = transform(unconstrained)
             log_dets = transform.log_abs_det_jacobian(unconstrained, values[site.name])
             mask = self.run.mask(site)
-            if mask is not None:
+            if mask is not None and not is_real(self.run.support(site)):
                 missing = log_dets.ndim - lead - mask.ndim
                 log_dets = jnp.where(mask.reshape(mask.shape + (1,) * missing), log_dets, 0.0)
             rows = jnp.moveaxis(log_dets, lead + site.axis(self.run.plate), lead)

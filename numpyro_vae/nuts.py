@@ -64,13 +64,17 @@ def _sample_row(
     num_warmup: int,
     num_samples: int,
 ) -> Array:
-    """Run the chains of the row at a place of the view."""
+    """Run the chains of the row at a place of the view.
+
+    What the model masks has no density; a standard one keeps the chains in place there.
+    """
     start, center, scale = by_row
-    length = view.encoding.run.plate.length
+    length, mask = view.encoding.run.plate.length, view.encoding.mask
 
     def potential(standard: Array) -> Array:
         packed = jnp.broadcast_to(center + scale * standard, (length, center.size))
-        return -logsumexp(view.log_joint(packed, globals_, rng_key), axis=0)[place]
+        energy = -logsumexp(view.log_joint(packed, globals_, rng_key), axis=0)[place]
+        return energy if mask is None else energy + jnp.where(mask[place], 0, standard**2 / 2).sum()
 
     def chain(start: Array, key: Array) -> Array:
         init, step = hmc(potential_fn=potential, algo="NUTS")

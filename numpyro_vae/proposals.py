@@ -76,7 +76,8 @@ def propose(view: View, rng_key: Array, held: Held, *, refined: bool) -> dict[st
 
     Returns:
         By row: packed ``draws`` ``(batch, number, size)``, their ``log_weights``
-        ``(batch, number)``, and whether the optimization has ``converged``.
+        ``(batch, number)``, whether the optimization has ``converged``, and whether all latents
+        count, as kernels are of all.
     """
     refine_key, draw_key, key = jax.random.split(rng_key, 3)
     converged = jnp.ones(len(view.indices), bool)
@@ -85,7 +86,9 @@ def propose(view: View, rng_key: Array, held: Held, *, refined: bool) -> dict[st
     given = {name: jnp.broadcast_to(x, (PROPOSALS, *x.shape)) for name, x in held.items()}
     draws = view.draw(draw_key, PROPOSALS, given)
     log_q = view.encoding.condition(held).log_prob
-    return _weigh(view, draws, log_q, key, held) | {"converged": converged}
+    whole = jnp.full(converged.shape, view.encoding.mask is None)
+    found = _weigh(view, draws, log_q, key, held)
+    return found | {"converged": converged, "whole": whole}
 
 
 def adapt(view: View, kernels: Kernels, rng_key: Array, held: Held) -> dict[str, Array]:

@@ -112,10 +112,10 @@ def columns(
     plate: str, rows: np.ndarray, by_held: list[dict[str, np.ndarray]], rung: list[np.ndarray]
 ) -> Dataset:
     """Return what is worst of each row over the draws of the global sites it was repaired for."""
-    worst: dict[str, Callable] = {"khat": np.max, "rhat": np.max, "ess": np.min}
+    worst: dict[str, np.ufunc] = {"khat": np.fmax, "rhat": np.fmax}
     found: dict[str, Any] = {"method": (plate, np.array(METHODS)[np.stack(rung).max(0)])}
     for name in by_held[0]:
         values = np.stack([column[name] for column in by_held])
-        of_row = values.all(0) if name == "passed" else worst.get(name, np.mean)(values, axis=0)
+        of_row = values.all(0) if name == "passed" else worst.get(name, np.fmin).reduce(values)
         found[name] = (plate, of_row)
     return xr.Dataset(found, coords={plate: rows})

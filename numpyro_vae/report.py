@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -36,7 +36,8 @@ class Report:
 
     Example:
         >>> import xarray as xr
-        >>> khat = xr.Dataset({"khat": ("data", [0.2, 1.3, 0.1])}, attrs={"khat_threshold": 0.7})
+        >>> attrs = {"khat_threshold": 0.7, "num_data": 3}
+        >>> khat = xr.Dataset({"khat": ("data", [0.2, 1.3, 0.1])}, attrs=attrs)
         >>> report = Report(khat, (Finding("importance", False, "1 of 3 rows have k-hat > 0.7"),))
         >>> report.flagged.tolist()
         [1]
@@ -56,6 +57,11 @@ class Report:
     @property
     def verdict(self) -> np.ndarray:
         """For each datum 0 if its posterior is fine, 1 if borderline, 2 if not to be trusted."""
+        if "khat" not in self.dataset:
+            raise ValueError(
+                "The importance check was not run, so nothing is known of single posteriors. "
+                "Leave checks= out, or name 'importance' among them."
+            )
         khat = self.dataset["khat"].values
         return (khat >= self.dataset.attrs["khat_threshold"]).astype(int) + (khat > UNTRUSTWORTHY)
 
@@ -69,8 +75,14 @@ class Report:
         return count_collapsed(self.dataset)
 
     def isel(self, **indexers: Any) -> Report:
-        """Return the report of some data only, chosen as by `xarray.Dataset.isel`."""
-        return replace(self, dataset=self.dataset.isel(**indexers))
+        """Return what was computed of some data only, chosen as by `xarray.Dataset.isel`.
+
+        The findings, which are about all data, are left out.
+        """
+        dataset = self.dataset.isel(**indexers)
+        (dim,) = indexers
+        dataset.attrs["num_data"] = dataset.sizes[dim]
+        return Report(dataset)
 
     def add_to(self, tree: DataTree) -> DataTree:
         """Return the DataTree with these checks as its group ``checks``.
@@ -101,9 +113,10 @@ class Report:
         return "\n".join(lines)
 
     def _title(self) -> str:
-        khat, draws = self.dataset.get("khat"), self.dataset.attrs.get("num_samples")
-        number = max(self.dataset.sizes.values()) if khat is None else khat.size
-        return f"{number} data" + (f", {draws} draws of each" if draws else "")
+        draws = self.dataset.attrs.get("num_samples")
+        return f"{self.dataset.attrs['num_data']} data" + (
+            f", {draws} draws of each" if draws else ""
+        )
 
     def _means(self) -> list[str]:
         """Return the means of the bounds, with two standard errors, and the verdicts.

@@ -132,7 +132,7 @@ class Rows:
             return jax.tree.map(take, self.once(fn))
         options = {"layout": self.data.layout, "subsamples": self.subsamples}
         num_rows = len(self.chosen)
-        batch_size = min(batch_size, num_rows)
+        batch_size = min(batch_size, num_rows if num_rows == self.num_rows else rounded(num_rows))
         batches = (self.chosen[places] for places, _ in padded_batches(num_rows, batch_size))
         results = prefetch(fn(self.data.arrays, jnp.asarray(rows), **options) for rows in batches)
         first = next(results)
@@ -141,6 +141,11 @@ class Rows:
         for start, found in zip(starts, itertools.chain([first], results), strict=True):
             jax.tree.map(partial(_write, start, row_axis), out, found)
         return out
+
+
+def rounded(number: int) -> int:
+    """Return the next power of two, so that few sizes of batches are compiled for parts of data."""
+    return 1 << max(number - 1, 0).bit_length()
 
 
 def _room(num_data: int, row_axis: int, like: Array) -> np.ndarray:

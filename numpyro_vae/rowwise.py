@@ -13,7 +13,7 @@ from jaxtyping import Array
 
 from numpyro_vae.amortized import AmortizedGuide
 from numpyro_vae.batches import Layout
-from numpyro_vae.rows import Rows
+from numpyro_vae.rows import Rows, rounded
 from numpyro_vae.views import View
 
 ROWS = 256  # rows at once
@@ -156,9 +156,12 @@ class Rowwise:
             return jax.vmap(one)(rows, by_row)
 
         compiled = self._compile((fn, layout, subsamples, number), on_rows, static)
-        chosen = jnp.asarray(rows.chosen)
+        size = len(rows.chosen)
+        places = np.minimum(np.arange(rounded(size)), size - 1)
+        by_row = jax.tree.map(lambda x: x[places], by_row)
+        chosen = jnp.asarray(rows.chosen[places])
         found = compiled(self.params, rows.data.arrays, chosen, by_row, *dynamic, **static)
-        return jax.tree.map(np.asarray, found)
+        return jax.tree.map(lambda x: np.asarray(x)[:size], found)
 
     def _view(
         self, params: dict, arrays: tuple, indices: Array, layout: Layout, subsamples: bool

@@ -51,7 +51,7 @@ def attempt(
     * ``importance``: draws of the guide and of the prior, Pareto-smoothed and resampled; where few
       of them count, draws around those that do;
     * ``refine``: the same from the row's own variational parameters;
-    * ``nuts``: chains started at what ``importance`` resampled, in its scale.
+    * ``nuts``: chains started at what ``refine`` resampled, in its scale.
     """
     if method == "nuts":
         return _by_nuts(rowwise, rng_key, rows, held, num_samples)
@@ -70,24 +70,25 @@ def _by_weights(
     """Weigh proposals; where they are too few that count, propose around what they resample."""
     number = max(num_samples, CENTERS)
     found = rowwise.apply(propose, rows, rng_key, held, refined=refined, num_draws=PROPOSALS)
-    made = _weighed(found, rng_key, number)
+    made = _weighed(found, rng_key, rows, number)
     for stage in range(STAGES):
-        left = np.flatnonzero(~made.columns["passed"])
+        left = np.flatnonzero(~made.columns["passed"].astype(bool) & found["whole"])
         if not left.size:
             break
         key = jax.random.fold_in(rng_key, stage)
         kernels = Kernels.around(made.draws[left, :CENTERS])
-        again = rowwise.apply_with(adapt, rows.choose(rows.chosen[left]), kernels, key, held)
-        made.put(left, _weighed(again, key, number))
+        part = rows.choose(rows.chosen[left])
+        again = rowwise.apply_with(adapt, part, kernels, key, held)
+        made.put(left, _weighed(again, key, part, number))
     if refined:
         made.columns["converged"] = found["converged"].astype(float)
     return made._replace(draws=made.draws[:, :num_samples])
 
 
-def _weighed(found: dict[str, np.ndarray], rng_key: Array, num_samples: int) -> Attempt:
+def _weighed(found: dict[str, np.ndarray], rng_key: Array, rows: Rows, num_samples: int) -> Attempt:
     """Return resampled proposals, and what their weights say of them."""
     log_weights = found["log_weights"].astype(float)
-    smoothed, khat = smooth(log_weights.T)
+    smoothed, khat = smooth(log_weights.T, rows.chosen)
     ess = 1 / np.exp(2 * smoothed).sum(0)
     rng = np.random.default_rng(np.asarray(jax.random.key_data(rng_key)))
     chosen = _resample(np.exp(smoothed).T, num_samples, rng)

@@ -19,6 +19,7 @@ TIMEOUT = 300  # seconds, for machines much slower than ours
 EXAMPLES = [path.stem for path in sorted((ROOT / "examples").glob("*.py"))]
 # Those of which the reader gives the data, and the form of the file.
 WITH_DATA = {
+    "amortize_check_repair": ".npz",
     "deep_markov": ".mat",
     "item_response": ".csv",
     "radon": ".npz",
@@ -135,6 +136,7 @@ def test_parameterizations(runs):
 
 # What each of the others prints that it could not print had it failed.
 PRINTED = {
+    "amortize_check_repair": r"mended by importance +\d+[^$]*chosen, repaired +\d+\.\d+",
     "deep_markov": r"log evidence, at least +-?\d+\.\d+",
     "half_images": r"nats",
     "item_response": r"with dependencies +\d+\.\d+",

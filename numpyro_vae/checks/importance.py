@@ -55,17 +55,18 @@ def pareto_khat(log_weights: np.ndarray) -> np.ndarray:
         True
     """
     _require_draws(len(log_weights))
-    _require_finite((~np.isfinite(log_weights)).sum(0), log_weights.max(0))
     lowest, highest = log_weights.min(0), log_weights.max(0)
+    _require_finite((~np.isfinite(log_weights)).sum(0), highest, np.arange(len(highest)))
     tail = np.sort(log_weights, axis=0)[::-1][: _tail_length(len(log_weights)) + 1]
     return _khat_of_tail(tail, lowest, highest)
 
 
-def smooth(log_weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def smooth(log_weights: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return Pareto-smoothed log weights that add up to one, and the k-hat, of each datum.
 
     Args:
         log_weights: ``(num_samples, num_data)``; minus infinity for a draw without density.
+        rows: the numbers of the data, for a message.
 
     Raises:
         ValueError: if a datum has zero importance weight everywhere.
@@ -73,7 +74,7 @@ def smooth(log_weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     from arviz_stats.base import array_stats
 
     highest = log_weights.max(0)
-    _require_finite((~(np.abs(highest) < np.inf)).astype(int), highest)
+    _require_finite((~(np.abs(highest) < np.inf)).astype(int), highest, rows)
     lowest = np.finfo(np.float32).min / 2  # stands for minus infinity
     ratios = np.maximum(log_weights - highest, lowest).T
     khat = np.full(len(ratios), -np.inf)
@@ -92,17 +93,18 @@ def _require_draws(num_samples: int) -> None:
         )
 
 
-def _require_finite(num_bad: np.ndarray, highest: np.ndarray) -> None:
+def _require_finite(num_bad: np.ndarray, highest: np.ndarray, numbers: np.ndarray) -> None:
     """Raise if a row has log weights that are not finite.
 
     Args:
         num_bad: how many are not, by row.
         highest: the highest of each row.
+        numbers: those of the rows.
     """
-    rows = np.flatnonzero(num_bad)
+    rows = numbers[num_bad > 0]
     if not rows.size:
         return
-    nowhere = np.flatnonzero(highest == -np.inf)
+    nowhere = numbers[highest == -np.inf]
     if nowhere.size:
         raise ValueError(
             f"{len(nowhere)} rows have zero importance weight everywhere, the first is row "
@@ -243,7 +245,8 @@ def summarize(sums: Sums) -> dict[str, np.ndarray]:
         ValueError: if a row's weights are not finite.
     """
     highest = np.asarray(sums.largest[:, 0], float)
-    _require_finite(np.asarray(sums.num_bad), np.asarray(sums.reference))
+    bad, first = np.asarray(sums.num_bad), np.asarray(sums.reference)
+    _require_finite(bad, first, np.arange(len(bad)))
     reference = np.asarray(sums.reference, float)
     number = float(np.max(sums.count))
     log_sum, log_squares = (np.asarray(x, float) for x in (sums.log_sum, sums.log_sum_squares))

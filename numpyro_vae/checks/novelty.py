@@ -18,7 +18,7 @@ from numpyro_vae.views import View, evidence
 LEVEL = 0.01  # the share of ordinary data that is called novel
 NEIGHBOURS = 5
 PARTICLES = 64
-MIN_REFERENCE = 2 * int(2 / LEVEL)  # rows, half of which calibrate each of two scores
+MIN_REFERENCE = 2 * int(2 / LEVEL)  # rows: half of them calibrate the distances, of two scores
 
 
 def novelty(subject: Subject, reference: Rows) -> dict[str, Any]:

@@ -92,8 +92,16 @@ def test_a_page_has_the_words_and_the_pictures(report, tmp_path):
 
 def test_a_part_of_a_report_is_one(report):
     part = report.isel(data=slice(10))
-    assert len(part.verdict) == 10
+    assert str(part).startswith("10 data, 1000 draws of each")
+    assert not part.findings  # they are about all
     np.testing.assert_array_equal(part.verdict, report.verdict[:10])
+
+
+def test_verdicts_need_the_importance_check(case):
+    report = case.posterior.check(KEY, case.data, checks=("collapse",))
+    assert str(report).startswith("300 data")
+    with pytest.raises(ValueError, match="The importance check was not run"):
+        case.posterior.repair(KEY, case.data, report)
 
 
 # -- what is refused ------------------------------------------------------------------------------

@@ -193,6 +193,29 @@ def test_globals_are_held_at_draws_of_their_posterior(method):
     assert np.abs(draws.std(0) / sd - 1).max() <= 0.1
 
 
+@pytest.mark.parametrize("method", ["importance", "refine", "nuts"])
+def test_latents_that_the_model_masks_do_not_matter(method):
+    there = np.ones((NUM_ROWS, 3), bool)
+    there[::2, 1] = there[1::3, 2] = False
+
+    def model(x, there):
+        with numpyro.plate("data", len(x)):
+            z = numpyro.sample("z", dist.Normal(0.0, 1.0).expand([3]).mask(there).to_event(1))
+            numpyro.sample("x", dist.Normal(z, 0.5).mask(there).to_event(1), obs=x)
+
+    x = (np.sqrt(1.25) * RNG.normal(size=(NUM_ROWS, 3))).astype(np.float32)
+    guide = AutoAmortizedNormal(model, inputs=lambda x, there: x * there)
+    svi = SVI(model, guide, optax.adam(5e-3), Trace_ELBO())
+    result = svi.run(jax.random.key(0), 30, x, there, progress_bar=False)
+    posterior = Posterior(guide, result)
+    found = posterior.repair(KEY, (x, there), range(8), method=method, num_samples=NUM_SAMPLES)
+    assert found.dataset["passed"].values.all()
+    draws = found.groups["posterior"]["z"]
+    error = np.abs(draws.mean(0) - 0.8 * x[:8]) / np.sqrt(0.2)
+    assert error[there[:8]].max() <= 0.05 * 4
+    assert np.abs(draws.std(0) / np.sqrt(0.2) - 1)[there[:8]].max() <= 0.15
+
+
 # -- what is refused ------------------------------------------------------------------------------
 
 
