@@ -26,7 +26,13 @@ Groups = dict[str, dict[str, np.ndarray]]
 
 
 def gather(
-    rowwise: Rowwise, rows: Rows, rng_key: Array, num_samples: int, num_particles: int
+    rowwise: Rowwise,
+    rows: Rows,
+    rng_key: Array,
+    num_samples: int,
+    num_particles: int,
+    *,
+    marginal: bool,
 ) -> tuple[Groups, dict[str, list[str]]]:
     """Return by ArviZ group all variables of some rows, and their dimensions.
 
@@ -36,6 +42,7 @@ def gather(
         rng_key: the random key.
         num_samples: draws of each row.
         num_particles: local draws for each log-likelihood.
+        marginal: whether predictions are of local latents from their prior.
     """
     guide = rowwise.guide
     globals_ = rowwise.draw_globals(rng_key, rows, num_samples)
@@ -48,6 +55,9 @@ def gather(
         derive = partial(rowwise.run, views.derive, rng_key, globals_)
         of_globals |= rows.once(partial(derive, names=guide.sites.derived(plates)))
     groups: Groups = draw(rows, rng_key, globals_)
+    if marginal:
+        predicted = rowwise.apply(views.replicate, rows, rng_key, globals_, **sizes)
+        groups["posterior_predictive"] = {name: predicted[name] for name in observed}
     groups["posterior"] = groups["posterior"] | of_globals
     groups["observed_data"] = observed
     groups["constant_data"] = constant_data(guide.model, rows.data, observed)

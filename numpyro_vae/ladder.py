@@ -13,7 +13,7 @@ from numpyro_vae.repair import Repair, columns
 from numpyro_vae.rows import Rows
 from numpyro_vae.rowwise import Rowwise
 from numpyro_vae.rungs import METHODS, Attempt, attempt, measured
-from numpyro_vae.views import finish
+from numpyro_vae.views import View, finish
 
 NUM_HELD = 8  # draws of the global sites that rows are repaired for, if there are any
 
@@ -53,8 +53,18 @@ def run_repair(
     )
     packed = np.concatenate([made.draws for made, _ in climbed], axis=1)
     given = {name: np.repeat(value, shares, axis=0) for name, value in globals_.items()}
-    groups = rowwise.apply_with(finish, chosen, packed, rng_key, given, row_axis=1)
+    groups = rowwise.apply_with(_finish, chosen, packed, rng_key, given, row_axis=1)
     return Repair(found, groups)
+
+
+def _finish(view: View, packed: Array, rng_key: Array, globals_: Held) -> dict[str, dict]:
+    """Return the draws by group, without what lies in another plate than the rows."""
+    plate, sites = view.encoding.run.plate.name, view.encoding.run.sites
+    around = {name: site.plates for name, site in sites.sites.items()} | sites.deterministic
+    return {
+        group: {name: x for name, x in variables.items() if plate in around[name]}
+        for group, variables in finish(view, packed, rng_key, globals_).items()
+    }
 
 
 def _climb(

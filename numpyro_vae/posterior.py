@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -85,7 +86,7 @@ class Posterior:
             batch_axes: as for `fit`.
 
         Returns:
-            By site name, arrays of shape ``(num_data, *datum_shape)``.
+            By site name, ``(num_data, *datum_shape)``.
         """
         rows = self._rowwise.read(data, batch_axes)
         found = self._rowwise.apply(compiled.encode, rows)
@@ -121,11 +122,8 @@ class Posterior:
         names = choose_names(var_names, (*local, *globals_))
         kept = tuple(name for name in local if name in names)
         sizes = {"num_samples": num_samples, "num_draws": num_samples, "row_axis": 1}
-        draws = {}
-        if kept:
-            draws = self._rowwise.apply(
-                compiled.sample, rows, rng_key, globals_, names=kept, **sizes
-            )
+        draw = partial(self._rowwise.apply, compiled.sample, names=kept, **sizes)
+        draws = draw(rows, rng_key, globals_) if kept else {}
         for name, value in draws.items():
             axis = self.guide.sites.sites[name].axis(self.guide.plate)
             draws[name] = np.moveaxis(value, 1, 1 + axis)
@@ -287,8 +285,7 @@ class Posterior:
     ) -> Report:
         """Check the posterior of every row, without a refit; see the page on checks.
 
-        Where there are global latents, each draw has a draw of these: what is judged is the local
-        posterior given them.
+        What is judged is the local posterior, given draws of the global latents.
 
         Args:
             rng_key: the random key.
@@ -305,8 +302,8 @@ class Posterior:
             coords: coordinates by dimension, as ArviZ takes them.
 
         Raises:
-            ValueError: if a check is unknown or, asked for by name, cannot be made; if there are
-                too few draws for a k-hat, or a row's weights are not finite.
+            ValueError: if a check is unknown or, asked for by name, cannot be made; if draws are
+                too few for a k-hat, or a row's weights are not finite.
         """
         return run_checks(
             self._rowwise,
@@ -366,6 +363,7 @@ class Posterior:
         num_samples: int = 500,
         *,
         num_particles: int = 32,
+        marginal: bool = False,
         var_names: Iterable[str] | None = None,
         coords: Mapping[str, Any] | None = None,
         batch_axes: Any = 0,
@@ -377,6 +375,8 @@ class Posterior:
             data: as for `fit`, any number of rows.
             num_samples: draws of each row.
             num_particles: local draws for each log-likelihood, see `log_evidence`.
+            marginal: whether ``posterior_predictive`` is of new data, with local latents drawn
+                from their prior, which goes with the log-likelihood in `arviz.plot_loo_pit`.
             var_names: the latent sites to return; by default all.
             coords: coordinates by dimension.
             batch_axes: as for `fit`.
@@ -389,10 +389,12 @@ class Posterior:
             density, of points, has neither log-likelihood nor weights.
         """
         rows = self._rowwise.read(data, batch_axes)
-        guide = self.guide
-        known = (*self._rowwise.local_names, *guide.global_names, *guide.sites.deterministic)
+        sites, of_globals = self.guide.sites, self.guide.global_names
+        known = (*self._rowwise.local_names, *of_globals, *sites.deterministic)
         names = choose_names(var_names, known)
-        groups, dims = gather(self._rowwise, rows, rng_key, num_samples, num_particles)
+        groups, dims = gather(
+            self._rowwise, rows, rng_key, num_samples, num_particles, marginal=marginal
+        )
         latent = groups["posterior"]
         groups["posterior"] = {name: latent[name] for name in names if name in latent}
         return build_datatree(groups, dims, coords)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -53,16 +54,24 @@ class Kernels(NamedTuple):
         noise = jax.random.normal(noise_key, (batch, num_samples, size))
         return jnp.moveaxis(means + jnp.einsum("bij,bnj->bni", self.scale_tril, noise), 1, 0)
 
-    def log_prob(self, packed: Float[Array, "batch size"]) -> Float[Array, "batch"]:
-        """Return the log-density of a draw of each datum."""
+    def log_prob(self) -> Callable[[Float[Array, "batch size"]], Float[Array, "batch"]]:
+        """Return the log-density, of a draw of each datum."""
         number, size = self.centers.shape[1:]
-        shifts = jnp.moveaxis(packed[:, None] - self.centers, 1, -1)  # batch, size, number
-        standard = jax.vmap(lambda tril, x: solve_triangular(tril, x, lower=True))(
-            self.scale_tril, shifts
+        whiten = jax.vmap(partial(solve_triangular, lower=True), (0, None))(
+            self.scale_tril, jnp.eye(size)
         )
+        # Counted from their mean, as their distances are all that matters.
+        middle = self.centers.mean(1)
+        centers = jnp.einsum("bij,bnj->bni", whiten, self.centers - middle[:, None])
         log_det = jnp.log(jnp.diagonal(self.scale_tril, axis1=1, axis2=2)).sum(-1)
         normalizer = log_det + size / 2 * jnp.log(2 * jnp.pi) + jnp.log(number)
-        return logsumexp(-(standard**2).sum(1) / 2, axis=-1) - normalizer
+
+        def log_prob(packed: Array) -> Array:
+            standard = jnp.einsum("bij,bj->bi", whiten, packed - middle)
+            squares = ((standard[:, None] - centers) ** 2).sum(-1)
+            return logsumexp(-squares / 2, axis=-1) - normalizer
+
+        return log_prob
 
 
 def propose(view: View, rng_key: Array, held: Held, *, refined: bool) -> dict[str, Array]:
@@ -101,7 +110,7 @@ def adapt(view: View, kernels: Kernels, rng_key: Array, held: Held) -> dict[str,
     kernels = jax.tree.map(jnp.asarray, kernels)
     draw_key, key = jax.random.split(rng_key)
     draws = kernels.sample(draw_key, PROPOSALS)
-    return _weigh(view, draws, kernels.log_prob, key, held)
+    return _weigh(view, draws, kernels.log_prob(), key, held)
 
 
 def _weigh(

@@ -128,8 +128,10 @@ class Rows:
             row_axis: the axis of the rows in every result.
         """
         if self.data.is_whole:
-            take = partial(np.take, indices=self.chosen, axis=row_axis)
-            return jax.tree.map(take, self.once(fn))
+            found = self.once(fn)
+            if len(self.chosen) == self.num_rows:
+                return found  # in which the rows of other plates are whole, too
+            return jax.tree.map(partial(np.take, indices=self.chosen, axis=row_axis), found)
         options = {"layout": self.data.layout, "subsamples": self.subsamples}
         num_rows = len(self.chosen)
         batch_size = min(batch_size, num_rows if num_rows == self.num_rows else rounded(num_rows))

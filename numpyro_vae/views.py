@@ -241,6 +241,15 @@ def draws(view: View, rng_key: Array, globals_: dict, *, num_samples: int) -> di
     return groups
 
 
+def replicate(view: View, rng_key: Array, globals_: dict, *, num_samples: int) -> dict:
+    """Return draws of the observed sites with local latents of their prior, as `predict` does."""
+
+    def one(globals_: dict, rng_key: Array) -> dict:
+        return predicted_rows(view.trace(globals_, rng_key, observed=False), view.encoding.run)
+
+    return view.over_draws(one, globals_, _noise_keys(view, rng_key, num_samples))
+
+
 def finish(view: View, packed: Array, rng_key: Array, globals_: dict) -> dict[str, dict]:
     """Return by ArviZ group the latents of draws ``(batch, num_samples, size)``, and predictions.
 

@@ -13,7 +13,7 @@ TIMEOUT = 300  # seconds, for machines much slower than ours
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", ["encoders", "families", "guide", "models"])
+@pytest.mark.parametrize("page", ["checks", "encoders", "families", "guide", "models", "repair"])
 def test_the_code_on_a_page_runs(page, tmp_path):
     text = (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")
     code = "\n".join(re.findall(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE))

@@ -344,3 +344,16 @@ def test_deterministic_sites_outside_the_plate():
     expected = 1 + 2 * tree.posterior["mu_decentered"]
     np.testing.assert_allclose(tree.posterior["mu"], expected, rtol=1e-5)
     np.testing.assert_allclose(tree.posterior["twice"], 2 * expected, rtol=1e-5)
+
+
+def test_loo_pit_is_uniform_for_predictions_of_new_data(hierarchical):
+    """Of data that the model predicts as new: the local latents of a datum would know its value."""
+    tree = hierarchical.to_datatree(KEY, X, 400, marginal=True)
+    values = az.loo_pit(tree)["x"].values.ravel()
+    error = np.sqrt(1 / 12 / len(X))
+    assert abs(values.mean() - 0.5) < 4 * error
+    assert abs(values.std() - np.sqrt(1 / 12)) < 0.07
+    fitted = az.loo_pit(hierarchical.to_datatree(KEY, X, 400))["x"].values.ravel()
+    assert fitted.std() < 0.7 * values.std()
+    az.plot_loo_pit(tree, backend="none")
+    az.plot_ppc_pit(tree, backend="none")
