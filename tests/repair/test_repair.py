@@ -207,7 +207,7 @@ def test_latents_that_the_model_masks_do_not_matter(method):
     x = (np.sqrt(1.25) * RNG.normal(size=(NUM_ROWS, 3))).astype(np.float32)
     guide = AutoAmortizedNormal(model, inputs=lambda x, there: x * there)
     svi = SVI(model, guide, optax.adam(5e-3), Trace_ELBO())
-    result = svi.run(jax.random.key(0), 30, x, there, progress_bar=False)
+    result = svi.run(jax.random.key(0), 300, x, there, progress_bar=False)
     posterior = Posterior(guide, result)
     found = posterior.repair(KEY, (x, there), range(8), method=method, num_samples=NUM_SAMPLES)
     assert found.dataset["passed"].values.all()
