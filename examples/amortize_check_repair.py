@@ -10,7 +10,7 @@ houses of a county tie its slope to its intercept, and posteriors of few houses 
 Every county is checked; those with a high k-hat, or if there are none those with the largest gap,
 are repaired. A high k-hat is a matter of tails: the counties with the largest gaps or errors need
 not be among them. What comes out is compared with NUTS on the whole model. A repair holds the
-global sites at eight draws of the guide's posterior of them, and no more can be expected of it than
+global sites at 32 draws of the guide's posterior of them, and no more can be expected of it than
 these allow: latents that hang on the globals, as slopes do, come no nearer to NUTS than they were.
 
 Counties are padded to the size of the largest, so that each is a row, computed without the others.

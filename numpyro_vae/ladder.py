@@ -12,10 +12,11 @@ from numpyro_vae.proposals import Held
 from numpyro_vae.repair import Repair, columns
 from numpyro_vae.rows import Rows
 from numpyro_vae.rowwise import Rowwise
-from numpyro_vae.rungs import METHODS, Attempt, attempt, measured
+from numpyro_vae.rungs import METHODS, Attempt, attempt, measured, pooled, spread
 from numpyro_vae.views import View, finish
 
-NUM_HELD = 8  # draws of the global sites that rows are repaired for, if there are any
+NUM_HELD = 32  # draws of the global sites that rows are repaired for, if there are any
+BLOCK = 64  # rows whose proposals are held at once
 
 
 def run_repair(
@@ -29,32 +30,28 @@ def run_repair(
         raise ValueError(f"method is {method!r}, expected 'auto' or one of {list(METHODS)}.")
     every = rowwise.read(data, axes)
     chosen = every.choose(np.unique(every.choose(rows).chosen))
-    plate = rowwise.guide.plate.name
-    if not chosen.chosen.size:
+    plate, count = rowwise.guide.plate.name, len(chosen.chosen)
+    if not count:
         nothing = measured(0, passed=np.zeros(0, bool))
-        return Repair(columns(plate, chosen.chosen, [nothing], [np.zeros(0, int)]), {})
-    number = min(NUM_HELD, num_samples) if rowwise.guide.global_names else 1
-    globals_ = rowwise.draw_globals(rng_key, chosen, number)
-    shares = [len(share) for share in np.array_split(np.arange(num_samples), number)]
+        return Repair(columns(plate, chosen.chosen, nothing, np.zeros(0, int)), {})
+    size = min(NUM_HELD, num_samples) if rowwise.guide.global_names else 1
+    held = rowwise.draw_globals(rng_key, chosen, size)
     ladder = METHODS if method == "auto" else (method,)
+    number = -(-num_samples // size)
     climbed = [
-        _climb(
-            rowwise,
-            jax.random.fold_in(rng_key, m),
-            chosen,
-            {name: value[m] for name, value in globals_.items()},
-            ladder,
-            share,
-        )
-        for m, share in enumerate(shares)
+        _climb(rowwise, rng_key, chosen.choose(block), held, ladder, number)
+        for block in np.split(chosen.chosen, range(BLOCK, count, BLOCK))
     ]
-    found = columns(
-        plate, chosen.chosen, [made.columns for made, _ in climbed], [rung for _, rung in climbed]
-    )
-    packed = np.concatenate([made.draws for made, _ in climbed], axis=1)
-    given = {name: np.repeat(value, shares, axis=0) for name, value in globals_.items()}
+    rung = np.concatenate([rung for _, rung in climbed])
+    found = {
+        name: np.concatenate([made.columns[name] for made, _ in climbed])
+        for name in climbed[0][0].columns
+    }
+    packed = spread(np.concatenate([pooled(made.draws) for made, _ in climbed]), num_samples)
+    of_held = spread(np.arange(size * number)[None] // number, num_samples)[0]
+    given = {name: np.asarray(value)[of_held] for name, value in held.items()}
     groups = rowwise.apply_with(_finish, chosen, packed, rng_key, given, row_axis=1)
-    return Repair(found, groups)
+    return Repair(columns(plate, chosen.chosen, found, rung), groups)
 
 
 def _finish(view: View, packed: Array, rng_key: Array, globals_: Held) -> dict[str, dict]:
@@ -73,17 +70,17 @@ def _climb(
     rows: Rows,
     held: Held,
     ladder: tuple[str, ...],
-    num_samples: int,
+    number: int,
 ) -> tuple[Attempt, np.ndarray]:
     """Return the best draws of each row, and the number of the method that made them."""
-    made = attempt(ladder[0], rowwise, rng_key, rows, held, num_samples)
+    made = attempt(ladder[0], rowwise, rng_key, rows, held, number)
     rung = np.full(len(rows.chosen), METHODS.index(ladder[0]))
     for name in ladder[1:]:
         left = np.flatnonzero(~made.columns["passed"])
         if not left.size:
             break
         key = jax.random.fold_in(rng_key, METHODS.index(name))
-        again = attempt(name, rowwise, key, rows.choose(rows.chosen[left]), held, num_samples)
+        again = attempt(name, rowwise, key, rows.choose(rows.chosen[left]), held, number)
         made.put(left, again)
         rung[left] = METHODS.index(name)
     return made, rung

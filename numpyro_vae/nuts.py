@@ -22,7 +22,7 @@ def run_nuts(
     rowwise: Rowwise,
     rows: Rows,
     rng_key: Array,
-    globals_: dict[str, Array],
+    held: dict[str, Any],
     start: Float[np.ndarray, "rows chains size"],
     center: Float[np.ndarray, "rows size"],
     scale: Float[np.ndarray, "rows size"],
@@ -30,16 +30,16 @@ def run_nuts(
     num_warmup: int,
     num_samples: int,
 ) -> np.ndarray:
-    """Sample each row's latents with NUTS, given one draw of the global sites.
+    """Sample each row's latents with NUTS, given values of the global sites.
 
     Chains run in ``(z - center) / scale``, in which the posterior is about standard, and adapt
     from there.
 
     Args:
         rowwise: the trained guide.
-        rows: the data.
+        rows: the data; a row may be chosen more than once.
         rng_key: the random key.
-        globals_: one value of each global site.
+        held: for each of them the values of the global sites.
         start: packed latents that chains start at.
         center: packed latents, about the posterior's mean.
         scale: about its standard deviation.
@@ -49,17 +49,16 @@ def run_nuts(
     Returns:
         Packed draws, ``(rows, chains, num_samples, size)``.
     """
-    by_row = (jnp.asarray(start), jnp.asarray(center), jnp.asarray(scale))
+    by_row = jax.tree.map(jnp.asarray, (start, center, scale, held))
     sizes = {"num_warmup": num_warmup, "num_samples": num_samples}
-    return rowwise.apply_each(_sample_row, rows, by_row, rng_key, globals_, **sizes)
+    return rowwise.apply_each(_sample_row, rows, by_row, rng_key, **sizes)
 
 
 def _sample_row(
     view: View,
     place: Array,
-    by_row: tuple[Array, Array, Array],
+    by_row: tuple[Array, Array, Array, dict[str, Array]],
     rng_key: Array,
-    globals_: dict[str, Array],
     *,
     num_warmup: int,
     num_samples: int,
@@ -68,12 +67,12 @@ def _sample_row(
 
     What the model masks has no density; a standard one keeps the chains in place there.
     """
-    start, center, scale = by_row
+    start, center, scale, held = by_row
     length, mask = view.encoding.run.plate.length, view.encoding.mask
 
     def potential(standard: Array) -> Array:
         packed = jnp.broadcast_to(center + scale * standard, (length, center.size))
-        energy = -logsumexp(view.log_joint(packed, globals_, rng_key), axis=0)[place]
+        energy = -logsumexp(view.log_joint(packed, held, rng_key), axis=0)[place]
         return energy if mask is None else energy + jnp.where(mask[place], 0, standard**2 / 2).sum()
 
     def chain(start: Array, key: Array) -> Array:

@@ -336,7 +336,7 @@ class Posterior:
         runs four chains of each row. ``"auto"`` tries them in this order on the rows that have not
         passed yet.
 
-        Global latents are held at draws of their posterior, eight of them, among which the draws of
+        Global latents are held at draws of their posterior, 32 of them, among which the draws of
         a row are divided evenly. So a row's draws tell of the uncertainty of the globals, but a
         row's data do not tell of the globals once more.
 

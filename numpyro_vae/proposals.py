@@ -17,10 +17,13 @@ from numpyro_vae.refinement import refine
 from numpyro_vae.sites import is_improper
 from numpyro_vae.views import View
 
-PROPOSALS = 8000  # draws of a datum
-FROM_PRIOR = 2000  # and as many more from the prior
+PROPOSALS = 8000  # draws of a datum, shared by the draws of the global sites that it is held at
+FEWEST = 1000  # of these for each
+FROM_PRIOR = 0.2  # of all proposals, where there is a prior to draw from
 
 Held = dict[str, Array]
+LogDensity = Callable[[Array], Array]
+Proposal = Callable[[Array, Held, int], tuple[Array, LogDensity]]
 
 
 class Kernels(NamedTuple):
@@ -80,24 +83,25 @@ def propose(view: View, rng_key: Array, held: Held, *, refined: bool) -> dict[st
     Args:
         view: the batch.
         rng_key: the random key.
-        held: one value of each global site.
+        held: values of the global sites, a leading axis of them.
         refined: whether each datum's own variational parameters are optimized first.
 
     Returns:
-        By row: packed ``draws`` ``(batch, number, size)``, their ``log_weights``
-        ``(batch, number)``, whether the optimization has ``converged``, and whether all latents
-        count, as kernels are of all.
+        By row: packed ``draws`` ``(batch, held, number, size)``, their ``log_weights``
+        ``(batch, held, number)`` given each value of the globals, whether the optimization has
+        ``converged``, and whether all latents count, as kernels are of all.
     """
-    refine_key, draw_key, key = jax.random.split(rng_key, 3)
+    refine_key, key = jax.random.split(rng_key)
     converged = jnp.ones(len(view.indices), bool)
     if refined:
-        view, converged = refine(view, refine_key, {k: x[None] for k, x in held.items()})
-    given = {name: jnp.broadcast_to(x, (PROPOSALS, *x.shape)) for name, x in held.items()}
-    draws = view.draw(draw_key, PROPOSALS, given)
-    log_q = view.encoding.condition(held).log_prob
+        view, converged = refine(view, refine_key, held)
+
+    def guide(key: Array, held: Held, number: int) -> tuple[Array, LogDensity]:
+        given = {name: jnp.broadcast_to(x, (number, *x.shape)) for name, x in held.items()}
+        return view.draw(key, number, given), view.encoding.condition(held).log_prob
+
     whole = jnp.full(converged.shape, view.encoding.mask is None)
-    found = _weigh(view, draws, log_q, key, held)
-    return found | {"converged": converged, "whole": whole}
+    return _weigh(view, guide, key, held) | {"converged": converged, "whole": whole}
 
 
 def adapt(view: View, kernels: Kernels, rng_key: Array, held: Held) -> dict[str, Array]:
@@ -108,36 +112,44 @@ def adapt(view: View, kernels: Kernels, rng_key: Array, held: Held) -> dict[str,
         Graphical Statistics, 2004.
     """
     kernels = jax.tree.map(jnp.asarray, kernels)
-    draw_key, key = jax.random.split(rng_key)
-    draws = kernels.sample(draw_key, PROPOSALS)
-    return _weigh(view, draws, kernels.log_prob(), key, held)
+
+    def around(key: Array, held: Held, number: int) -> tuple[Array, LogDensity]:
+        return kernels.sample(key, number), kernels.log_prob()
+
+    return _weigh(view, around, rng_key, held)
 
 
-def _weigh(
-    view: View, draws: Array, log_q: Callable[[Array], Array], rng_key: Array, held: Held
-) -> dict[str, Array]:
-    """Weigh draws, with some of the prior among them lest a mode be missed.
+def _weigh(view: View, proposal: Proposal, rng_key: Array, held: Held) -> dict[str, Array]:
+    """Weigh draws given each value of the globals.
 
-    A weight is that of the mixture which all were drawn from, and so it is bounded by the
-    likelihood (*defensive* importance sampling: Hesterberg, Technometrics, 1995).
+    Some are of the prior, lest a mode be missed. A weight is that of the mixture which all were
+    drawn from, and so it is bounded by the likelihood (*defensive* importance sampling: Hesterberg,
+    Technometrics, 1995).
     """
-    prior_key, key = jax.random.split(rng_key)
-    defended = not _is_improper(view)
-    if defended:
-        draws = jnp.concatenate([draws, _from_prior(view, prior_key, held)])
+    size = len(next(iter(held.values()))) if held else 1
+    number = max(PROPOSALS // size, FEWEST)
+    share = 0.0 if _is_improper(view) else FROM_PRIOR
+    of_prior = round(number * share / (1 - share))
 
-    def weigh(packed: Array) -> Array:
-        log_joint, log_prior = view.log_densities(packed, held, key)
-        proposed = log_q(packed)
-        if defended:
-            share = FROM_PRIOR / (PROPOSALS + FROM_PRIOR)
-            of_prior = jnp.log(share) + logsumexp(log_prior, axis=0)
-            proposed = jnp.logaddexp(jnp.log1p(-share) + proposed, of_prior)
-        return logsumexp(log_joint, axis=0) - proposed
+    def given(args: tuple[Array, Held]) -> tuple[Array, Array]:
+        draw_key, prior_key, key = jax.random.split(args[0], 3)
+        draws, log_q = proposal(draw_key, args[1], number)
+        if of_prior:
+            draws = jnp.concatenate([draws, _from_prior(view, prior_key, args[1], of_prior)])
 
-    log_weights = view.over_draws(weigh, draws)
+        def weigh(packed: Array) -> Array:
+            log_joint, log_prior = view.log_densities(packed, args[1], key)
+            proposed = log_q(packed)
+            if of_prior:
+                defence = jnp.log(share) + logsumexp(log_prior, axis=0)
+                proposed = jnp.logaddexp(jnp.log1p(-share) + proposed, defence)
+            return logsumexp(log_joint, axis=0) - proposed
+
+        return draws, view.over_draws(weigh, draws)
+
+    draws, log_weights = jax.lax.map(given, (jax.random.split(rng_key, size), held))
     known = jnp.where(jnp.isnan(log_weights), -jnp.inf, log_weights)
-    return {"draws": jnp.moveaxis(draws, 0, 1), "log_weights": known.T}
+    return {"draws": jnp.moveaxis(draws, 2, 0), "log_weights": jnp.moveaxis(known, 2, 0)}
 
 
 def _is_improper(view: View) -> bool:
@@ -145,10 +157,12 @@ def _is_improper(view: View) -> bool:
     return any(is_improper(trace[site.name]["fn"]) for site in view.encoding.sites)
 
 
-def _from_prior(view: View, rng_key: Array, held: Held) -> Float[Array, "draws batch size"]:
+def _from_prior(
+    view: View, rng_key: Array, held: Held, number: int
+) -> Float[Array, "draws batch size"]:
     def one(key: Array) -> Array:
         trace = view.trace(held, key)
         values = {site.name: trace[site.name]["value"] for site in view.encoding.sites}
         return view.encoding.pack(values)
 
-    return view.over_draws(one, jax.random.split(rng_key, FROM_PRIOR))
+    return view.over_draws(one, jax.random.split(rng_key, number))

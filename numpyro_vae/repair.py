@@ -108,13 +108,9 @@ class Repair:
 
 
 def columns(
-    plate: str, rows: np.ndarray, by_held: list[dict[str, np.ndarray]], rung: list[np.ndarray]
+    plate: str, rows: np.ndarray, found: dict[str, np.ndarray], rung: np.ndarray
 ) -> Dataset:
-    """Return what is worst of each row over the draws of the global sites it was repaired for."""
-    worst: dict[str, np.ufunc] = {"khat": np.fmax, "rhat": np.fmax}
-    found: dict[str, Any] = {"method": (plate, np.array(METHODS)[np.stack(rung).max(0)])}
-    for name in by_held[0]:
-        values = np.stack([column[name] for column in by_held])
-        of_row = values.all(0) if name == "passed" else worst.get(name, np.fmin).reduce(values)
-        found[name] = (plate, of_row)
-    return xr.Dataset(found, coords={plate: rows})
+    """Return what was measured of rows, and by which method their draws were made."""
+    variables = {"method": (plate, np.array(METHODS)[rung])}
+    variables |= {name: (plate, values) for name, values in found.items()}
+    return xr.Dataset(variables, coords={plate: rows})

@@ -20,16 +20,16 @@ MIN_ESS = 400.0  # effective draws that a mean and its error need (Vehtari et al
 STAGES = 2  # in which proposals adapt to what earlier ones found
 CENTERS = 200  # draws that proposals are then made around
 CHAINS = 4
-STARTS = 200  # resampled draws among which chains find where to start
+STARTS = 25  # resampled draws, or more, among which chains find where to start
 ITERATIONS = (1000, 4000)  # of each chain, half as many more to adapt in; then more where too few
 MAX_RHAT = 1.01
 
 
 class Attempt(NamedTuple):
-    """What a method made of some rows, for one draw of the global sites.
+    """What a method made of some rows.
 
     Attributes:
-        draws: packed, ``(rows, num_samples, size)``.
+        draws: packed, ``(rows, held, number, size)``: as many given each value of the globals.
         columns: what was measured of each row, ``passed`` among it; NaN where the method does not.
     """
 
@@ -44,7 +44,7 @@ class Attempt(NamedTuple):
 
 
 def attempt(
-    method: str, rowwise: Rowwise, rng_key: Array, rows: Rows, held: Held, num_samples: int
+    method: str, rowwise: Rowwise, rng_key: Array, rows: Rows, held: Held, number: int
 ) -> Attempt:
     """Draw the latents of rows anew, by a method.
 
@@ -52,10 +52,18 @@ def attempt(
       of them count, draws around those that do;
     * ``refine``: the same from the row's own variational parameters;
     * ``nuts``: chains started at what ``refine`` resampled, in its scale.
+
+    Args:
+        method: one of these.
+        rowwise: the trained guide.
+        rng_key: the random key.
+        rows: the data.
+        held: values of the global sites, a leading axis of them.
+        number: how many draws for each of these.
     """
     if method == "nuts":
-        return _by_nuts(rowwise, rng_key, rows, held, num_samples)
-    return _by_weights(rowwise, rng_key, rows, held, num_samples, refined=method == "refine")
+        return _by_nuts(rowwise, rng_key, rows, held, number)
+    return _by_weights(rowwise, rng_key, rows, held, number, refined=method == "refine")
 
 
 def measured(number: int, **known: Any) -> dict[str, np.ndarray]:
@@ -65,41 +73,58 @@ def measured(number: int, **known: Any) -> dict[str, np.ndarray]:
 
 
 def _by_weights(
-    rowwise: Rowwise, rng_key: Array, rows: Rows, held: Held, num_samples: int, *, refined: bool
+    rowwise: Rowwise, rng_key: Array, rows: Rows, held: Held, number: int, *, refined: bool
 ) -> Attempt:
     """Weigh proposals; where they are too few that count, propose around what they resample."""
-    number = max(num_samples, CENTERS)
     found = rowwise.apply(propose, rows, rng_key, held, refined=refined, num_draws=PROPOSALS)
-    made = _weighed(found, rng_key, rows, number)
+    many = max(number, -(-CENTERS // found["draws"].shape[1]))
+    made = _weighed(found, rng_key, rows, many)
     for stage in range(STAGES):
-        left = np.flatnonzero(~made.columns["passed"].astype(bool) & found["whole"])
+        left = np.flatnonzero(~made.columns["passed"] & found["whole"])
         if not left.size:
             break
         key = jax.random.fold_in(rng_key, stage)
-        kernels = Kernels.around(made.draws[left, :CENTERS])
+        kernels = Kernels.around(spread(pooled(made.draws[left]), CENTERS))
         part = rows.choose(rows.chosen[left])
         again = rowwise.apply_with(adapt, part, kernels, key, held)
-        made.put(left, _weighed(again, key, part, number))
+        made.put(left, _weighed(again, key, part, many))
     if refined:
         made.columns["converged"] = found["converged"].astype(float)
-    return made._replace(draws=made.draws[:, :num_samples])
+    return made._replace(draws=made.draws[:, :, :number])
 
 
-def _weighed(found: dict[str, np.ndarray], rng_key: Array, rows: Rows, num_samples: int) -> Attempt:
-    """Return resampled proposals, and what their weights say of them."""
+def pooled(by_held: np.ndarray) -> np.ndarray:
+    """Return draws ``(rows, held, number, ...)`` with ``held`` and ``number`` in one axis."""
+    return by_held.reshape(len(by_held), -1, *by_held.shape[3:])
+
+
+def spread(draws: np.ndarray, number: int) -> np.ndarray:
+    """Return so many draws, evenly spread over the second axis."""
+    return draws[:, np.linspace(0, draws.shape[1] - 1, number).round().astype(int)]
+
+
+def _weighed(found: dict[str, np.ndarray], rng_key: Array, rows: Rows, number: int) -> Attempt:
+    """Return resampled proposals, and what their weights say of them.
+
+    Weights are of the posterior given each value of the globals, which count alike whatever the
+    row's evidence given them.
+    """
     log_weights = found["log_weights"].astype(float)
-    smoothed, khat = smooth(log_weights.T, rows.chosen)
+    total, held, proposals = log_weights.shape
+    evidence = logsumexp(log_weights, axis=2, keepdims=True) - np.log(proposals)
+    smoothed, khat = smooth(pooled(log_weights - evidence).T, rows.chosen)
     ess = 1 / np.exp(2 * smoothed).sum(0)
     rng = np.random.default_rng(np.asarray(jax.random.key_data(rng_key)))
-    chosen = _resample(np.exp(smoothed).T, num_samples, rng)
+    weights = np.exp(smoothed).T.reshape(total * held, proposals)
+    chosen = _resample(weights, number, rng).reshape(total, held, number, 1)
     columns = measured(
-        len(chosen),
+        total,
         passed=(khat < khat_threshold(len(smoothed))) & (ess >= MIN_ESS),
         khat=khat,
-        log_evidence=logsumexp(log_weights, axis=1) - np.log(log_weights.shape[1]),
+        log_evidence=evidence.mean((1, 2)),
         ess=ess,
     )
-    return Attempt(np.take_along_axis(found["draws"], chosen[..., None], axis=1), columns)
+    return Attempt(np.take_along_axis(found["draws"], chosen, axis=2), columns)
 
 
 def _resample(
@@ -114,36 +139,40 @@ def _resample(
     return np.minimum(np.stack(chosen), weights.shape[1] - 1)
 
 
-def _by_nuts(rowwise: Rowwise, rng_key: Array, rows: Rows, held: Held, num_samples: int) -> Attempt:
+def _by_nuts(rowwise: Rowwise, rng_key: Array, rows: Rows, held: Held, number: int) -> Attempt:
     start = _by_weights(rowwise, rng_key, rows, held, STARTS, refined=True)
-    total = len(start.draws)
-    draws = np.empty((total, num_samples, start.draws.shape[-1]), start.draws.dtype)
-    known = {name: np.full(total, np.nan) for name in ("rhat", "ess")}
-    known["passed"], left = np.zeros(total, bool), np.arange(total)
-    center, scale = start.draws.mean(1), np.maximum(start.draws.std(1), 1e-3)
-    starts = np.stack([_far_apart(row) for row in (start.draws - center[:, None]) / scale[:, None]])
+    total, size = start.draws.shape[:2]
+    near = pooled(start.draws)
+    center, scale = near.mean(1), np.maximum(near.std(1), 1e-3)
+    starts = np.stack([_far_apart(row) for row in (near - center[:, None]) / scale[:, None]])
     starts = center[:, None] + scale[:, None] * starts
-    for number, iterations in enumerate(ITERATIONS):
+    # A lane is a row given one value of the globals.
+    lane_row, lane_held = np.divmod(np.arange(total * size), size)
+    draws = np.empty((total * size, number, near.shape[-1]), near.dtype)
+    rhat, ess = np.full(total * size, np.inf), np.zeros(total * size)
+    left = np.arange(total * size)
+    for iterations in ITERATIONS:
+        row = lane_row[left]
         chains = run_nuts(
             rowwise,
-            rows.choose(rows.chosen[left]),
-            jax.random.fold_in(rng_key, number),
-            held,
-            starts[left],
-            center[left],
-            scale[left],
+            rows.choose(rows.chosen[row]),
+            jax.random.fold_in(rng_key, iterations),
+            {name: np.asarray(value)[lane_held[left]] for name, value in held.items()},
+            starts[row],
+            center[row],
+            scale[row],
             num_warmup=iterations // 2,
             num_samples=iterations,
         )
-        rhat, ess = _diagnose(chains)
-        known["rhat"][left], known["ess"][left] = rhat, ess
-        known["passed"][left] = (rhat < MAX_RHAT) & (ess >= MIN_ESS)
-        flat = chains.reshape(len(left), -1, chains.shape[-1])
-        draws[left] = flat[:, np.linspace(0, flat.shape[1] - 1, num_samples).round().astype(int)]
-        left = np.flatnonzero(~known["passed"])
+        rhat[left], ess[left] = _diagnose(chains)
+        draws[left] = spread(pooled(chains), number)
+        left = np.flatnonzero((rhat >= MAX_RHAT) | (ess < MIN_ESS))
         if not left.size:
             break
-    return Attempt(draws, measured(total, **known))
+    worst, least = rhat.reshape(total, size).max(1), ess.reshape(total, size).min(1)
+    passed = (worst < MAX_RHAT) & (least >= MIN_ESS)
+    columns = measured(total, passed=passed, rhat=worst, ess=least)
+    return Attempt(draws.reshape(total, size, number, -1), columns)
 
 
 def _far_apart(draws: Float[np.ndarray, "draws size"]) -> Float[np.ndarray, "chains size"]:
