@@ -64,6 +64,7 @@ def run_checks(
     skipped = {}
     if reference is not None:
         known = rowwise.read(reference, batch_axes)
+        novelty.require_reference(known)
         calls["novelty"] = partial(novelty.novelty, reference=known)
     elif "novelty" in names:
         skipped["novelty"] = "it needs data to compare with, reference="

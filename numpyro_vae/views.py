@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.scipy.special import logsumexp
-from jaxtyping import Array, Key
+from jaxtyping import Array
 from numpyro import handlers
 from numpyro.primitives import Messenger
 
@@ -200,7 +200,7 @@ def derive(view: View, rng_key: Array, globals_: dict, *, names: tuple[str, ...]
     return view.over_draws(one, globals_)
 
 
-def _noise_keys(view: View, rng_key: Array, num_samples: int) -> Key[Array, "num_samples"]:
+def _noise_keys(view: View, rng_key: Array, num_samples: int) -> Array:
     """Return a key for what each draw of this batch needs beside the latents."""
     of_batch = jax.random.fold_in(jax.random.fold_in(rng_key, num_samples), view.indices[0])
     return jax.random.split(of_batch, num_samples)

@@ -24,7 +24,7 @@ amortize_check_repair = radon
 def deep_markov(path: pathlib.Path) -> None:
     """Chorales of 20 to 60 chords."""
     parts = {}
-    for name, number in (("train", 12), ("valid", 4), ("test", 4)):
+    for name, number in (("train", 16), ("valid", 4), ("test", 4)):
         rolls = np.empty((1, number), object)
         for place in range(number):
             rolls[0, place] = (RNG.random((RNG.integers(20, 60), 88)) < 0.05).astype(np.uint8)

@@ -17,6 +17,8 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 TIMEOUT = 300  # seconds, for machines much slower than ours
 EXAMPLES = [path.stem for path in sorted((ROOT / "examples").glob("*.py"))]
+# The others are run by `make test TEST_ARGS="-m examples"`.
+IN_SUITE = ("parameterizations", "digits_vae", "half_images", "amortize_check_repair")
 # Those of which the reader gives the data, and the form of the file.
 WITH_DATA = {
     "amortize_check_repair": ".npz",
@@ -58,8 +60,13 @@ def command(name: str, folder: pathlib.Path) -> list[str]:
     return [str(ROOT / "examples" / f"{name}.py"), *options]
 
 
+def example(item: pytest.Item) -> str:
+    """The example that a test is of, if it is of one that the suite may leave out."""
+    return str(getattr(getattr(item, "callspec", None), "params", {}).get("name"))
+
+
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+def runs(tmp_path_factory, request):
     """All of them, two at a time, as each spends most of its time compiling, on one core."""
 
     def start(name: str) -> Run:
@@ -75,8 +82,9 @@ def runs(tmp_path_factory):
         )
         return Run(process, folder)
 
+    wanted = {example(item) for item in request.session.items} & {*EXAMPLES}
     with ThreadPoolExecutor(2) as pool:
-        yield {name: start(name) for name in (*EXAMPLES, "readme")}
+        yield {name: start(name) for name in (*IN_SUITE, *sorted(wanted - {*IN_SUITE}), "readme")}
         pool.shutdown(cancel_futures=True)
 
 
@@ -148,7 +156,14 @@ PRINTED = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", sorted(set(EXAMPLES) - {"digits_vae", "parameterizations"}))
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in IN_SUITE else pytest.param(name, marks=pytest.mark.examples)
+        for name in EXAMPLES
+        if name not in ("digits_vae", "parameterizations")
+    ],
+)
 def test_the_others_end_in_a_picture_and_a_datatree(runs, name):
     assert re.search(PRINTED[name], runs[name].finish())
     folder = runs[name].folder

@@ -63,7 +63,7 @@ others
     flowjax stops the gradient of its condition
         families/test_families: gradient_reaches_every_weight_and_the_features
     k-hats of other packages are NaN or off
-        test_checks: khat_of_known_tails
+        checks/test_importance: khat_of_known_tails
 
 Plates inside ``scan`` and discrete latents have a file each in ``classes``.
 """

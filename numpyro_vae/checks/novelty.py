@@ -34,15 +34,7 @@ def novelty(subject: Subject, reference: Rows) -> dict[str, Any]:
     Args:
         subject: what is checked.
         reference: data like those of the training, preferably held out from it.
-
-    Raises:
-        ValueError: if there is too little data of reference.
     """
-    if reference.num_rows < MIN_REFERENCE:
-        raise ValueError(
-            f"The novelty check needs at least {MIN_REFERENCE} rows of reference to tell one datum "
-            f"in {1 / LEVEL:.0f}, found {reference.num_rows}. Give it more, or leave it out."
-        )
     scores = {"features": _distances(subject, reference), "evidence": _surprise(subject, reference)}
     strange = {name: _share_above(new, known) for name, (new, known) in scores.items()}
     combined = np.minimum(1, 2 * np.minimum(*strange.values()))
@@ -51,6 +43,15 @@ def novelty(subject: Subject, reference: Rows) -> dict[str, Any]:
     for name, (new, _) in scores.items():
         found[f"novelty_{name}"] = (plate, new)
     return found
+
+
+def require_reference(reference: Rows) -> None:
+    """Raise ValueError if there is too little data of reference."""
+    if reference.num_rows < MIN_REFERENCE:
+        raise ValueError(
+            f"The novelty check needs at least {MIN_REFERENCE} rows of reference to tell one datum "
+            f"in {1 / LEVEL:.0f}, found {reference.num_rows}. Give it more, or leave it out."
+        )
 
 
 def _distances(subject: Subject, reference: Rows) -> tuple[np.ndarray, np.ndarray]:

@@ -16,6 +16,7 @@ from numpyro.infer import SVI, Trace_ELBO
 from numpyro_vae import MLP, AutoAmortizedNormal, Posterior
 
 NUM_DATA, NUM_REFERENCE = 300, 1000
+SMALL = partial(MLP, hidden_sizes=(32,))
 RNG = np.random.default_rng(0)
 
 
@@ -100,7 +101,7 @@ def heavy_tail():
         (RNG.standard_t(3, n) + 3 * RNG.normal(size=n)).astype(np.float32)
         for n in (NUM_DATA, NUM_REFERENCE)
     )
-    return Case(trained(model, MLP, (reference,), 2000), data, reference)
+    return Case(trained(model, SMALL, (reference,), 1500), data, reference)
 
 
 def small_encoder():
@@ -120,7 +121,7 @@ def small_encoder():
     data, reference = draw(NUM_DATA), draw(NUM_REFERENCE)
     encoder = partial(MLP, hidden_sizes=(1,), activation=nnx.tanh)
     read = {"inputs": lambda x, c: jnp.stack([x, c], axis=-1)}
-    return Case(trained(model, encoder, reference, 3000, **read), data, reference)
+    return Case(trained(model, encoder, reference, 2000, **read), data, reference)
 
 
 def trained(model, encoder, data, num_steps, **options):
