@@ -18,7 +18,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 TIMEOUT = 300  # seconds, for machines much slower than ours
 EXAMPLES = [path.stem for path in sorted((ROOT / "examples").glob("*.py"))]
 # The others are run by `make test TEST_ARGS="-m examples"`.
-IN_SUITE = ("parameterizations", "digits_vae", "half_images", "amortize_check_repair")
+IN_SUITE = ("parameterizations", "digits_vae")
 # Those of which the reader gives the data, and the form of the file.
 WITH_DATA = {
     "amortize_check_repair": ".npz",
