@@ -242,7 +242,7 @@ def main() -> None:
         num_samples=100 if args.quick else 500,
         checks=("importance", "collapse"),
     )
-    print(f"\nHeld out, of each chorale as a whole: {found.summary()}\n\nNats a step, held out:")
+    print(f"\nHeld out, of each chorale as a whole: {found}\n\nNats a step, held out:")
     print(f"  every key at its own rate  {log_density_without_latents(train, test):8.3f}")
     print(f"  ELBO                       {per_step(found, 'elbo', test):8.3f}")
     print(f"  log evidence, at least     {per_step(found, 'log_evidence', test):8.3f}")

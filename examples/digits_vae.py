@@ -191,7 +191,7 @@ def main() -> None:
     found = posterior.check(
         jax.random.key(1), data.test, num_samples=num_samples, checks=("importance", "collapse")
     )
-    print(f"\nHeld out: {found.summary()}")
+    print(f"\nHeld out: {found}")
     draw(posterior, result, found, data, args.output / f"{args.dataset}_vae.png")
     num_samples = 50 if args.quick else 100
     save(posterior, found, data.test[:100], num_samples, args.output / f"{args.dataset}_vae.nc")

@@ -223,7 +223,7 @@ def main() -> None:
         num_samples=num_samples,
         checks=("importance", "collapse"),
     )
-    print(f"\nGiven the upper halves: {checked.summary()}")
+    print(f"\nGiven the upper halves: {checked}")
     history = {name: values for name, values in result.history.items() if len(values)}
     draw(data, drawn, checked, history, args.output / "half_images.png")
     save(posterior, checked, data, 100, args.output / "half_images.nc")

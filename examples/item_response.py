@@ -189,7 +189,7 @@ def main() -> None:
     checked = best.check(
         jax.random.key(2), correct, num_samples=num_samples, checks=("importance", "collapse")
     )
-    print(f"\n{checked.summary()}")
+    print(f"\n{checked}")
     picture(by_guide, checked, correct, args.output / "item_response.png")
     save(best, checked, correct, num_samples // 2, args.output / "item_response.nc")
 

@@ -200,7 +200,7 @@ def main() -> None:
         batch_axes=None,
         checks=("importance", "collapse"),
     )
-    print(f"\n{checked.summary()}")
+    print(f"\n{checked}")
     draw(data, found, nuts, np.asarray(result.losses), checked, args.output / "radon.png")
     save(posterior, checked, data, min(num_samples, 500), args.output / "radon.nc")
 

@@ -210,7 +210,7 @@ def main() -> None:
     )
     alike = held_out_without_latents(train, test, steps)
     gain = found.dataset["elbo"].values - alike
-    print(f"\nHeld out: {found.summary()}")
+    print(f"\nHeld out: {found}")
     print("\nELBO above a model in which all cells are alike, nats a cell: ", end="")
     print(f"{gain.mean():.1f} (se {gain.std(ddof=1) / np.sqrt(len(gain)):.1f})")
 

@@ -194,7 +194,7 @@ def main() -> None:
         theirs.components_ / theirs.components_.sum(1, keepdims=True)
     )
     alike = np.broadcast_to((train.sum(0) + 0.5) / (train.sum(0) + 0.5).sum(), test.shape)
-    print(f"\nHeld out: {found.summary()}\n")
+    print(f"\nHeld out: {found}\n")
     print("                              perplexity   coherence of topics")
     print(f"every document alike          {perplexity(alike, rest):10.1f}")
     ours = perplexity(predict_words(posterior, given), rest), coherence(topics, test)

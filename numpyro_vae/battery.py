@@ -12,7 +12,7 @@ import xarray as xr
 from jaxtyping import Array
 
 from numpyro_vae.checks import calibration, collapse, gap, importance, novelty, predictive
-from numpyro_vae.checks.base import Finding, NotApplicableError, Subject
+from numpyro_vae.checks.base import NotApplicableError, Subject
 from numpyro_vae.report import Report
 from numpyro_vae.rowwise import Rowwise
 
@@ -42,15 +42,10 @@ def run_checks(
 ) -> Report:
     """Run the checks named, or all that apply; see `Posterior.check`."""
     rowwise.require_density()
-    names = list(MODULES if checks is None else checks)
-    unknown = sorted(set(names) - set(MODULES))
-    if unknown:
-        raise ValueError(f"There are no checks {unknown}, choose from {list(MODULES)}.")
-    if reference is None and checks is not None and "novelty" in names:
-        raise ValueError(
-            "The novelty check compares data with others: pass reference=, rows like those of the "
-            "training, preferably held out from it."
-        )
+    names = _names(checks)
+    for name, number in (("max_rows", max_rows), ("num_simulations", num_simulations)):
+        if number < 1:
+            raise ValueError(f"{name} is {number}, expected at least 1.")
     subject = Subject(rowwise, rowwise.read(data, batch_axes), rng_key, data, batch_axes)
     calls: dict[str, Callable[[Subject], dict[str, Any]]] = {
         "importance": partial(importance.importance, num_samples=num_samples),
@@ -59,19 +54,15 @@ def run_checks(
             calibration.calibration, num_simulations=num_simulations, to_data=to_data
         ),
         "collapse": collapse.collapse,
+        "novelty": partial(
+            novelty.novelty, reference=novelty.read_reference(rowwise, reference, batch_axes)
+        ),
         "predictive": partial(predictive.predictive, max_rows=max_rows),
     }
-    skipped = {}
-    if reference is not None:
-        known = rowwise.read(reference, batch_axes)
-        novelty.require_reference(known)
-        calls["novelty"] = partial(novelty.novelty, reference=known)
-    elif "novelty" in names:
-        skipped["novelty"] = "it needs data to compare with, reference="
     found: dict[str, Any] = {}
-    done = []
+    skipped: dict[str, str] = {}
     for number, name in enumerate(MODULES):
-        if name not in names or name not in calls:
+        if name not in names:
             continue
         try:
             found |= calls[name](subject.with_key(number))
@@ -79,18 +70,32 @@ def run_checks(
             if checks is not None:
                 raise
             skipped[name] = str(reason)
-            continue
-        done.append(name)
-    attrs: dict[str, Any] = {"num_data": len(subject.rows.chosen)}
-    if "importance" in done:
+    attrs: dict[str, Any] = {"num_data": subject.rows.num_rows}
+    if "importance" in names:
         threshold = importance.khat_threshold(num_samples)
         attrs |= {"num_samples": num_samples, "khat_threshold": threshold}
+    dataset = _dataset(found, attrs, coords or {})
+    done = [name for name in MODULES if name in names and name not in skipped]
+    findings = (finding for name in done for finding in MODULES[name].find(dataset, attrs))
+    return Report(dataset, tuple(findings), skipped)
+
+
+def _names(checks: Iterable[str] | None) -> list[str]:
+    """Return the names of the checks to run.
+
+    Raises:
+        ValueError: if one does not exist.
+    """
+    names = [checks] if isinstance(checks, str) else list(MODULES if checks is None else checks)
+    unknown = sorted(set(names) - set(MODULES))
+    if unknown:
+        raise ValueError(f"There are no checks {unknown}, choose from {list(MODULES)}.")
+    return names
+
+
+def _dataset(found: dict[str, Any], attrs: dict[str, Any], coords: Mapping[str, Any]) -> xr.Dataset:
+    """Return all variables with coordinates for every dimension."""
     dataset = xr.Dataset(found, attrs=attrs)
-    given = coords or {}
-    if "interval" in dataset.dims:
-        given = {"interval": list(calibration.INTERVALS), **given}
-    indexed = {dim: given.get(str(dim), np.arange(n)) for dim, n in dataset.sizes.items()}
-    findings: list[Finding] = []
-    for name in done:
-        findings += MODULES[name].find(dataset, attrs)
-    return Report(dataset.assign_coords(indexed), tuple(findings), skipped)
+    known = {"interval": list(calibration.INTERVALS), **coords}
+    indexed = {dim: known.get(str(dim), np.arange(n)) for dim, n in dataset.sizes.items()}
+    return dataset.assign_coords(indexed)

@@ -10,6 +10,7 @@ from jaxtyping import Array
 
 from numpyro_vae.proposals import Held
 from numpyro_vae.repair import Repair, columns
+from numpyro_vae.report import Report
 from numpyro_vae.rows import Rows
 from numpyro_vae.rowwise import Rowwise
 from numpyro_vae.rungs import METHODS, Attempt, attempt, measured, pooled, spread
@@ -29,6 +30,8 @@ def run_repair(
     if method not in ("auto", *METHODS):
         raise ValueError(f"method is {method!r}, expected 'auto' or one of {list(METHODS)}.")
     every = rowwise.read(data, axes)
+    if isinstance(rows, Report):
+        rows = rows.flagged_of(every.num_rows)
     chosen = every.choose(np.unique(every.choose(rows).chosen))
     plate, count = rowwise.guide.plate.name, len(chosen.chosen)
     if not count:

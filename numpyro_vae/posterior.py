@@ -353,8 +353,7 @@ class Posterior:
             ValueError: if a row does not exist, the method is unknown, the guide has no density, or
                 no draw of a row has any importance weight.
         """
-        chosen = rows.flagged if isinstance(rows, Report) else rows
-        return run_repair(self._rowwise, rng_key, data, chosen, method, num_samples, batch_axes)
+        return run_repair(self._rowwise, rng_key, data, rows, method, num_samples, batch_axes)
 
     def to_datatree(
         self,

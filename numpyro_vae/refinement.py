@@ -20,7 +20,7 @@ STILL = 0.05  # nats: a bound that rises by less in the second half of the steps
 
 
 def refine(
-    view: View, rng_key: Array, globals_: dict[str, Array], *, num_steps: int = NUM_STEPS
+    view: View, rng_key: Array, globals_: dict[str, Array]
 ) -> tuple[View, Bool[Array, "batch"]]:
     r"""Maximize each datum's ELBO over its own variational parameters, all data at once.
 
@@ -34,14 +34,13 @@ def refine(
         view: the batch.
         rng_key: the random key.
         globals_: draws of the global sites, of which each particle has one.
-        num_steps: of the optimizer.
 
     Returns:
         The view with the encoding that was found, and which data have converged.
     """
     view = release(view)
     start, steps_key, last_key = view.encoding.features, *jax.random.split(rng_key)
-    optimizer = optax.adam(optax.cosine_decay_schedule(LEARNING_RATE, num_steps))
+    optimizer = optax.adam(optax.cosine_decay_schedule(LEARNING_RATE, NUM_STEPS))
 
     def loss(features: Any, key: Array) -> tuple[Array, Array]:
         elbo = log_weights(_given(view, features), key, globals_, PARTICLES).mean(0)
@@ -54,7 +53,7 @@ def refine(
         return (optax.apply_updates(features, updates), moments), elbo
 
     state = (start, optimizer.init(start))
-    (end, _), trace = jax.lax.scan(step, state, jax.random.split(steps_key, num_steps))
+    (end, _), trace = jax.lax.scan(step, state, jax.random.split(steps_key, NUM_STEPS))
     before, after = (
         log_weights(_given(view, features), last_key, globals_, JUDGES).mean(0)
         for features in (start, end)

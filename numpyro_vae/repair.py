@@ -69,6 +69,11 @@ class Repair:
             ValueError: if the tree has fewer rows than were repaired, or another number of draws.
         """
         groups = {name: tree[name].to_dataset().copy(deep=True) for name in tree.children}
+        if "posterior" not in groups:
+            raise ValueError(
+                f"The tree has no group 'posterior', only {list(groups)}. Pass the tree of "
+                "Posterior.to_datatree on the same data."
+            )
         posterior = groups["posterior"]
         drawn = [len(x) for group in self.groups.values() for x in group.values()]
         number = drawn[0] if drawn else posterior.sizes["draw"]
@@ -81,7 +86,7 @@ class Repair:
             )
         for group, variables in self.groups.items():
             for name, values in variables.items():
-                if name in groups[group]:
+                if name in groups.get(group, {}):
                     self._write(groups[group][name], values)
         if "sample_stats" in groups:
             weights = groups["sample_stats"]["log_weights"]

@@ -70,6 +70,19 @@ class Report:
         """The numbers of the data whose posterior is not fine, for `Posterior.repair`."""
         return np.flatnonzero(self.verdict)
 
+    def flagged_of(self, num_rows: int) -> np.ndarray:
+        """Return `flagged` for data of so many rows.
+
+        Raises:
+            ValueError: if the report is on other data.
+        """
+        if self.dataset.attrs["num_data"] != num_rows:
+            raise ValueError(
+                f"The report is on {self.dataset.attrs['num_data']} rows of data, and the data "
+                f"have {num_rows}. Pass the data that were checked, or the rows' numbers."
+            )
+        return self.flagged
+
     def collapsed(self) -> dict[str, tuple[int, int]]:
         """Return by site how many latent dimensions say nothing of the data, and of how many."""
         return count_collapsed(self.dataset)
@@ -97,10 +110,6 @@ class Report:
             pits = pits.drop_attrs().rename(simulation="draw").expand_dims("chain")
             groups["prior_sbc"] = type(tree)(pits)
         return tree.assign(groups)
-
-    def summary(self) -> str:
-        """Return what was found, as plain text."""
-        return str(self)
 
     def __str__(self) -> str:
         """Return what was found, as plain text."""

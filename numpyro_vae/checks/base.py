@@ -91,16 +91,3 @@ class Subject:
         column = np.full((self.rows.num_rows, *values.shape[1:]), np.nan)
         column[rows] = values
         return column
-
-
-def counted(check: str, bad: int, total: int, text: str, advice: str) -> Finding:
-    """Return the finding that some of many are bad, or that none is.
-
-    Args:
-        check: the check.
-        bad: how many are.
-        total: of how many.
-        text: what they are, as in "rows have k-hat > 0.7".
-        advice: what to do about them.
-    """
-    return Finding(check, not bad, f"{bad:,} of {total:,} {text}", advice if bad else "")

@@ -22,8 +22,6 @@ INTERVALS = (0.5, 0.8, 0.95)
 LEVEL = 0.001  # of a test of uniformity, divided by how many there are
 DEVIATION = 0.1  # of an ECDF from the uniform, below which it is nothing to act on
 
-Simulated = tuple[dict[str, np.ndarray], Rows]
-
 
 def calibration(
     subject: Subject, *, num_simulations: int, to_data: Callable[[dict], Any] | None

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float
 from scipy.special import logsumexp
 
-from numpyro_vae.checks.base import Findings, Subject, counted
+from numpyro_vae.checks.base import Finding, Findings, Subject
 from numpyro_vae.views import View, weigh
 
 __all__ = ["khat_threshold", "pareto_khat"]
@@ -266,12 +266,8 @@ def summarize(sums: Sums) -> dict[str, np.ndarray]:
 
 def find(dataset: Any, attrs: dict[str, Any]) -> Findings:
     """Return how many rows have a posterior that cannot be trusted."""
-    khat = dataset["khat"].values
-    bad = int((khat >= attrs["khat_threshold"]).sum())
-    yield counted(
-        "importance",
-        bad,
-        khat.size,
-        f"rows have k-hat > {attrs['khat_threshold']:.2f}",
-        "repair them: posterior.repair(rng_key, data, report)",
-    )
+    khat, threshold = dataset["khat"].values, attrs["khat_threshold"]
+    bad = int((khat >= threshold).sum())
+    text = f"{bad:,} of {khat.size:,} rows have k-hat > {threshold:.2f}"
+    advice = "repair them: posterior.repair(rng_key, data, report)" if bad else ""
+    yield Finding("importance", not bad, text, advice)

@@ -11,8 +11,9 @@ from jaxtyping import Array
 from scipy.spatial import KDTree
 from scipy.stats import binom
 
-from numpyro_vae.checks.base import Finding, Findings, Subject
+from numpyro_vae.checks.base import Finding, Findings, NotApplicableError, Subject
 from numpyro_vae.rows import Rows
+from numpyro_vae.rowwise import Rowwise
 from numpyro_vae.views import View, evidence
 
 LEVEL = 0.01  # the share of ordinary data that is called novel
@@ -21,7 +22,7 @@ PARTICLES = 64
 MIN_REFERENCE = 2 * int(2 / LEVEL)  # rows: half of them calibrate the distances, of two scores
 
 
-def novelty(subject: Subject, reference: Rows) -> dict[str, Any]:
+def novelty(subject: Subject, reference: Rows | None) -> dict[str, Any]:
     """Return for each datum how probable it is that an ordinary datum is as strange as it.
 
     There are two scores: the distance of the encoder's features from those of the nearest data of
@@ -34,7 +35,15 @@ def novelty(subject: Subject, reference: Rows) -> dict[str, Any]:
     Args:
         subject: what is checked.
         reference: data like those of the training, preferably held out from it.
+
+    Raises:
+        NotApplicableError: if there are none.
     """
+    if reference is None:
+        raise NotApplicableError(
+            "it compares data with others; pass reference=, rows like those of the training, "
+            "preferably held out from it"
+        )
     scores = {"features": _distances(subject, reference), "evidence": _surprise(subject, reference)}
     strange = {name: _share_above(new, known) for name, (new, known) in scores.items()}
     combined = np.minimum(1, 2 * np.minimum(*strange.values()))
@@ -45,13 +54,21 @@ def novelty(subject: Subject, reference: Rows) -> dict[str, Any]:
     return found
 
 
-def require_reference(reference: Rows) -> None:
-    """Raise ValueError if there is too little data of reference."""
-    if reference.num_rows < MIN_REFERENCE:
+def read_reference(rowwise: Rowwise, reference: Any, batch_axes: Any) -> Rows | None:
+    """Return the rows of reference; None if there are none.
+
+    Raises:
+        ValueError: if they are too few.
+    """
+    if reference is None:
+        return None
+    rows = rowwise.read(reference, batch_axes)
+    if rows.num_rows < MIN_REFERENCE:
         raise ValueError(
             f"The novelty check needs at least {MIN_REFERENCE} rows of reference to tell one datum "
-            f"in {1 / LEVEL:.0f}, found {reference.num_rows}. Give it more, or leave it out."
+            f"in {1 / LEVEL:.0f}, found {rows.num_rows}. Give it more, or leave it out."
         )
+    return rows
 
 
 def _distances(subject: Subject, reference: Rows) -> tuple[np.ndarray, np.ndarray]:

@@ -119,7 +119,7 @@ def test_a_silent_dimension_has_collapsed():
 
 def test_summary_is_for_a_person():
     found = posterior_with(0.5).check(KEY, X, checks=("importance", "collapse"))
-    text = found.summary()
+    text = str(found)
     assert "64 data, 1000 draws of each" in text
     assert "0 of 1 dimensions of site 'z' are inactive" in text
     for verdict, label in enumerate(("fine", "borderline", "not to be trusted")):

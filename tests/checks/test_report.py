@@ -40,7 +40,7 @@ def test_a_person_reads_one_sentence_for_each_finding(report):
     assert 0 < number <= 40
     assert f"! {number} of 40 rows have k-hat > 0.67; repair them: posterior.repair" in text
     assert "0 of 2 dimensions of site 'z' are inactive" in text
-    assert "not run: it needs data to compare with, reference=" in text
+    assert "not run: it compares data with others; pass reference=" in text
     assert {finding.check for finding in report.findings} == {
         "importance",
         "gap",
@@ -111,7 +111,9 @@ def test_verdicts_need_the_importance_check(case):
     ("options", "message"),
     [
         ({"checks": ("importanc",)}, r"There are no checks \['importanc'\], choose from"),
-        ({"checks": ("novelty",)}, r"The novelty check compares.*pass reference="),
+        ({"checks": ("novelty",)}, r"it compares data with others; pass reference="),
+        ({"max_rows": 0}, r"max_rows is 0, expected at least 1"),
+        ({"num_simulations": 0}, r"num_simulations is 0, expected at least 1"),
         ({"num_samples": 99}, r"needs at least 100 draws of each datum, found 99"),
         ({"reference": np.zeros((20, 4), np.float32)}, r"at least 400 rows of reference.*found 20"),
     ],

@@ -173,10 +173,10 @@ def test_without_continuous_local_latents_there_is_no_network():
     # The guide takes the centres for independent, which narrows it and moves it a little.
     assert (np.abs(centres.mean(0) - loc) < 0.4 * scale).all()
     assert (centres.std(0) < 1.05 * scale).all()
-    summary = posterior.check(
+    report = posterior.check(
         jax.random.key(2), X, num_samples=200, checks=("importance", "collapse")
-    ).summary()
-    assert f"{NUM_DATA} data" in summary
+    )
+    assert f"{NUM_DATA} data" in str(report)
 
 
 def test_a_model_that_is_marked_as_a_whole_is_the_same():

@@ -275,3 +275,11 @@ def test_a_tree_of_other_draws_is_refused(wrong):
     for tree in (posterior.to_datatree(KEY, x, 50), posterior.to_datatree(KEY, x[:3], 100)):
         with pytest.raises(ValueError, match=r"Pass the tree of the same data, with as many draws"):
             found.add_to(tree)
+
+
+def test_a_report_on_other_data_is_refused(wrong):
+    posterior, x = wrong
+    report = posterior.check(KEY, x, checks="importance")
+    message = r"The report is on 30 rows of data, and the data have 10.*Pass the data that were ch"
+    with pytest.raises(ValueError, match=message):
+        posterior.repair(KEY, x[:10], report)
