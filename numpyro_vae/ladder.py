@@ -13,7 +13,7 @@ from numpyro_vae.repair import Repair, columns
 from numpyro_vae.report import Report
 from numpyro_vae.rows import Rows
 from numpyro_vae.rowwise import Rowwise
-from numpyro_vae.rungs import METHODS, Attempt, attempt, measured, pooled, spread
+from numpyro_vae.rungs import CENTERS, METHODS, Attempt, attempt, measured, pooled, spread
 from numpyro_vae.views import View, finish
 
 NUM_HELD = 32  # draws of the global sites that rows are repaired for, if there are any
@@ -40,21 +40,13 @@ def run_repair(
     size = min(NUM_HELD, num_samples) if rowwise.guide.global_names else 1
     held = rowwise.draw_globals(rng_key, chosen, size)
     ladder = METHODS if method == "auto" else (method,)
-    number = -(-num_samples // size)
-    climbed = [
-        _climb(rowwise, rng_key, chosen.choose(block), held, ladder, number)
-        for block in np.split(chosen.chosen, range(BLOCK, count, BLOCK))
-    ]
-    rung = np.concatenate([rung for _, rung in climbed])
-    found = {
-        name: np.concatenate([made.columns[name] for made, _ in climbed])
-        for name in climbed[0][0].columns
-    }
-    packed = spread(np.concatenate([pooled(made.draws) for made, _ in climbed]), num_samples)
+    number = -(-max(num_samples, CENTERS) // size)
+    made, rung = _climb(rowwise, rng_key, chosen, held, ladder, number)
+    packed = spread(pooled(made.draws), num_samples)
     of_held = spread(np.arange(size * number)[None] // number, num_samples)[0]
     given = {name: np.asarray(value)[of_held] for name, value in held.items()}
     groups = rowwise.apply_with(_finish, chosen, packed, rng_key, given, row_axis=1)
-    return Repair(columns(plate, chosen.chosen, found, rung), groups)
+    return Repair(columns(plate, chosen.chosen, made.columns, rung), groups)
 
 
 def _finish(view: View, packed: Array, rng_key: Array, globals_: Held) -> dict[str, dict]:
@@ -75,15 +67,24 @@ def _climb(
     ladder: tuple[str, ...],
     number: int,
 ) -> tuple[Attempt, np.ndarray]:
-    """Return the best draws of each row, and the number of the method that made them."""
-    made = attempt(ladder[0], rowwise, rng_key, rows, held, number)
-    rung = np.full(len(rows.chosen), METHODS.index(ladder[0]))
+    """Return the last draws of each row, and the number of the method that made them."""
+
+    def tried(name: str, left: np.ndarray, before: Attempt | None) -> Attempt:
+        key = jax.random.fold_in(rng_key, METHODS.index(name))
+        parts = []
+        for block in np.split(np.arange(len(left)), range(BLOCK, len(left), BLOCK)):
+            part = rows.choose(rows.chosen[left[block]])
+            begun = before and before.at(block)
+            parts.append(attempt(name, rowwise, key, part, held, number, begun))
+        return Attempt.joined(parts)
+
+    every = np.arange(len(rows.chosen))
+    made = tried(ladder[0], every, None)
+    rung = np.full(len(every), METHODS.index(ladder[0]))
     for name in ladder[1:]:
         left = np.flatnonzero(~made.columns["passed"])
         if not left.size:
             break
-        key = jax.random.fold_in(rng_key, METHODS.index(name))
-        again = attempt(name, rowwise, key, rows.choose(rows.chosen[left]), held, number)
-        made.put(left, again)
+        made.put(left, tried(name, left, made.at(left)))
         rung[left] = METHODS.index(name)
     return made, rung

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import jax
@@ -10,7 +11,7 @@ from jaxtyping import Array, Float
 from scipy.special import logsumexp
 
 from numpyro_vae.checks.importance import khat_threshold, smooth
-from numpyro_vae.nuts import run_nuts
+from numpyro_vae.nuts import ROUNDS, Frame, advance, start_chains
 from numpyro_vae.proposals import PROPOSALS, Held, Kernels, adapt, propose
 from numpyro_vae.rows import Rows
 from numpyro_vae.rowwise import Rowwise
@@ -19,9 +20,6 @@ METHODS = ("importance", "refine", "nuts")
 MIN_ESS = 400.0  # effective draws that a mean and its error need (Vehtari et al., 2021)
 STAGES = 2  # in which proposals adapt to what earlier ones found
 CENTERS = 200  # draws that proposals are then made around
-CHAINS = 4
-STARTS = 25  # resampled draws, or more, among which chains find where to start
-ITERATIONS = (1000, 4000)  # of each chain, half as many more to adapt in; then more where too few
 MAX_RHAT = 1.01
 
 
@@ -36,6 +34,19 @@ class Attempt(NamedTuple):
     draws: np.ndarray
     columns: dict[str, np.ndarray]
 
+    @classmethod
+    def joined(cls, parts: list[Attempt]) -> Attempt:
+        """Return the attempts at several blocks of rows as one."""
+        columns = {
+            name: np.concatenate([part.columns[name] for part in parts])
+            for name in parts[0].columns
+        }
+        return cls(np.concatenate([part.draws for part in parts]), columns)
+
+    def at(self, rows: np.ndarray) -> Attempt:
+        """Return the attempt at some of the rows."""
+        return Attempt(self.draws[rows], {name: x[rows] for name, x in self.columns.items()})
+
     def put(self, rows: np.ndarray, other: Attempt) -> None:
         """Put another attempt at some of the rows in place of this one."""
         self.draws[rows] = other.draws
@@ -44,14 +55,20 @@ class Attempt(NamedTuple):
 
 
 def attempt(
-    method: str, rowwise: Rowwise, rng_key: Array, rows: Rows, held: Held, number: int
+    method: str,
+    rowwise: Rowwise,
+    rng_key: Array,
+    rows: Rows,
+    held: Held,
+    number: int,
+    before: Attempt | None = None,
 ) -> Attempt:
     """Draw the latents of rows anew, by a method.
 
     * ``importance``: draws of the guide and of the prior, Pareto-smoothed and resampled; where few
       of them count, draws around those that do;
     * ``refine``: the same from the row's own variational parameters;
-    * ``nuts``: chains started at what ``refine`` resampled, in its scale.
+    * ``nuts``: chains started at what was drawn before, in its scale.
 
     Args:
         method: one of these.
@@ -60,10 +77,12 @@ def attempt(
         rows: the data.
         held: values of the global sites, a leading axis of them.
         number: how many draws for each of these.
+        before: what an earlier rung made of the rows, else weighted draws of the guide are.
     """
-    if method == "nuts":
-        return _by_nuts(rowwise, rng_key, rows, held, number)
-    return _by_weights(rowwise, rng_key, rows, held, number, refined=method == "refine")
+    arguments = (rowwise, rng_key, rows, held, number)
+    if method != "nuts":
+        return _by_weights(*arguments, refined=method == "refine")
+    return _by_nuts(*arguments, before or _by_weights(*arguments, refined=False, stages=0))
 
 
 def measured(number: int, **known: Any) -> dict[str, np.ndarray]:
@@ -73,13 +92,19 @@ def measured(number: int, **known: Any) -> dict[str, np.ndarray]:
 
 
 def _by_weights(
-    rowwise: Rowwise, rng_key: Array, rows: Rows, held: Held, number: int, *, refined: bool
+    rowwise: Rowwise,
+    rng_key: Array,
+    rows: Rows,
+    held: Held,
+    number: int,
+    *,
+    refined: bool,
+    stages: int = STAGES,
 ) -> Attempt:
     """Weigh proposals; where they are too few that count, propose around what they resample."""
     found = rowwise.apply(propose, rows, rng_key, held, refined=refined, num_draws=PROPOSALS)
-    many = max(number, -(-CENTERS // found["draws"].shape[1]))
-    made = _weighed(found, rng_key, rows, many)
-    for stage in range(STAGES):
+    made = _weighed(found, rng_key, rows, number)
+    for stage in range(stages):
         left = np.flatnonzero(~made.columns["passed"] & found["whole"])
         if not left.size:
             break
@@ -87,10 +112,10 @@ def _by_weights(
         kernels = Kernels.around(spread(pooled(made.draws[left]), CENTERS))
         part = rows.choose(rows.chosen[left])
         again = rowwise.apply_with(adapt, part, kernels, key, held)
-        made.put(left, _weighed(again, key, part, many))
+        made.put(left, _weighed(again, key, part, number))
     if refined:
         made.columns["converged"] = found["converged"].astype(float)
-    return made._replace(draws=made.draws[:, :, :number])
+    return made
 
 
 def pooled(by_held: np.ndarray) -> np.ndarray:
@@ -139,60 +164,46 @@ def _resample(
     return np.minimum(np.stack(chosen), weights.shape[1] - 1)
 
 
-def _by_nuts(rowwise: Rowwise, rng_key: Array, rows: Rows, held: Held, number: int) -> Attempt:
-    start = _by_weights(rowwise, rng_key, rows, held, STARTS, refined=True)
-    total, size = start.draws.shape[:2]
-    near = pooled(start.draws)
-    center, scale = near.mean(1), np.maximum(near.std(1), 1e-3)
-    starts = np.stack([_far_apart(row) for row in (near - center[:, None]) / scale[:, None]])
-    starts = center[:, None] + scale[:, None] * starts
-    # A lane is a row given one value of the globals.
-    lane_row, lane_held = np.divmod(np.arange(total * size), size)
-    draws = np.empty((total * size, number, near.shape[-1]), near.dtype)
-    rhat, ess = np.full(total * size, np.inf), np.zeros(total * size)
-    left = np.arange(total * size)
-    for iterations in ITERATIONS:
-        row = lane_row[left]
-        chains = run_nuts(
-            rowwise,
-            rows.choose(rows.chosen[row]),
-            jax.random.fold_in(rng_key, iterations),
-            {name: np.asarray(value)[lane_held[left]] for name, value in held.items()},
-            starts[row],
-            center[row],
-            scale[row],
-            num_warmup=iterations // 2,
-            num_samples=iterations,
-        )
-        rhat[left], ess[left] = _diagnose(chains)
-        draws[left] = spread(pooled(chains), number)
-        left = np.flatnonzero((rhat >= MAX_RHAT) | (ess < MIN_ESS))
-        if not left.size:
+def _by_nuts(
+    rowwise: Rowwise, rng_key: Array, rows: Rows, held: Held, number: int, before: Attempt
+) -> Attempt:
+    """Run the chains of rows until they agree and their draws suffice, or are too many."""
+    near = pooled(before.draws)
+    frame = Frame.around(near, before.columns["ess"])
+    chains = start_chains(near, frame, before.draws.shape[1])
+    chains, _ = advance(rowwise, rows, rng_key, held, frame, chains, adapt=True)
+    left, kept = np.arange(len(near)), []
+    made = before.at(left)
+    for rounds in ROUNDS:
+        for _ in range(rounds):
+            key = jax.random.fold_in(rng_key, len(kept))
+            chains, draws = advance(rowwise, rows, key, held, frame, chains, adapt=False)
+            kept.append(draws)
+        found = _judge(np.concatenate(kept, axis=3), number)
+        made.put(left, found)
+        on = np.flatnonzero(~found.columns["passed"])
+        if not on.size:
             break
-    worst, least = rhat.reshape(total, size).max(1), ess.reshape(total, size).min(1)
-    passed = (worst < MAX_RHAT) & (least >= MIN_ESS)
-    columns = measured(total, passed=passed, rhat=worst, ess=least)
-    return Attempt(draws.reshape(total, size, number, -1), columns)
+        left, rows = left[on], rows.choose(rows.chosen[on])
+        frame, chains, kept = jax.tree.map(itemgetter(on), (frame, chains, kept))
+    return made
 
 
-def _far_apart(draws: Float[np.ndarray, "draws size"]) -> Float[np.ndarray, "chains size"]:
-    """Return draws to start chains at, each as far from those before as can be.
+def _judge(draws: Float[np.ndarray, "rows held chains draws size"], number: int) -> Attempt:
+    """Return so many of the draws of chains, and what these say of each row.
 
-    Chains that started in different modes do not agree, and so the modes are not overlooked.
+    Draws given all values of the globals are returned together: their r-hats are averaged, squared,
+    as variances are, and their effective sample sizes add up.
     """
-    places = [0]
-    distance = ((draws - draws[0]) ** 2).sum(-1)
-    for _ in range(CHAINS - 1):
-        places.append(int(distance.argmax()))
-        distance = np.minimum(distance, ((draws - draws[places[-1]]) ** 2).sum(-1))
-    return draws[places]
-
-
-def _diagnose(chains: Float[np.ndarray, "rows chains draws size"]) -> tuple[np.ndarray, np.ndarray]:
-    """Return the worst r-hat and the smallest effective sample size of each row."""
     from arviz_stats.base import array_stats
 
-    by_value = np.moveaxis(chains.astype(float), -1, 1)
+    by_value = np.moveaxis(draws.astype(float), -1, 2)
     rhat = array_stats.rhat(by_value, chain_axis=-2, draw_axis=-1)
     ess = array_stats.ess(by_value, chain_axis=-2, draw_axis=-1)
-    return np.nan_to_num(rhat.max(-1), nan=np.inf), np.nan_to_num(ess.min(-1))
+    worst = np.sqrt((np.nan_to_num(rhat, nan=np.inf) ** 2).mean(1)).max(-1)
+    least = np.nan_to_num(ess).sum(1).min(-1)
+    passed = (worst < MAX_RHAT) & (least >= MIN_ESS)
+    rows, size = draws.shape[:2]
+    thinned = spread(draws.reshape(rows * size, -1, draws.shape[-1]), number)
+    columns = measured(rows, passed=passed, rhat=worst, ess=least)
+    return Attempt(thinned.reshape(rows, size, number, -1), columns)
