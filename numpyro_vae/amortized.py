@@ -17,6 +17,7 @@ from numpyro.infer import Predictive
 from numpyro.infer.autoguide import AutoGuide, AutoNormal
 from numpyro.primitives import Messenger
 
+from numpyro_vae.arguments import Shapes, argument_shapes
 from numpyro_vae.emission import sample_local
 from numpyro_vae.encoders import MLP
 from numpyro_vae.encoding import Encoding
@@ -107,6 +108,7 @@ class AmortizedGuide(AutoGuide):
         self.condition_on = tuple(condition_on)
         self.dependencies = {name: tuple(read) for name, read in (dependencies or {}).items()}
         self.global_guide = global_guide
+        self.argument_shapes: Shapes = {}
         self.training = True
 
     def setup(self, *args: Any, **kwargs: Any) -> None:
@@ -138,6 +140,7 @@ class AmortizedGuide(AutoGuide):
         self.sites, self.plate = structure.sites, structure.plate
         self.local_sites, self.global_names = structure.local, structure.globals
         self.globals = self._make_global_guide()
+        self.argument_shapes = argument_shapes(args, kwargs)
         self.prototype_trace = {
             name: {"name": name, "type": "sample", "is_observed": site.is_observed}
             for name, site in self.sites.sites.items()

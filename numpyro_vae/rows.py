@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Array
 
 from numpyro_vae.amortized import AmortizedGuide
+from numpyro_vae.arguments import explained
 from numpyro_vae.batches import ArrayData, padded_batches, prefetch
 from numpyro_vae.finite import FiniteObservations
 from numpyro_vae.sites import read_model
@@ -53,9 +54,11 @@ class Rows:
         arrays = ArrayData.read(data, batch_axes)
         args, kwargs = arrays.whole()
         kwargs = {**kwargs, **static_kwargs}
-        FiniteObservations(guide.model, static_kwargs).require(arrays)
+        with explained(guide.argument_shapes, *arrays.whole(), arrays.layout.axes):
+            FiniteObservations(guide.model, static_kwargs).require(arrays)
+            sites = read_model(guide.model, args, kwargs)
         guide.setup(*args, **kwargs)
-        name, sites = guide.plate.name, read_model(guide.model, args, kwargs)
+        name = guide.plate.name
         plate = sites.plates.get(name)
         num_rows = arrays.num_data if plate is None or not arrays.is_whole else plate.size
         if plate is None or plate.size != num_rows:

@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array
 
 from numpyro_vae.amortized import AmortizedGuide
+from numpyro_vae.arguments import explained
 from numpyro_vae.batches import Layout
 from numpyro_vae.rows import Rows, rounded
 from numpyro_vae.views import View
@@ -167,7 +168,8 @@ class Rowwise:
         self, params: dict, arrays: tuple, indices: Array, layout: Layout, subsamples: bool
     ) -> View:
         how = {"layout": layout, "subsamples": subsamples, "static_kwargs": self.static_kwargs}
-        return View.build(self.guide, params, arrays, indices, **how)
+        with explained(self.guide.argument_shapes, *layout.whole(arrays), layout.axes):
+            return View.build(self.guide, params, arrays, indices, **how)
 
     def _compile(self, key: Any, fn: Callable[..., Any], static: dict[str, Any]) -> Callable:
         """Return a compiled function, the same as the last time."""

@@ -251,6 +251,7 @@ def sites_of_trace(trace: dict) -> ModelSites:
         for frame in frames:
             size = trace[frame.name]["args"][0] if frame.name in trace else frame.size
             plates[frame.name] = Plate(frame.name, size, frame.size, frame.dim)
+        _check_observation(name, msg, frames)
         sites[name] = Site(
             name,
             tuple(msg["fn"].batch_shape),
@@ -262,6 +263,28 @@ def sites_of_trace(trace: dict) -> ModelSites:
             _is_enumerated(msg),
         )
     return ModelSites(sites, plates, deterministic)
+
+
+def _check_observation(name: str, msg: dict, frames: tuple) -> None:
+    """Raise if values would be compared with a distribution that is not of their shape.
+
+    NumPyro broadcasts one against the other, so that ``x`` of shape ``(n, 1)`` in a plate of ``n``
+    scalars makes ``n * n`` comparisons.
+    """
+    if not (msg["is_observed"] and frames):
+        return
+    fn, shape = msg["fn"], jnp.shape(msg["value"])
+    expected = fn.batch_shape + fn.event_shape
+    try:
+        fits = jnp.broadcast_shapes(shape, expected) == expected
+    except ValueError:
+        fits = False
+    if not fits or shape[len(shape) - fn.event_dim :] != fn.event_shape:
+        raise ValueError(
+            f"Site {name!r} in plate {frames[0].name!r} observes values of shape {shape}, and its "
+            f"distribution has shape {expected}: batch {fn.batch_shape}, event {fn.event_shape}. "
+            "Give values of this shape, or a distribution of theirs; NumPyro would broadcast them."
+        )
 
 
 def _is_discrete(fn: Any) -> bool:

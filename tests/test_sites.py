@@ -109,6 +109,19 @@ def discrete(x):
         numpyro.sample("x", dist.Normal(z, 1.0), obs=x)
 
 
+def observes(shape, event_dim=0):
+    """A model of observed values of a shape."""
+
+    def model(x):
+        with numpyro.plate("data", len(x)):
+            z = numpyro.sample("z", dist.Normal(0.0, 1.0))
+            scale = jnp.ones((3,) * event_dim)
+            fn = dist.Normal(z.reshape(-1, *[1] * event_dim), scale).to_event(event_dim)
+            numpyro.sample("x", fn, obs=jnp.zeros(shape))
+
+    return model
+
+
 class Returns(nnx.Module):
     def __init__(self, output):
         self.output = output
@@ -127,6 +140,10 @@ BAD = {
     "unknown plate": (normal_model, {"plate": "rows"}, r"named 'rows'.*\['data'\]"),
     "nothing observed": (nothing_observed, {}, "Nothing is observed in plate 'data'.*inputs="),
     "discrete": (discrete, {}, "Site 'k' in plate 'data' is discrete.*enumerate"),
+    "column": (observes((12, 1)), {}, r"Site 'x' in plate 'data' observes.*\(12, 1\).*\(12,\)"),
+    "several": (observes((4, 12)), {}, r"Site 'x' in plate 'data' observes.*\(4, 12\).*\(12,\)"),
+    "event": (observes((12, 1), 1), {}, r"values of shape \(12, 1\).*shape \(12, 3\).*broadcast"),
+    "longer": (observes((12, 4), 1), {}, r"values of shape \(12, 4\).*event \(3,\)"),
     "scale": (normal_model, {"scale": "variance"}, "log_variance"),
     "features": (
         normal_model,

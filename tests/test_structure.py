@@ -26,6 +26,7 @@ STAGES = (
     "network",
     "encoding",
     "emission",
+    "arguments",
     "amortized",
     "guide",
     "objectives",

@@ -179,7 +179,8 @@ def test_features_by_site_of_a_multivariate_family_are_blocks_of_their_own():
             a = numpyro.sample("a", dist.Normal(0.0, 1.0))
             b = numpyro.sample("b", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
             numpyro.sample("x", dist.Normal(a, NOISE), obs=x)
-            numpyro.sample("y", dist.Normal(b.sum(-1, keepdims=True), NOISE).to_event(1), obs=y)
+            total = jnp.broadcast_to(b.sum(-1, keepdims=True), b.shape)
+            numpyro.sample("y", dist.Normal(total, NOISE).to_event(1), obs=y)
 
     data = (X[:, 0], X[:, 1:])
     guide = AutoAmortizedMultivariateNormal(model, BySite)

@@ -1,0 +1,69 @@
+"""The shapes of a model's arguments: those that a guide read, and those that it is given later."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+import numpy as np
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def argument_shapes(args: tuple, kwargs: Mapping[str, Any]) -> Shapes:
+    """Return the shape of each array among a model's arguments, by position or name.
+
+    Example:
+        >>> argument_shapes((np.zeros(3), "scalar"), {"y": {"a": np.zeros((2, 1))}})
+        {'0': (3,), "'y'['a']": (2, 1)}
+    """
+    return {
+        f"{place!r}{jax.tree_util.keystr(path)}": leaf.shape
+        for place, argument in (*enumerate(args), *sorted(kwargs.items()))
+        for path, leaf in jax.tree.leaves_with_path(argument)
+        if hasattr(leaf, "__array__")
+    }
+
+
+@contextmanager
+def explained(
+    known: Shapes, args: tuple, kwargs: Mapping[str, Any], axes: Sequence[int | None]
+) -> Generator[None]:
+    """Say of an error within that the data have another shape than those a guide has read.
+
+    Whether such data can be had is up to the model and the network: sequences of any length may do.
+
+    Args:
+        known: the shapes that the guide has read.
+        args: the model's arguments now.
+        kwargs: its keyword arguments.
+        axes: the datum axis of each array among these, in which alone shapes differ as they may.
+
+    Raises:
+        ValueError: in place of a TypeError or ValueError, if shapes differ.
+    """
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        found = argument_shapes(args, kwargs)
+        differ = [
+            f"argument {name} has shape {now}, where it had {known[name]}"
+            for (name, now), axis in zip(found.items(), axes, strict=True)
+            if name in known and _without(axis, known[name]) != _without(axis, now)
+        ]
+        if not differ:
+            raise
+        raise ValueError(
+            f"The data have another shape than those that the guide was made with: "
+            f"{'; '.join(differ)}. Only the number of rows may differ, unless the model and the "
+            f"network can take more. Pass data of the shape it was trained on. ({error})"
+        ) from error
+
+
+def _without(axis: int | None, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the shape of a row."""
+    if axis is None or not -len(shape) <= axis < len(shape):
+        return shape
+    return tuple(np.delete(shape, axis).tolist())
