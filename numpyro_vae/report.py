@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import itertools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -63,7 +64,8 @@ class Report:
                 "Leave checks= out, or name 'importance' among them."
             )
         khat = self.dataset["khat"].values
-        return (khat >= self.dataset.attrs["khat_threshold"]).astype(int) + (khat > UNTRUSTWORTHY)
+        fine = khat < self.dataset.attrs["khat_threshold"]  # NaN, of a tail of ties, is not
+        return (~fine).astype(int) + (khat > UNTRUSTWORTHY)
 
     @property
     def flagged(self) -> np.ndarray:
@@ -114,12 +116,18 @@ class Report:
     def __str__(self) -> str:
         """Return what was found, as plain text."""
         lines = [self._title(), *(f"  {line}" for line in self._means())]
-        for finding in self.findings:
+        for finding in self._told():
             mark = " " if finding.ok else "!"
             lines.append(f"  {finding.check:<12} {mark} {finding}")
         for name, reason in (self.skipped or {}).items():
             lines.append(f"  {name:<12}   not run: {reason}")
         return "\n".join(lines)
+
+    def _told(self) -> Iterator[Finding]:
+        """Yield the findings, with advice that is the same for several after the last of them."""
+        for finding, following in itertools.zip_longest(self.findings, self.findings[1:]):
+            again = following is not None and following.advice == finding.advice
+            yield replace(finding, advice="") if again else finding
 
     def _title(self) -> str:
         draws = self.dataset.attrs.get("num_samples")
@@ -160,7 +168,7 @@ class Report:
         table = Table(title="\n".join([self._title(), *self._means()]), title_justify="left")
         for column in ("check", "", "found", "advice"):
             table.add_column(column)
-        for finding in self.findings:
+        for finding in self._told():
             mark = "[green]ok[/]" if finding.ok else "[red]look[/]"
             table.add_row(finding.check, mark, finding.text, finding.advice)
         for name, reason in (self.skipped or {}).items():
@@ -175,7 +183,7 @@ class Report:
         rows = [
             f"<tr><td>{f.check}</td><td>{marks[f.ok]}</td><td>{escape(f.text)}</td>"
             f"<td>{escape(f.advice)}</td></tr>"
-            for f in self.findings
+            for f in self._told()
         ]
         rows += [
             f"<tr><td>{name}</td><td>not run</td><td colspan=2>{escape(reason)}</td></tr>"

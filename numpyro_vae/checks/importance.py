@@ -267,7 +267,7 @@ def summarize(sums: Sums) -> dict[str, np.ndarray]:
 def find(dataset: Any, attrs: dict[str, Any]) -> Findings:
     """Return how many rows have a posterior that cannot be trusted."""
     khat, threshold = dataset["khat"].values, attrs["khat_threshold"]
-    bad = int((khat >= threshold).sum())
+    bad = int((~(khat < threshold)).sum())  # NaN, of a tail of ties, is no good sign
     text = f"{bad:,} of {khat.size:,} rows have k-hat > {threshold:.2f}"
     advice = "repair them: posterior.repair(rng_key, data, report)" if bad else ""
     yield Finding("importance", not bad, text, advice)

@@ -4,6 +4,7 @@ import base64
 import html
 import io
 import re
+from functools import partial
 
 import arviz as az
 import jax
@@ -16,9 +17,11 @@ import planted
 import pytest
 import rich.console
 import xarray as xr
+from flax import nnx
 from numpyro.infer import SVI, Trace_ELBO
 
 from numpyro_vae import AutoAmortizedDelta, AutoAmortizedNormal, Posterior, Report, save_report
+from numpyro_vae.checks.base import Finding
 
 KEY = jax.random.key(1)
 
@@ -49,6 +52,21 @@ def test_a_person_reads_one_sentence_for_each_finding(report):
         "predictive",
     }
     assert all(bool(finding.advice) != finding.ok for finding in report.findings)
+
+
+def test_the_same_advice_is_given_once():
+    findings = [Finding("collapse", False, f"site {name}", "warm up") for name in "ab"]
+    text = str(Report(xr.Dataset(attrs={"num_data": 3}), (*findings, Finding("gap", True, "none"))))
+    assert [line.split("!")[-1].strip() for line in text.splitlines()[1:3]] == [
+        "site a",
+        "site b; warm up",
+    ]
+
+
+def test_a_khat_that_cannot_be_told_is_not_fine():
+    attrs = {"khat_threshold": 0.7, "num_data": 3}
+    khat = xr.Dataset({"khat": ("data", [0.2, np.nan, 1.2])}, attrs=attrs)
+    assert Report(khat).verdict.tolist() == [0, 1, 2]
 
 
 def test_the_terminal_gets_a_table_and_a_pipe_plain_text(report):
@@ -123,9 +141,45 @@ def test_options_that_make_no_sense_are_refused(case, options, message):
         case.posterior.check(KEY, case.data, **options)
 
 
-def test_data_of_another_shape_are_refused(case):
-    with pytest.raises(ValueError, match=r"(?s)\(300, 4\)|4 values each, found 3|4.*3"):
-        case.posterior.check(KEY, case.data[:, :3])
+def own_network(inputs, *, rngs):
+    """A network of the user's, which does not look at what it is given."""
+    return nnx.Sequential(nnx.Linear(inputs.shape[-1], 8, rngs=rngs), jnp.tanh)
+
+
+def four(x, covariates):
+    with numpyro.plate("data", len(x)):
+        z = numpyro.sample("z", dist.Normal(0.0, 1.0))
+        numpyro.sample("x", dist.Normal(z[:, None] * jnp.ones(4), 0.5).to_event(1), obs=x)
+
+
+@pytest.fixture(scope="module")
+def of_covariates():
+    """A posterior whose network reads something else than the model observes."""
+    guide = AutoAmortizedNormal(four, own_network, inputs=lambda x, covariates: covariates)
+    svi = SVI(four, guide, numpyro.optim.Adam(1e-2), Trace_ELBO())
+    data = np.ones((30, 4), np.float32), np.ones((30, 3), np.float32)
+    return Posterior(guide, svi.run(KEY, 5, *data, progress_bar=False))
+
+
+@pytest.mark.parametrize("shape", [(9, 3), (9,), (9, 4, 2), (9, 1)])
+def test_data_of_another_shape_are_refused(of_covariates, shape):
+    data = np.ones(shape, np.float32), np.ones((9, 3), np.float32)
+    found = re.escape(f"argument 0 has shape {shape}, where it had (30, 4)")
+    for call in (of_covariates.check, partial(of_covariates.repair, rows=[0])):
+        with pytest.raises(ValueError, match=rf"{found}.*Pass data of the shape it was trained on"):
+            call(KEY, data)
+
+
+def test_data_that_only_the_network_cannot_read_are_refused(of_covariates):
+    data = np.ones((9, 4), np.float32), np.ones((9, 2), np.float32)
+    with pytest.raises(ValueError, match=r"argument 1 has shape \(9, 2\), where it had \(30, 3\)"):
+        of_covariates.check(KEY, data)
+
+
+def test_an_error_has_its_own_words_if_the_shape_is_not_to_blame(of_covariates):
+    data = np.ones((9, 4), np.float32), np.ones((9, 3), np.float32)
+    with pytest.raises(ValueError, match=r"^There is no row 9"):
+        of_covariates.repair(KEY, data, [9])
 
 
 def trained(model, x, guide=AutoAmortizedNormal):
