@@ -158,7 +158,7 @@ def test_arguments_by_keyword_and_on_other_axes():
     def model(x, scale, y=None):
         with numpyro.plate("data", x.shape[1]):
             z = numpyro.sample("z", dist.Normal(0.0, 1.0))
-            numpyro.sample("x", dist.Normal(z[:, None], scale).to_event(1), obs=x.T)
+            numpyro.sample("x", dist.Normal(z[:, None].repeat(2, 1), scale).to_event(1), obs=x.T)
             if y is not None:
                 numpyro.sample("y", dist.Normal(z, 1.0), obs=y)
 

@@ -199,10 +199,9 @@ def find(dataset: Any, attrs: dict[str, Any]) -> Findings:
             for pair in tests
         )
         worst = max(test.statistic for pair in tests for test in pair)
-        which = f"{bad} of {pit.shape[1]} dimensions of site {name[4:]!r} have"
+        which = f"{bad} of {pit.shape[1]} dimensions of site {name[4:]!r} have ranks that are not"
         if name == "tarp":
-            which = f"all latents together {'have' if bad else 'do not have'}"
-        text = f"{which} ranks that are not uniform"
-        text += f" (at most {worst:.2f} from it, {len(pit):,} simulations)"
+            which = f"ranks of all latents together are{' not' if bad else ''}"
+        text = f"{which} uniform (at most {worst:.2f} from it, {len(pit):,} simulations)"
         advice = "intervals do not hold what they say: see coverage_*, and the gap check"
         yield Finding("calibration", not bad, text, advice if bad else "")

@@ -124,8 +124,8 @@ def small_encoder():
     return Case(trained(model, encoder, reference, 2000, **read), data, reference)
 
 
-def trained(model, encoder, data, num_steps, **options):
-    guide = AutoAmortizedNormal(model, encoder, **options)
+def trained(model, encoder, data, num_steps, guide=AutoAmortizedNormal, **options):
+    guide = guide(model, encoder, **options)
     optimizer = optax.adam(optax.cosine_decay_schedule(1e-2, num_steps))
     svi = SVI(model, guide, optimizer, Trace_ELBO(num_particles=4))
     return Posterior(guide, svi.run(jax.random.key(0), num_steps, *data, progress_bar=False))

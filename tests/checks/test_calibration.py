@@ -1,0 +1,62 @@
+"""Simulation-based calibration of trained guides: of a family with the posterior in it, and not."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import planted
+import pytest
+from scipy.stats import kstest
+
+from numpyro_vae import AutoAmortizedMultivariateNormal, AutoAmortizedNormal
+
+KEY = jax.random.key(1)
+NUM_TRAIN, NUM_SIMULATIONS = 2000, 1000
+WEIGHTS = np.array([[1.0, 1.0], [0.5, 0.0], [0.0, 0.5]], np.float32)
+
+
+def positive(x):
+    """The logarithms are Normal, so the posterior is LogNormal."""
+    with numpyro.plate("data", len(x)):
+        z = numpyro.sample("z", dist.LogNormal(0.0, 1.0))
+        numpyro.sample("x", dist.LogNormal(jnp.log(z), 0.5), obs=x)
+
+
+def of_logs(number):
+    rng = np.random.default_rng(0)
+    return np.exp(rng.normal(size=number) + 0.5 * rng.normal(size=number)).astype(np.float32)
+
+
+CORRELATED = planted.linear(WEIGHTS, 0.5), planted.simulate(WEIGHTS, 0.5, NUM_TRAIN), {}
+POSITIVE = positive, of_logs(NUM_TRAIN), {"inputs": jnp.log}
+
+
+def uniformity(guide, model, data, options):
+    """p-values of the ranks, and of how far they are from the middle."""
+    posterior = planted.trained(model, planted.SMALL, (data,), 1500, guide=guide, **options)
+    report = posterior.check(
+        KEY, data[:500], checks=("calibration",), num_simulations=NUM_SIMULATIONS
+    )
+    pits = report.dataset["pit_z"].values.reshape(NUM_SIMULATIONS, -1).T
+    ranks = [report.dataset["tarp"].values, *pits]
+    tests = [kstest(x, "uniform").pvalue for u in ranks for x in (u, abs(2 * u - 1))]
+    return report, np.array(tests)
+
+
+@pytest.mark.parametrize(
+    ("guide", "case"),
+    [(AutoAmortizedMultivariateNormal, CORRELATED), (AutoAmortizedNormal, POSITIVE)],
+    ids=["correlated", "positive"],
+)
+def test_ranks_are_uniform_if_the_family_has_the_posterior(guide, case):
+    report, tests = uniformity(guide, *case)
+    assert tests.min() > 1e-3
+    assert all(finding.ok for finding in report.findings)
+
+
+def test_ranks_are_not_uniform_if_it_has_not():
+    """A diagonal Normal is too narrow for latents that a datum ties together."""
+    report, tests = uniformity(AutoAmortizedNormal, *CORRELATED)
+    assert tests.min() < 1e-6
+    assert not all(finding.ok for finding in report.findings)
