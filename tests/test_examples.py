@@ -17,8 +17,8 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 TIMEOUT = 300  # seconds, for machines much slower than ours
 EXAMPLES = [path.stem for path in sorted((ROOT / "examples").glob("*.py"))]
-# The others are run by `make test TEST_ARGS="-m examples"`.
-IN_SUITE = ("parameterizations", "digits_vae")
+# The others are run by `make test TEST_ARGS="-m examples"`, and digits_vae by `make demo`.
+IN_SUITE = ("parameterizations",)
 # Those of which the reader gives the data, and the form of the file.
 WITH_DATA = {
     "amortize_check_repair": ".npz",
@@ -62,7 +62,8 @@ def command(name: str, folder: pathlib.Path) -> list[str]:
 
 def example(item: pytest.Item) -> str:
     """The example that a test is of, if it is of one that the suite may leave out."""
-    return str(getattr(getattr(item, "callspec", None), "params", {}).get("name"))
+    params = getattr(getattr(item, "callspec", None), "params", {})
+    return str(params.get("name", item.name.removeprefix("test_")))
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +101,7 @@ def assert_is_a_picture(path):
 
 
 @pytest.mark.slow
+@pytest.mark.examples
 def test_digits_vae(runs):
     printed = runs["digits_vae"].finish()
     folder = runs["digits_vae"].folder
