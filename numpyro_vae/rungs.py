@@ -79,10 +79,13 @@ def attempt(
         number: how many draws for each of these.
         before: what an earlier rung made of the rows, else weighted draws of the guide are.
     """
-    arguments = (rowwise, rng_key, rows, held, number)
+    weights_key, nuts_key = jax.random.split(rng_key)
+    arguments = (rows, held, number)
     if method != "nuts":
-        return _by_weights(*arguments, refined=method == "refine")
-    return _by_nuts(*arguments, before or _by_weights(*arguments, refined=False, stages=0))
+        return _by_weights(rowwise, weights_key, *arguments, refined=method == "refine")
+    if before is None:
+        before = _by_weights(rowwise, weights_key, *arguments, refined=False, stages=0)
+    return _by_nuts(rowwise, nuts_key, *arguments, before)
 
 
 def measured(number: int, **known: Any) -> dict[str, np.ndarray]:
@@ -102,13 +105,14 @@ def _by_weights(
     stages: int = STAGES,
 ) -> Attempt:
     """Weigh proposals; where they are too few that count, propose around what they resample."""
-    found = rowwise.apply(propose, rows, rng_key, held, refined=refined, num_draws=PROPOSALS)
-    made = _weighed(found, rng_key, rows, number)
-    for stage in range(stages):
+    # Split once: folding a number into a key gives what splitting it does.
+    first, *later = jax.random.split(rng_key, 1 + stages)
+    found = rowwise.apply(propose, rows, first, held, refined=refined, num_draws=PROPOSALS)
+    made = _weighed(found, first, rows, number)
+    for key in later:
         left = np.flatnonzero(~made.columns["passed"] & found["whole"])
         if not left.size:
             break
-        key = jax.random.fold_in(rng_key, stage)
         kernels = Kernels.around(spread(pooled(made.draws[left]), CENTERS))
         part = rows.choose(rows.chosen[left])
         again = rowwise.apply_with(adapt, part, kernels, key, held)
@@ -171,12 +175,13 @@ def _by_nuts(
     near = pooled(before.draws)
     frame = Frame.around(near, before.columns["ess"])
     chains = start_chains(near, frame, before.draws.shape[1])
-    chains, _ = advance(rowwise, rows, rng_key, held, frame, chains, adapt=True)
+    first, *later = jax.random.split(rng_key, 1 + sum(ROUNDS))
+    chains, _ = advance(rowwise, rows, first, held, frame, chains, adapt=True)
     left, kept = np.arange(len(near)), []
     made = before.at(left)
     for rounds in ROUNDS:
         for _ in range(rounds):
-            key = jax.random.fold_in(rng_key, len(kept))
+            key = later[len(kept)]
             chains, draws = advance(rowwise, rows, key, held, frame, chains, adapt=False)
             kept.append(draws)
         found = _judge(np.concatenate(kept, axis=3), number)
