@@ -25,7 +25,7 @@ from numpyro.contrib.module import nnx_module
 from numpyro.infer import MCMC, NUTS, SVI, TraceMeanField_ELBO, psis_diagnostic
 
 from numpyro_vae import MLP, AutoAmortizedNormal, Posterior, fit
-from numpyro_vae.nuts import ITERATIONS, NUM_CHAINS, ROUNDS
+from numpyro_vae.repair.nuts import ITERATIONS, NUM_CHAINS, ROUNDS
 
 LATENT, HIDDEN, PIXELS = 10, 200, 784
 ROWS, DRAWS = 10_000, 1_000

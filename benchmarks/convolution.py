@@ -21,7 +21,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from numpyro_vae.convolution import Conv, ConvTranspose
+from numpyro_vae.layers.convolution import Conv, ConvTranspose
 
 BATCH_SIZE = 32
 LEARNING_RATE = 1e-4

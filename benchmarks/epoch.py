@@ -21,8 +21,8 @@ from numpyro.infer import SVI, TraceMeanField_ELBO
 from timing import interleave, report
 
 from numpyro_vae import MLP, AutoAmortizedNormal
-from numpyro_vae.batches import ArrayData
-from numpyro_vae.sources import ArraySource
+from numpyro_vae.data.arrays import ArrayData
+from numpyro_vae.training.sources import ArraySource
 
 
 class Decoder(nnx.Module):

@@ -28,8 +28,8 @@ from numpyro.distributions import kl_divergence
 from scipy.special import binom
 from sklearn.datasets import load_digits
 
-from numpyro_vae.distributions import LogScaleNormal
-from numpyro_vae.parameterization import PARAMETERIZATIONS, AbstractParameterization
+from numpyro_vae.scales.log_scale_normal import LogScaleNormal
+from numpyro_vae.scales.parameterization import PARAMETERIZATIONS, AbstractParameterization
 
 PIXELS, LEVELS, HIDDEN, LATENT, BATCH, NUM_TRAIN = 64, 16, 64, 8, 128, 1408
 OPTIMIZERS = {"SGD": optax.sgd, "Adam": optax.adam}

@@ -1,7 +1,6 @@
-from .amortized import AmortizedGuide, GuideOptions
-from .checks import Finding, khat_threshold, pareto_khat
-from .convolution import Conv, ConvTranspose
-from .distributions import LogScaleNormal
+from .checks import Finding
+from .checks.report import Report
+from .data.ragged import Masked, Segments
 from .encoders import (
     MLP,
     RNN,
@@ -13,7 +12,6 @@ from .encoders import (
     as_module,
     flatten_inputs,
 )
-from .encoding import Encoding
 from .families import (
     AbstractFamily,
     AbstractHead,
@@ -23,25 +21,18 @@ from .families import (
     LowRankNormal,
     PointEstimate,
 )
-from .fitting import FitResult, fit
-from .guide import (
+from .guides.auto import (
     AutoAmortizedDelta,
     AutoAmortizedFlow,
     AutoAmortizedLowRankMultivariateNormal,
     AutoAmortizedMultivariateNormal,
     AutoAmortizedNormal,
 )
-from .inputs import Masked, Segments
-from .pages import save_report
-from .parameterization import (
-    AbstractParameterization,
-    LogScale,
-    LogVariance,
-    Softplus,
-    get_parameterization,
-    reparameterize,
-)
-from .plots import (
+from .guides.base import AmortizedGuide, GuideOptions
+from .guides.encoding import Encoding
+from .inference.psis import khat_threshold, pareto_khat
+from .layers.convolution import Conv, ConvTranspose
+from .plots.figures import (
     plot_collapse,
     plot_khat,
     plot_latents,
@@ -49,9 +40,19 @@ from .plots import (
     plot_reconstructions,
     plot_training,
 )
+from .plots.page import save_report
 from .posterior import Posterior, SiteEncoding
-from .repair import Repair
-from .report import Report
+from .repair.result import Repair
+from .scales.log_scale_normal import LogScaleNormal
+from .scales.parameterization import (
+    AbstractParameterization,
+    LogScale,
+    LogVariance,
+    Softplus,
+    get_parameterization,
+    reparameterize,
+)
+from .training.fit import FitResult, fit
 
 __version__: str
 

@@ -10,15 +10,15 @@ import numpy as np
 from jaxtyping import Array
 from numpyro.infer.autoguide import AutoGuide
 
-from numpyro_vae import views as compiled
-from numpyro_vae.amortized import AmortizedGuide
-from numpyro_vae.battery import run_checks
-from numpyro_vae.datatree import build_datatree, gather
-from numpyro_vae.enumeration import Enumeration
-from numpyro_vae.ladder import run_repair
-from numpyro_vae.repair import Repair
-from numpyro_vae.report import Report
-from numpyro_vae.rowwise import Rowwise, choose_names
+from numpyro_vae.checks.report import Report
+from numpyro_vae.checks.run import run_checks
+from numpyro_vae.guides.base import AmortizedGuide
+from numpyro_vae.inference import quantities as compiled
+from numpyro_vae.inference.datatree import build_datatree, gather
+from numpyro_vae.inference.runner import Rowwise, choose_names
+from numpyro_vae.model.enumeration import Enumeration
+from numpyro_vae.repair.result import Repair
+from numpyro_vae.repair.run import run_repair
 
 if TYPE_CHECKING:
     from xarray import DataTree

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from numpyro_vae.convolution import Conv, ConvTranspose
+from numpyro_vae.layers.convolution import Conv, ConvTranspose
 
 FLAX = {Conv: nnx.Conv, ConvTranspose: nnx.ConvTranspose}
 

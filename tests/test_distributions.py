@@ -18,7 +18,7 @@ from numpyro.distributions import kl_divergence, transforms
 from numpyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
 from numpyro.infer.inspect import get_dependencies
 
-from numpyro_vae.distributions import LogScaleNormal
+from numpyro_vae.scales.log_scale_normal import LogScaleNormal
 
 DTYPES = ("bfloat16", "float32", "float64")
 EXTREMES = np.array([-1e4, -1e3, -300, -89, -36, -10, 0, 1, 10, 36, 89, 300, 1e3, 1e4])

@@ -15,8 +15,8 @@ from numpyro import handlers
 from numpyro.infer import SVI, RenyiELBO, Trace_ELBO, TraceMeanField_ELBO
 
 from numpyro_vae import MLP, AutoAmortizedNormal, Posterior, fit
-from numpyro_vae.batches import ArrayData, Batch, padded_batches
-from numpyro_vae.sources import ArraySource, IterableSource
+from numpyro_vae.data.arrays import ArrayData, Batch, padded_batches
+from numpyro_vae.training.sources import ArraySource, IterableSource
 
 X = jax.random.normal(jax.random.key(7), (100,)) + 1
 SMALL = partial(MLP, hidden_sizes=(8,))

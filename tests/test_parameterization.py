@@ -10,7 +10,7 @@ import jaxtyping
 import numpy as np
 import pytest
 
-from numpyro_vae.parameterization import (
+from numpyro_vae.scales.parameterization import (
     PARAMETERIZATIONS,
     AbstractParameterization,
     LogScale,

@@ -12,8 +12,8 @@ from flax import nnx
 from numpyro import handlers
 
 from numpyro_vae import MLP, AutoAmortizedNormal, flatten_inputs
-from numpyro_vae.plates import minibatch
-from numpyro_vae.sites import choose_plate, read_model
+from numpyro_vae.model.plates import minibatch
+from numpyro_vae.model.sites import choose_plate, read_model
 
 X = np.linspace(-2, 2, 12, dtype=np.float32)
 

@@ -10,51 +10,40 @@ import sys
 
 import pytest
 
-# A stage imports only stages before it. A new module takes its place here.
-STAGES = (
-    "convolution",
-    "parameterization",
-    "distributions",
-    "inputs",
+PLUG_INS = "*"  # in ORDER: all modules that are not named, which do not know each other
+# The folders in the order of the pipeline: each imports only those before it. A module that stands
+# beside the folders has its place among them.
+FOLDERS = (
+    "data",
+    "scales",
+    "layers",
     "encoders",
     "families",
-    "sites",
-    "structure",
-    "plates",
-    "runs",
-    "blocks",
-    "network",
-    "encoding",
-    "emission",
-    "arguments",
-    "amortized",
-    "guide",
-    "objectives",
-    "batches",
-    "finite",
+    "model",
+    "guides",
     "training",
-    "sources",
-    "fitting",
-    "enumeration",
-    "densities",
-    "divergences",
-    "views",
-    "rows",
-    "rowwise",
-    "datatree",
-    "refinement",
+    "inference",
     "checks",
-    "report",
-    "battery",
-    "proposals",
-    "nuts",
-    "rungs",
     "repair",
-    "ladder",
     "posterior",
     "plots",
-    "pages",
 )
+# The modules of a folder in order: each imports only those before it.
+ORDER = {
+    "data": ("ragged", "shapes", "arrays"),
+    "scales": ("parameterization", "log_scale_normal"),
+    "layers": ("convolution",),
+    "model": ("sites", "plates", "run", "plan", "missing", "enumeration", "densities"),
+    "guides": ("blocks", "network", "encoding", "local_sites", "base", "auto"),
+    "training": ("step", "sources", "fit"),
+    "inference": ("psis", "divergences", "quantities", "rows", "runner", "datatree", "refine"),
+    "checks": ("base", PLUG_INS, "report", "run"),
+    "repair": ("proposals", "nuts", "methods", "result", "run"),
+    "plots": ("figures", "page"),
+    # Folders of plug-ins: each knows `base` and none of its siblings.
+    "encoders": ("base", PLUG_INS),
+    "families": ("base", PLUG_INS),
+}
 # Installed with the library or by an extra, but loaded only by what needs them.
 LAZY = ("arviz", "arviz_base", "arviz_plots", "arviz_stats", "matplotlib", "orbax")
 MAX_LINES = 400
@@ -74,9 +63,16 @@ def dotted(path: pathlib.Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def stage_of(module: str) -> str:
-    """`numpyro_vae.encoders.conv` -> `encoders`; the top of the package has no stage."""
-    return module.split(".")[1] if "." in module else ""
+def place_of(module: str) -> tuple[str, str]:
+    """`numpyro_vae.encoders.mlp` -> `("encoders", "mlp")`; `("encoders", "")` is the folder."""
+    _, folder, name, *_ = (*module.split("."), "", "")
+    return folder, name
+
+
+def rank_in(folder: str, name: str) -> int:
+    """The place of a module in the order of its folder."""
+    order = ORDER[folder]
+    return order.index(name if name in order else PLUG_INS)
 
 
 def imported_from(node: ast.ImportFrom, path: pathlib.Path) -> list[str]:
@@ -109,26 +105,34 @@ def internal_imports(path: pathlib.Path) -> list[tuple[int, str]]:
 
 def complaint(importer: str, imported: str) -> str | None:
     """What is wrong with one import, if anything; `importer` is a dotted module name."""
-    here, there = stage_of(importer), stage_of(imported)
+    (here, mine), (there, theirs) = place_of(importer), place_of(imported)
     if not there:
         return "imports the top of the package; import from the module that defines the name"
-    if there not in STAGES:
-        return f"imports {imported}, which is not in STAGES"
-    if here == there:
-        is_package = importer.count(".") == 1
-        if is_package or imported == f"numpyro_vae.{here}.base":
-            return None
+    if there not in FOLDERS:
+        return f"imports {imported}, which is not in FOLDERS"
+    if here != there:
+        if FOLDERS.index(there) > FOLDERS.index(here):
+            return f"imports {imported}, a later folder; a folder imports only those before it"
+        return None
+    if not mine:  # a folder's __init__ gathers its modules
+        return None
+    if not theirs:
+        return f"imports its own folder {imported}; import from the module that defines the name"
+    if rank_in(here, theirs) > rank_in(here, mine):
+        return f"imports {imported}, which comes later in ORDER[{here!r}]"
+    if rank_in(here, theirs) == rank_in(here, mine):
         return f"imports its sibling {imported}; what siblings share belongs in {here}/base.py"
-    if STAGES.index(there) > STAGES.index(here):
-        return f"imports {imported}, a later stage; a stage imports only those before it"
     return None
 
 
 @pytest.mark.parametrize("path", MODULES, ids=relative)
 def test_imports_flow_forward(path):
     module = dotted(path)
-    assert stage_of(module) in STAGES, (
-        f"{relative(path)} is no known stage: give {stage_of(module)!r} its place in STAGES"
+    folder, name = place_of(module)
+    assert folder in FOLDERS, f"{relative(path)}: give {folder!r} its place in FOLDERS"
+    known = ORDER.get(folder, ("",))
+    assert not name or name in known or PLUG_INS in known, (
+        f"{relative(path)}: give {name!r} its place in ORDER[{folder!r}]"
     )
     complaints = [
         f"{relative(path)}:{line} {wrong}"
@@ -141,20 +145,30 @@ def test_imports_flow_forward(path):
 @pytest.mark.parametrize(
     ("importer", "imported", "wrong"),
     [
-        ("numpyro_vae.guide", "numpyro_vae.encoders.base", None),
-        ("numpyro_vae.encoders.conv", "numpyro_vae.encoders.base", None),
-        ("numpyro_vae.encoders", "numpyro_vae.encoders.conv", None),
-        ("numpyro_vae.encoders.conv", "numpyro_vae.convolution", None),
-        ("numpyro_vae.encoders.conv", "numpyro_vae.encoders.mlp", "sibling"),
-        ("numpyro_vae.encoders.conv", "numpyro_vae.encoders", "sibling"),
-        ("numpyro_vae.encoders.conv", "numpyro_vae.guide", "later stage"),
-        ("numpyro_vae.fitting", "numpyro_vae", "top of the package"),
-        ("numpyro_vae.fitting", "numpyro_vae.helpers", "not in STAGES"),
+        ("numpyro_vae.guides.base", "numpyro_vae.encoders.base", None),
+        ("numpyro_vae.encoders.mlp", "numpyro_vae.encoders.base", None),
+        ("numpyro_vae.encoders", "numpyro_vae.encoders.mlp", None),
+        ("numpyro_vae.encoders.mlp", "numpyro_vae.layers.convolution", None),
+        ("numpyro_vae.checks.run", "numpyro_vae.checks.gap", None),
+        ("numpyro_vae.checks.gap", "numpyro_vae.checks.run", "comes later"),
+        ("numpyro_vae.checks.gap", "numpyro_vae.checks.collapse", "sibling"),
+        ("numpyro_vae.model.sites", "numpyro_vae.model.plan", "comes later"),
+        ("numpyro_vae.encoders.convnet", "numpyro_vae.encoders.mlp", "sibling"),
+        ("numpyro_vae.encoders.convnet", "numpyro_vae.encoders", "own folder"),
+        ("numpyro_vae.encoders.mlp", "numpyro_vae.guides.base", "later folder"),
+        ("numpyro_vae.training.fit", "numpyro_vae", "top of the package"),
+        ("numpyro_vae.training.fit", "numpyro_vae.helpers", "not in FOLDERS"),
     ],
 )
 def test_the_rule_for_imports(importer, imported, wrong):
     found = complaint(importer, imported)
     assert found is None if wrong is None else wrong in found
+
+
+def test_every_folder_is_listed():
+    folders = {path.name for path in PACKAGE.iterdir() if (path / "__init__.py").is_file()}
+    modules = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"}
+    assert folders | modules == set(FOLDERS)
 
 
 def public_names() -> list[tuple[str, str]]:

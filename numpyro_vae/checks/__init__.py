@@ -4,6 +4,5 @@
 """
 
 from numpyro_vae.checks.base import Finding
-from numpyro_vae.checks.importance import khat_threshold, pareto_khat
 
-__all__ = ["Finding", "khat_threshold", "pareto_khat"]
+__all__ = ["Finding"]

@@ -19,8 +19,8 @@ import jax
 import numpy as np
 from jaxtyping import Array
 
-from numpyro_vae.rows import Rows
-from numpyro_vae.rowwise import Rowwise
+from numpyro_vae.inference.rows import Rows
+from numpyro_vae.inference.runner import Rowwise
 
 __all__ = ["Finding"]
 

@@ -11,10 +11,10 @@ import numpy as np
 from scipy.stats import kstest
 
 from numpyro_vae.checks.base import Finding, Findings, NotApplicableError, Subject
-from numpyro_vae.densities import predicted_rows
-from numpyro_vae.rows import Rows
-from numpyro_vae.sites import is_improper
-from numpyro_vae.views import View, observed, sample
+from numpyro_vae.inference.quantities import View, observed, sample
+from numpyro_vae.inference.rows import Rows
+from numpyro_vae.model.densities import predicted_rows
+from numpyro_vae.model.sites import is_improper
 
 NUM_SAMPLES = 250
 REPLICATES = 20  # draws of the global sites, if there are any, that data are simulated with

@@ -13,7 +13,7 @@ from jax.nn import logsumexp
 from jaxtyping import Array
 
 from numpyro_vae.checks.base import Finding, Findings, Subject
-from numpyro_vae.views import View, diverge
+from numpyro_vae.inference.quantities import View, diverge
 
 COLLAPSED = 0.01  # nats of mean divergence from the prior below which a dimension says nothing
 NUM_SAMPLES = 32  # enough for a mean; most divergences are known in closed form

@@ -10,8 +10,8 @@ from jaxtyping import Array
 from scipy.special import logsumexp
 
 from numpyro_vae.checks.base import Finding, Findings, Subject
-from numpyro_vae.refinement import log_weights, refine, release
-from numpyro_vae.views import View
+from numpyro_vae.inference.quantities import View
+from numpyro_vae.inference.refine import log_weights, refine, release
 
 NUM_GLOBALS = 64  # draws of the global sites among which particles choose
 TOLERANCE = 0.1  # nats on average, below which a gap is nothing to act on

@@ -12,9 +12,9 @@ from scipy.spatial import KDTree
 from scipy.stats import binom
 
 from numpyro_vae.checks.base import Finding, Findings, NotApplicableError, Subject
-from numpyro_vae.rows import Rows
-from numpyro_vae.rowwise import Rowwise
-from numpyro_vae.views import View, evidence
+from numpyro_vae.inference.quantities import View, evidence
+from numpyro_vae.inference.rows import Rows
+from numpyro_vae.inference.runner import Rowwise
 
 LEVEL = 0.01  # the share of ordinary data that is called novel
 NEIGHBOURS = 5

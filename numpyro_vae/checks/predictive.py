@@ -12,8 +12,8 @@ from jaxtyping import Array
 from scipy.stats import binom
 
 from numpyro_vae.checks.base import Finding, Findings, Subject
-from numpyro_vae.densities import observed_densities
-from numpyro_vae.views import View
+from numpyro_vae.inference.quantities import View
+from numpyro_vae.model.densities import observed_densities
 
 NUM_SAMPLES = 500
 LEVEL = 0.01  # the share of p-values, at both ends together, that is flagged

@@ -50,7 +50,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Num
 from jaxtyping import Float as FloatDtype
 
-from numpyro_vae.inputs import Masked, Segments
+from numpyro_vae.data.ragged import Masked, Segments
 
 __all__ = ["Standardize", "flatten_inputs"]
 

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from numpyro_vae.convolution import Conv
 from numpyro_vae.encoders.base import Standardize
+from numpyro_vae.layers.convolution import Conv
 
 __all__ = ["ConvNet"]
 

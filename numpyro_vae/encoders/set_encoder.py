@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from numpyro_vae.data.ragged import Masked, Segments
 from numpyro_vae.encoders.base import (
     Standardize,
     dense_layers,
@@ -16,7 +17,6 @@ from numpyro_vae.encoders.base import (
     flatten_with_mask,
     scaled,
 )
-from numpyro_vae.inputs import Masked, Segments
 
 __all__ = ["SetEncoder"]
 

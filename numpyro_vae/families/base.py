@@ -27,7 +27,7 @@ from jaxtyping import Array, Float
 from numpyro.distributions import constraints
 from numpyro.distributions.transforms import Transform
 
-from numpyro_vae.parameterization import saturating_exp, saturation_limit
+from numpyro_vae.scales.parameterization import saturating_exp, saturation_limit
 
 __all__ = ["AbstractFamily", "AbstractHead"]
 

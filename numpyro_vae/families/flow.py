@@ -17,7 +17,7 @@ from numpyro.distributions import constraints
 from numpyro.distributions.transforms import Transform
 
 from numpyro_vae.families.base import AbstractFamily, AbstractHead, LogScaleAffine, constant_linear
-from numpyro_vae.parameterization import AbstractParameterization, LogScale
+from numpyro_vae.scales.parameterization import AbstractParameterization, LogScale
 
 __all__ = ["Flow"]
 

@@ -11,9 +11,9 @@ from flax import nnx
 from jaxtyping import Array, Float
 from numpyro.distributions.transforms import LowerCholeskyAffine
 
-from numpyro_vae.distributions import LogScaleNormal
 from numpyro_vae.families.base import AbstractFamily, AbstractHead, LogScaleAffine, constant_linear
-from numpyro_vae.parameterization import AbstractParameterization, LogScale
+from numpyro_vae.scales.log_scale_normal import LogScaleNormal
+from numpyro_vae.scales.parameterization import AbstractParameterization, LogScale
 
 __all__ = ["FullRankNormal"]
 

@@ -9,9 +9,9 @@ import numpyro.distributions as dist
 from flax import nnx
 from jaxtyping import Array, Float
 
-from numpyro_vae.distributions import LogScaleNormal
 from numpyro_vae.families.base import AbstractFamily, AbstractHead, constant_linear
-from numpyro_vae.parameterization import AbstractParameterization, LogScale
+from numpyro_vae.scales.log_scale_normal import LogScaleNormal
+from numpyro_vae.scales.parameterization import AbstractParameterization, LogScale
 
 __all__ = ["DiagonalNormal"]
 

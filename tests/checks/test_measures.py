@@ -10,6 +10,7 @@ from scipy.stats import kstest, norm
 
 from numpyro_vae import khat_threshold, pareto_khat
 from numpyro_vae.checks import importance
+from numpyro_vae.inference import psis
 
 KEY = jax.random.key(1)
 NOISE = 0.7
@@ -102,7 +103,7 @@ def test_predictive_p_values_are_in_the_middle_if_the_model_is_right():
 def test_sums_are_those_of_all_draws_at_once(number):
     rng = np.random.default_rng(0)
     log_weights = 2.0 * rng.standard_t(3, (number, 7)) - 5000
-    sums = importance.Sums.start(7, importance._tail_length(number) + 1)
+    sums = importance.Sums.start(7, psis.tail_length(number) + 1)
     for start in range(0, number, 700):
         sums = sums.add(jnp.asarray(log_weights[start : start + 700], jnp.float32))
     found = importance.summarize(jax.device_get(sums))
@@ -135,4 +136,4 @@ def test_a_hundred_thousand_draws_are_kept_as_their_tail():
     found = case.posterior.check(KEY, case.data[:3], checks=("importance",), num_samples=100_000)
     assert found.dataset["ess"].values.min() > 99_000
     assert found.dataset.attrs["khat_threshold"] == khat_threshold(100_000)
-    assert importance._tail_length(100_000) == 948
+    assert psis.tail_length(100_000) == 948

@@ -1,0 +1,193 @@
+"""A report: what the checks found, as data and for a person to read."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from numpyro_vae.checks.base import Finding
+from numpyro_vae.checks.collapse import count_collapsed
+from numpyro_vae.inference.psis import UNTRUSTWORTHY
+
+if TYPE_CHECKING:
+    from rich.table import Table
+    from xarray import Dataset, DataTree
+
+__all__ = ["Report"]
+
+VERDICTS = ("fine", "borderline", "not to be trusted")
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `Posterior.check` found.
+
+    ``print(report)`` writes it as plain text, ``rich.print(report)`` in colour, and a notebook
+    shows it as a table.
+
+    Attributes:
+        dataset: all that was computed, on the plate's dimension where it is of one datum; see the
+            page on checks for each variable. In nats where not said otherwise.
+        findings: what a person should know, in sentences.
+        skipped: by check that was not run, why.
+
+    Example:
+        >>> import xarray as xr
+        >>> attrs = {"khat_threshold": 0.7, "num_data": 3}
+        >>> khat = xr.Dataset({"khat": ("data", [0.2, 1.3, 0.1])}, attrs=attrs)
+        >>> report = Report(khat, (Finding("importance", False, "1 of 3 rows have k-hat > 0.7"),))
+        >>> report.flagged.tolist()
+        [1]
+        >>> print(report)
+        3 data
+          importance   ! 1 of 3 rows have k-hat > 0.7
+    """
+
+    dataset: Dataset
+    findings: tuple[Finding, ...] = ()
+    skipped: Mapping[str, str] | None = None
+
+    def to_dataset(self) -> Dataset:
+        """Return all that was computed as an xarray Dataset."""
+        return self.dataset
+
+    @property
+    def verdict(self) -> np.ndarray:
+        """For each datum 0 if its posterior is fine, 1 if borderline, 2 if not to be trusted."""
+        if "khat" not in self.dataset:
+            raise ValueError(
+                "The importance check was not run, so nothing is known of single posteriors. "
+                "Leave checks= out, or name 'importance' among them."
+            )
+        khat = self.dataset["khat"].values
+        fine = khat < self.dataset.attrs["khat_threshold"]  # NaN, of a tail of ties, is not
+        return (~fine).astype(int) + (khat > UNTRUSTWORTHY)
+
+    @property
+    def flagged(self) -> np.ndarray:
+        """The numbers of the data whose posterior is not fine, for `Posterior.repair`."""
+        return np.flatnonzero(self.verdict)
+
+    def flagged_of(self, num_rows: int) -> np.ndarray:
+        """Return `flagged` for data of so many rows.
+
+        Raises:
+            ValueError: if the report is on other data.
+        """
+        if self.dataset.attrs["num_data"] != num_rows:
+            raise ValueError(
+                f"The report is on {self.dataset.attrs['num_data']} rows of data, and the data "
+                f"have {num_rows}. Pass the data that were checked, or the rows' numbers."
+            )
+        return self.flagged
+
+    def collapsed(self) -> dict[str, tuple[int, int]]:
+        """Return by site how many latent dimensions say nothing of the data, and of how many."""
+        return count_collapsed(self.dataset)
+
+    def isel(self, **indexers: Any) -> Report:
+        """Return what was computed of some data only, chosen as by `xarray.Dataset.isel`.
+
+        The findings, which are about all data, are left out.
+        """
+        dataset = self.dataset.isel(**indexers)
+        (dim,) = indexers
+        dataset.attrs["num_data"] = dataset.sizes[dim]
+        return Report(dataset)
+
+    def add_to(self, tree: DataTree) -> DataTree:
+        """Return the DataTree with these checks as its group ``checks``.
+
+        Ranks of simulations, if there are any, become the group ``prior_sbc``, which
+        `arviz.plot_ecdf_pit` reads.
+        """
+        groups = {"checks": type(tree)(self.dataset)}
+        ranks = {name: x for name, x in self.dataset.items() if str(name).startswith("pit_")}
+        if ranks:
+            pits = self.dataset[list(ranks)].rename({n: str(n)[4:] for n in ranks})
+            pits = pits.drop_attrs().rename(simulation="draw").expand_dims("chain")
+            groups["prior_sbc"] = type(tree)(pits)
+        return tree.assign(groups)
+
+    def __str__(self) -> str:
+        """Return what was found, as plain text."""
+        lines = [self._title(), *(f"  {line}" for line in self._means())]
+        for finding in self._told():
+            mark = " " if finding.ok else "!"
+            lines.append(f"  {finding.check:<12} {mark} {finding}")
+        for name, reason in (self.skipped or {}).items():
+            lines.append(f"  {name:<12}   not run: {reason}")
+        return "\n".join(lines)
+
+    def _told(self) -> Iterator[Finding]:
+        """Yield the findings, with advice that is the same for several after the last of them."""
+        for finding, following in itertools.zip_longest(self.findings, self.findings[1:]):
+            again = following is not None and following.advice == finding.advice
+            yield replace(finding, advice="") if again else finding
+
+    def _title(self) -> str:
+        draws = self.dataset.attrs.get("num_samples")
+        return f"{self.dataset.attrs['num_data']} data" + (
+            f", {draws} draws of each" if draws else ""
+        )
+
+    def _means(self) -> list[str]:
+        """Return the means of the bounds, with two standard errors, and the verdicts.
+
+        ``se`` is the standard error as an estimate for such data in general, ``Monte Carlo`` the
+        part of it that more draws would reduce.
+        """
+        if "elbo" not in self.dataset:
+            return []
+        lines = []
+        for name in ("elbo", "log_evidence"):
+            values = self.dataset[name].values
+            error = values.std(ddof=1) / np.sqrt(values.size) if values.size > 1 else np.nan
+            errors = self.dataset[f"{name}_mcse"].values
+            monte_carlo = np.sqrt((errors**2).sum()) / values.size
+            found = f"{values.mean():10.3f} nats a datum"
+            lines.append(f"{name:<13}{found} (se {error:.3f}, Monte Carlo {monte_carlo:.3f})")
+        counts, threshold = np.bincount(self.verdict, minlength=3), self._threshold()
+        ranges = (f"k-hat < {threshold}", f"up to {UNTRUSTWORTHY}", f"above {UNTRUSTWORTHY}")
+        for label, count, khats in zip(VERDICTS, counts, ranges, strict=True):
+            share = count / counts.sum()
+            lines.append(f"{label:<19}{count:6d}  ({share:6.1%})  {khats}")
+        return lines
+
+    def _threshold(self) -> str:
+        return f"{self.dataset.attrs['khat_threshold']:.2f}"
+
+    def __rich__(self) -> Table:
+        """Return what was found as a table in colour."""
+        from rich.table import Table
+
+        table = Table(title="\n".join([self._title(), *self._means()]), title_justify="left")
+        for column in ("check", "", "found", "advice"):
+            table.add_column(column)
+        for finding in self._told():
+            mark = "[green]ok[/]" if finding.ok else "[red]look[/]"
+            table.add_row(finding.check, mark, finding.text, finding.advice)
+        for name, reason in (self.skipped or {}).items():
+            table.add_row(name, "[dim]not run[/]", reason, "")
+        return table
+
+    def _repr_html_(self) -> str:
+        """Return what was found as a page's table, with sentences of advice."""
+        from html import escape
+
+        marks = {True: "ok", False: "<b>look</b>"}
+        rows = [
+            f"<tr><td>{f.check}</td><td>{marks[f.ok]}</td><td>{escape(f.text)}</td>"
+            f"<td>{escape(f.advice)}</td></tr>"
+            for f in self._told()
+        ]
+        rows += [
+            f"<tr><td>{name}</td><td>not run</td><td colspan=2>{escape(reason)}</td></tr>"
+            for name, reason in (self.skipped or {}).items()
+        ]
+        head = "\n".join([self._title(), *self._means()])
+        return f"<pre>{escape(head)}</pre>\n<table>\n" + "\n".join(rows) + "\n</table>"

@@ -1,0 +1,1 @@
+"""Data as users hand them over, as the arguments of a model."""

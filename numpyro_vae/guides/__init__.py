@@ -1,0 +1,1 @@
+"""Amortized guides: networks that return a posterior for each datum."""

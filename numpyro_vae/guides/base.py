@@ -1,0 +1,389 @@
+"""The guide whose local posterior is read off each datum by a network, for any family."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, TypedDict
+
+import jax
+import jax.numpy as jnp
+import numpyro
+from jaxtyping import Array
+from numpyro import handlers
+from numpyro.infer import Predictive
+from numpyro.infer.autoguide import AutoGuide, AutoNormal
+from numpyro.primitives import Messenger
+
+from numpyro_vae.data.shapes import Shapes, argument_shapes
+from numpyro_vae.encoders import MLP
+from numpyro_vae.families import AbstractFamily
+from numpyro_vae.guides.encoding import Encoding
+from numpyro_vae.guides.local_sites import sample_local
+from numpyro_vae.guides.network import Encoder, Network, declare_network
+from numpyro_vae.model.plan import read_structure
+from numpyro_vae.model.plates import all_rows
+from numpyro_vae.model.run import Run, run_model
+from numpyro_vae.model.sites import Site, draw_improper, own_trace
+
+__all__ = ["AmortizedGuide", "GuideOptions"]
+
+
+class GuideOptions(TypedDict, total=False):
+    """The options that all amortized guides share.
+
+    Attributes:
+        inputs: ``inputs(*args, **kwargs)``, from the model's arguments to what the encoder reads,
+            data along the leading axis. By default what is observed of the data.
+        plate: the local plate's name; by default the one that subsamples, else the only one
+            that holds latent sites.
+        segments: where another plate holds the observations of the local plate's data, as houses
+            do those of counties: by that plate's name, a function of the model's arguments that
+            returns for each of its rows the datum, the row of the local plate, it belongs to.
+        condition_on: the names of global sites whose sampled values the heads read.
+        dependencies: by local site, the local sites whose sampled values its head reads.
+        global_guide: an AutoGuide class, or a callable from a model to a guide, for the latent
+            sites outside the local plate. Another amortized guide serves a second local plate.
+        create_plates: as in every `numpyro.infer.autoguide.AutoGuide`; seldom needed, as plates
+            are those of the model.
+        prefix: of the guide's parameters.
+    """
+
+    inputs: Callable[..., Any] | None
+    plate: str | None
+    segments: Mapping[str, Callable[..., Any]]
+    condition_on: Sequence[str]
+    dependencies: Mapping[str, Sequence[str]]
+    global_guide: Callable[..., Any]
+    create_plates: Callable[..., Any] | None
+    prefix: str
+
+
+class AmortizedGuide(AutoGuide):
+    """An amortized guide of any family; see its named forms, such as `AutoAmortizedNormal`.
+
+    A network with state, such as batch statistics, is in training mode where an objective calls
+    the guide, and in evaluation mode, with the state that training left, in `Predictive` and in
+    all that takes ``params``: pass ``{**result.params, **result.state.mutable_state}`` after
+    ``svi.run``. The state lives in the ``SVIState``, of which NumPyro's objectives lose it with
+    ``num_particles`` above 1, and `numpyro.infer.SVI.evaluate` makes no use; `fit` keeps it.
+
+    Args:
+        model: a NumPyro model with latent sites in a plate.
+        encoder: a network, or a builder of one; see `numpyro_vae.encoders.base`.
+        family: the distribution over the latents of a datum, see `numpyro_vae.families.base`.
+        inputs: see `GuideOptions`, also for the other options.
+        plate: the local plate's name.
+        segments: other plates that hold the data's observations.
+        condition_on: global sites that the heads read.
+        dependencies: local sites that the heads of other local sites read.
+        global_guide: for the latent sites outside the local plate.
+        create_plates: makes plates, as for every AutoGuide.
+        prefix: of the guide's parameters.
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        encoder: Encoder | None = None,
+        *,
+        family: AbstractFamily,
+        inputs: Callable[..., Any] | None = None,
+        plate: str | None = None,
+        segments: Mapping[str, Callable[..., Any]] | None = None,
+        condition_on: Sequence[str] = (),
+        dependencies: Mapping[str, Sequence[str]] | None = None,
+        global_guide: Callable[..., Any] = AutoNormal,
+        create_plates: Callable[..., Any] | None = None,
+        prefix: str = "auto",
+    ):
+        super().__init__(model, prefix=prefix, create_plates=create_plates)
+        self.encoder = MLP if encoder is None else encoder
+        self.family = family
+        self.inputs = inputs
+        self.plate_name = plate
+        self.segments = dict(segments or {})
+        self.condition_on = tuple(condition_on)
+        self.dependencies = {name: tuple(read) for name, read in (dependencies or {}).items()}
+        self.global_guide = global_guide
+        self.argument_shapes: Shapes = {}
+        self.training = True
+
+    def setup(self, *args: Any, **kwargs: Any) -> None:
+        """Read the model, once: nothing is computed, no likelihood evaluated, at any size.
+
+        Args:
+            args: the model's arguments.
+            kwargs: its keyword arguments.
+
+        Raises:
+            ValueError: see the class.
+        """
+        if self.prototype_trace is None:
+            self._setup_prototype(*args, **kwargs)
+
+    def reset(self) -> None:
+        """Forget the model as it was read; the next call reads it anew."""
+        self.prototype_trace = None
+
+    def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
+        structure = read_structure(
+            self.model,
+            args,
+            kwargs,
+            plate=self.plate_name,
+            condition_on=self.condition_on,
+            dependencies=self.dependencies,
+        )
+        self.sites, self.plate = structure.sites, structure.plate
+        self.local_sites, self.global_names = structure.local, structure.globals
+        self.globals = self._make_global_guide()
+        self.argument_shapes = argument_shapes(args, kwargs)
+        self.prototype_trace = {
+            name: {"name": name, "type": "sample", "is_observed": site.is_observed}
+            for name, site in self.sites.sites.items()
+        }
+
+    def _make_global_guide(self) -> Callable[..., Any] | None:
+        if not self.global_names:
+            return None
+        guide = self.global_guide(self._global_model())
+        if isinstance(guide, AmortizedGuide):  # which needs the observations
+            local = [site.name for site in self.local_sites]
+            guide = self.global_guide(handlers.block(self.model, hide=local))
+        return guide
+
+    def _global_model(self) -> Callable[..., Any]:
+        """Return the model with all but its global latent sites and their plates hidden."""
+        kept = set(self.global_names)
+        kept |= {plate for name in self.global_names for plate in self.sites.sites[name].plates}
+        hidden = partial(_is_not_among, frozenset(kept))
+        drawn = partial(_draw_if_improper, hidden)
+        return handlers.block(handlers.substitute(self.model, substitute_fn=drawn), hide_fn=hidden)
+
+    def eval(self) -> AmortizedGuide:
+        """Return the guide in evaluation mode: dropout off, batch statistics frozen."""
+        guide = copy.copy(self)
+        guide.training = False
+        return guide
+
+    def __call__(self, *args: Any, **kwargs: Any) -> dict[str, Array]:
+        """Sample every latent site, with the same arguments as the model.
+
+        Returns:
+            The values by site name.
+        """
+        self.setup(*args, **kwargs)
+        latent = self.sites.latent()
+        first = self.condition_on or (latent and latent[0].name in self.global_names)
+        values = self._sample_globals(args, kwargs) if first else {}
+        encoding = self._encode(args, kwargs).condition(values)
+        values |= dict(sample_local(encoding, self.prefix))
+        return values if first else values | self._sample_globals(args, kwargs)
+
+    def _sample_globals(self, args: tuple, kwargs: dict) -> dict[str, Array]:
+        if self.globals is None:
+            return {}
+        with own_trace() as trace:  # as a guide written by hand need not return its values
+            self.globals(*args, **kwargs)
+        return {name: trace[name]["value"] for name in self.global_names}
+
+    def _run(self, args: tuple, kwargs: dict) -> Run:
+        """Run the model with the plates of ``create_plates``, if there are any."""
+        made = self._create_plates(*args, **kwargs) if self.create_plates is not None else {}
+        given = {name: plate._indices for name, plate in made.items()}
+        with handlers.substitute(data=given):
+            return run_model(self.model, self.plate.name, self.segments, args, kwargs)
+
+    def _encode(self, args: tuple, kwargs: dict, given: dict[str, Any] | None = None) -> Encoding:
+        """Encode the rows of a run, with parameters from the enclosing handlers.
+
+        ``given`` are these parameters where they are the user's, to be checked.
+        """
+        run = self._run(args, kwargs)
+        sites = run.same_sites(self.local_sites)
+        if not sites:
+            return Encoding({}, {}, self.family, run)
+        network, inputs = self._network(run, sites), run.inputs(self.inputs)
+        if given is not None:
+            network.check_params(given, self.prefix, inputs)
+        training = self.training and numpyro.get_mask() is not False  # as it is in Predictive
+        applied, features = declare_network(network, self.prefix, inputs, train=training)
+        return Encoding(features, applied.in_order(), self.family, run)
+
+    def _network(self, run: Run, sites: tuple[Site, ...]) -> Network:
+        """Return the network that serves the sites as they are in a run."""
+        sizes = {name: run.sites.sites[name].size for name in self.condition_on}
+        local = {site.name: site.datum_size(run.plate) for site in sites}
+        reads = {
+            name: sizes | {read: local[read] for read in self.dependencies.get(name, ())}
+            for name in local
+        }
+        return Network(self.encoder, self.family, sites, run.plate, reads)
+
+    def encode(self, params: dict[str, Any], *args: Any, **kwargs: Any) -> Encoding:
+        """Encode every row of the arguments, in evaluation mode.
+
+        Args:
+            params: trained parameters, with the network's state among them if it has any.
+            args: the model's arguments, with any number of rows.
+            kwargs: likewise.
+
+        Raises:
+            ValueError: if the parameters do not belong to this guide.
+        """
+        return self.encode_rows(all_rows(), params, args, kwargs)
+
+    def encode_rows(
+        self, rows: Messenger, params: dict[str, Any], args: tuple, kwargs: dict[str, Any]
+    ) -> Encoding:
+        """Encode the rows that a handler of `numpyro_vae.model.plates` lets the plates hold."""
+        self.setup(*args, **kwargs)
+        given = handlers.substitute(data=params)
+        with handlers.block(), rows, handlers.seed(rng_seed=0), given:
+            return self.eval()._encode(args, kwargs, params)
+
+    def sample_posterior(
+        self,
+        rng_key: Array,
+        params: dict[str, Any],
+        *args: Any,
+        sample_shape: tuple[int, ...] = (),
+        **kwargs: Any,
+    ) -> dict[str, Array]:
+        """Draw from the guide for every row of the arguments, however many.
+
+        Args:
+            rng_key: the random key.
+            params: trained parameters of the model and the guide.
+            args: the model's arguments.
+            sample_shape: how many draws.
+            kwargs: the model's keyword arguments.
+
+        Returns:
+            Draws of each latent and deterministic site, ``sample_shape`` in front.
+        """
+        local_key, global_key, model_key = jax.random.split(rng_key, 3)
+        count = math.prod(sample_shape)
+        draws = self.sample_globals(global_key, params, (count,), args, kwargs)
+        encoding = self.encode(params, *args, **kwargs).condition(draws)
+        row_keys = jax.random.split(local_key, encoding.run.plate.length)
+        draws |= encoding.constrain(encoding.sample(row_keys, count))[0]
+        draws = jax.tree.map(lambda x: x.reshape(*sample_shape, *x.shape[1:]), draws)
+        if self.sites.deterministic:
+            predictive = Predictive(
+                all_rows(self.model),
+                draws,
+                params=params,
+                return_sites=list(self.sites.deterministic),
+                batch_ndims=len(sample_shape),
+            )
+            draws |= predictive(model_key, *args, **kwargs)
+        return draws
+
+    def sample_globals(
+        self,
+        rng_key: Array,
+        params: dict[str, Any],
+        sample_shape: tuple[int, ...],
+        args: tuple,
+        kwargs: dict[str, Any],
+    ) -> dict[str, Array]:
+        """Draw the global sites; see `sample_posterior`."""
+        if self.globals is None:
+            return {}
+        if isinstance(self.globals, AutoGuide):
+            _setup(self.globals, params, args, kwargs)
+            return self.globals.sample_posterior(
+                rng_key, params, *args, sample_shape=sample_shape, **kwargs
+            )
+        keys = jax.random.split(rng_key, math.prod(sample_shape))
+
+        def draw(key: Array) -> dict[str, Array]:
+            guide = handlers.substitute(handlers.seed(self.globals, key), data=params)
+            with handlers.block():
+                trace = handlers.trace(guide).get_trace(*args, **kwargs)
+            return {name: trace[name]["value"] for name in self.global_names}
+
+        draws = jax.vmap(draw)(keys)
+        return jax.tree.map(lambda x: x.reshape(*sample_shape, *x.shape[1:]), draws)
+
+    def median(self, params: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Array]:
+        """Return the posterior median of each latent site for every row of the arguments."""
+        return {
+            name: value[0] for name, value in self.quantiles(params, [0.5], *args, **kwargs).items()
+        }
+
+    def quantiles(
+        self, params: dict[str, Any], quantiles: Any, *args: Any, **kwargs: Any
+    ) -> dict[str, Array]:
+        """Return posterior quantiles of each latent site, a leading axis for ``quantiles``.
+
+        They are quantiles of the unconstrained values, mapped to the site's support; where heads
+        read global sites, given the medians of these.
+
+        Args:
+            params: trained parameters.
+            quantiles: between 0 and 1.
+            args: the model's arguments.
+            kwargs: the model's keyword arguments.
+
+        Raises:
+            ValueError: if the family has no closed-form quantiles.
+        """
+        quantiles = jnp.atleast_1d(jnp.asarray(quantiles))
+        encoding = self.encode(params, *args, **kwargs)
+        encoding = self.given_median(encoding, params, args, kwargs)
+        icdf = partial(_quantile, encoding)
+        values, _ = encoding.constrain(jax.vmap(icdf)(quantiles))
+        if isinstance(self.globals, AutoGuide):
+            values |= self._global_quantiles(params, quantiles, args, kwargs)
+        return values
+
+    def _global_quantiles(
+        self, params: dict[str, Any], quantiles: Any, args: tuple, kwargs: dict[str, Any]
+    ) -> dict[str, Array]:
+        guide: Any = self.globals
+        _setup(guide, params, args, kwargs)
+        if isinstance(guide, AmortizedGuide):
+            return guide.quantiles(params, quantiles, *args, **kwargs)
+        return guide.quantiles(params, quantiles)
+
+    def given_median(
+        self, encoding: Encoding, params: dict[str, Any], args: tuple, kwargs: dict[str, Any]
+    ) -> Encoding:
+        """Return an encoding given the medians of the global sites that the heads read.
+
+        Raises:
+            ValueError: if they read any, and the guide of these has no median.
+        """
+        if not self.condition_on:
+            return encoding
+        if not isinstance(self.globals, AutoGuide):
+            raise ValueError(
+                f"The heads read the global sites {list(self.condition_on)}, and their guide was "
+                "written by hand and has no median. Sample from the posterior instead."
+            )
+        found = self._global_quantiles(params, jnp.array([0.5]), args, kwargs)
+        return encoding.condition({name: found[name][0] for name in self.condition_on})
+
+
+def _quantile(encoding: Encoding, quantile: Array) -> Array:
+    return encoding.marginal(lambda fn: fn.icdf(jnp.broadcast_to(quantile, fn.batch_shape)))
+
+
+def _is_not_among(names: frozenset[str], msg: Any) -> bool:
+    return "name" in msg and msg["name"] not in names
+
+
+def _draw_if_improper(hidden: Callable[[Any], bool], msg: Any) -> Any:
+    return draw_improper(msg) if hidden(msg) else None
+
+
+def _setup(guide: AutoGuide, params: dict[str, Any], args: tuple, kwargs: dict[str, Any]) -> None:
+    """Let an automatic guide read the model, which it does when first called."""
+    if guide.prototype_trace is None:
+        with handlers.block(), handlers.seed(rng_seed=0), handlers.substitute(data=params):
+            guide(*args, **kwargs)

@@ -1,0 +1,226 @@
+"""What a guide says of a batch: a distribution over the latents of each datum."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Shaped
+from numpyro.distributions import biject_to
+
+from numpyro_vae.families import AbstractFamily
+from numpyro_vae.guides.blocks import Block
+from numpyro_vae.model.run import Run
+from numpyro_vae.model.sites import Site, is_real
+
+__all__ = ["Encoding"]
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """What the guide says of a batch of data.
+
+    Latents are **packed**: the unconstrained values of all local sites of a datum side by side, in
+    the order of ``sites``.
+
+    Attributes:
+        features: what each block reads of the data, by its name.
+        blocks: the heads, in the order in which they are sampled.
+        family: what they mean.
+        run: the run of the model that was read.
+        given: unconstrained values of the global sites that the heads read, ``(*lead, size)``
+            each; a guide without ``condition_on`` needs none.
+    """
+
+    features: Mapping[str, Any]
+    blocks: Mapping[str, Block]
+    family: AbstractFamily
+    run: Run
+    given: Mapping[str, Array] = field(default_factory=dict)
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """The local sites as they are in this batch, in packing order."""
+        return tuple(site for block in self.blocks.values() for site in block.sites)
+
+    def release(self) -> Encoding:
+        """Return the same encoding with each datum's own variational parameters as features.
+
+        They are the raw outputs of the heads; of a head that reads other sites, its features.
+        """
+        features = {
+            name: self.features[name] if block.context else block.raw(self.features[name], {})
+            for name, block in self.blocks.items()
+        }
+        blocks = {name: block.release() for name, block in self.blocks.items()}
+        return replace(self, features=features, blocks=blocks)
+
+    def condition(self, values: Mapping[str, Array]) -> Encoding:
+        """Return the encoding given values of the global sites.
+
+        Args:
+            values: by site name; any number of leading axes of draws, and sites that no head
+                reads are ignored.
+        """
+        local = {site.name for site in self.sites}
+        reads = {name for block in self.blocks.values() for name in block.reads} - local
+        return replace(self, given={name: self._flat(name, values[name]) for name in reads})
+
+    def _flat(self, name: str, value: Array) -> Array:
+        """Return a global site's value, unconstrained and flat, draws in front."""
+        fn, site = self.run.trace[name]["fn"], self.run.sites.sites[name]
+        shape = site.batch_shape + site.event_shape
+        lead = jnp.shape(value)[: jnp.ndim(value) - len(shape)]
+        return biject_to(fn.support).inv(jnp.broadcast_to(value, lead + shape)).reshape(*lead, -1)
+
+    def sample(
+        self, row_keys: Shaped[Array, "batch *key"], num_samples: int
+    ) -> Float[Array, "num_samples batch size"]:
+        """Draw packed latents, each row from its own key.
+
+        If global sites were given with an axis of draws, it is that of these draws.
+        """
+
+        def one_row(features: dict, rng_key: Array) -> Array:
+            values: dict[str, Array] = dict(self.given)
+            drawn = []
+            for number, (name, block) in enumerate(self.blocks.items()):
+                raw = block.raw(features[name], values)
+                key = jax.random.fold_in(rng_key, number) if number else rng_key
+                shape = () if self._has_draws(block) else (num_samples,)
+                drawn.append(block.sample(raw, key, shape))
+                values |= {site.name: part for site, part in block.unpack(drawn[-1])}
+            return jnp.concatenate([*drawn, jnp.zeros((num_samples, 0))], axis=-1)
+
+        return jax.vmap(one_row, out_axes=1)(dict(self.features), row_keys)
+
+    def _has_draws(self, block: Block) -> bool:
+        """Whether a block's raw outputs differ by draw: if it reads what does."""
+        return any(
+            self.given[name].ndim > 1 if name in self.given else True for name in block.reads
+        )
+
+    def log_prob(self, packed: Float[Array, "*lead batch size"]) -> Float[Array, "*lead batch"]:
+        """Return the log-density of each datum's packed latents; what is masked does not count."""
+        return self._over_rows(self._log_prob_of_row, packed)
+
+    def _log_prob_of_row(self, features: dict, mask: Any, packed: Array) -> Array:
+        values: dict[str, Array] = dict(self.given)
+        total, start = jnp.zeros(packed.shape[:-1], packed.dtype), 0
+        for name, block in self.blocks.items():
+            part = packed[..., start : start + block.num_values]
+            raw = block.raw(features[name], values)
+            counts = None if mask is None else mask[start : start + block.num_values]
+            total += block.log_prob(raw, part, counts)
+            values |= {site.name: unpacked for site, unpacked in block.unpack(part)}
+            start += block.num_values
+        return total
+
+    def _over_rows(self, fn: Callable[..., Array], packed: Array) -> Array:
+        """Apply a function of a row's features, mask and packed latents to all rows."""
+        axis = packed.ndim - 2
+        mapped = jax.vmap(fn, in_axes=(0, None if self.mask is None else 0, axis), out_axes=axis)
+        return mapped(dict(self.features), self.mask, packed)
+
+    @property
+    def mask(self) -> Bool[Array, "batch size"] | None:
+        """Which packed latents count; None if all do."""
+        masks = {site.name: self.run.mask(site) for site in self.sites}
+        if all(mask is None for mask in masks.values()):
+            return None
+        filled = {site.name: self._packed_mask(site, masks[site.name]) for site in self.sites}
+        return jnp.concatenate([block.pack(filled) for block in self.blocks.values()], axis=-1)
+
+    def _packed_mask(self, site: Site, mask: Any) -> Bool[Array, "batch datum_size"]:
+        shape = site.batch_shape + site.unconstrained_shape
+        mask = jnp.asarray(True if mask is None else mask)
+        mask = mask.reshape(mask.shape + (1,) * (len(shape) - mask.ndim))
+        rows = jnp.moveaxis(jnp.broadcast_to(mask, shape), site.axis(self.run.plate), 0)
+        return rows.reshape(rows.shape[0], -1)
+
+    def marginal(
+        self, fn: Callable[[Any], Array], packed: Float[Array, "batch size"] | None = None
+    ) -> Float[Array, "batch size"]:
+        """Return a function of the distribution of every packed latent by itself.
+
+        Args:
+            fn: from distributions to an array of the same batch shape, such as their mean.
+            packed: a draw, for heads that read other local sites; the distribution of a latent is
+                then given those.
+
+        Raises:
+            ValueError: if that distribution is not known in closed form.
+        """
+        found = [] if self.blocks else [jnp.zeros((self.run.plate.length, 0))]
+        for block, marginals in self._marginals(packed):
+            if marginals is None:
+                raise ValueError(
+                    f"The distribution of the sites {[site.name for site in block.sites]} in plate "
+                    f"{self.run.plate.name!r}, one by one, is not known in closed form: they have "
+                    f"the family {type(self.family).__name__} and read the sites "
+                    f"{list(block.reads)}. Sample from the guide instead."
+                )
+            found.append(block.flatten(fn(marginals)))
+        return jnp.concatenate(found, axis=-1)
+
+    def has_marginals(self, packed: Float[Array, "batch size"] | None = None) -> bool:
+        """Return whether `marginal` knows the distribution of every latent."""
+        return all(marginals is not None for _, marginals in self._marginals(packed))
+
+    def _marginals(self, packed: Array | None) -> Iterator[tuple[Block, Any]]:
+        """Yield each block with the marginals of its latents, None if they are not known."""
+        values, start = dict(self.given), 0
+        local = {site.name for site in self.sites}
+        for name, block in self.blocks.items():
+            if packed is None and local & set(block.reads):
+                yield block, None
+                continue
+            yield block, block.head.marginals(block.raw(self.features[name], values))
+            if packed is not None:
+                part = packed[..., start : start + block.num_values]
+                values |= {site.name: unpacked for site, unpacked in block.unpack(part)}
+                start += block.num_values
+
+    def unpack(self, packed: Float[Array, "*lead batch size"]) -> Iterator[tuple[Site, Array]]:
+        """Yield each site with its unconstrained value, ``(*lead, *batch_shape, ...)``."""
+        start = 0
+        for block in self.blocks.values():
+            part = packed[..., start : start + block.num_values]
+            for site, values in block.unpack(part):
+                yield site, site.unpack(values, self.run.plate)
+            start += block.num_values
+
+    def pack(self, values: Mapping[str, Array]) -> Float[Array, "batch size"]:
+        """Return the sites' values, which lie on their supports, as packed latents."""
+        parts = {}
+        for site in self.sites:
+            unconstrained = biject_to(self.run.support(site)).inv(values[site.name])
+            rows = jnp.moveaxis(unconstrained, site.axis(self.run.plate), 0)
+            parts[site.name] = rows.reshape(rows.shape[0], -1)
+        return jnp.concatenate([block.pack(parts) for block in self.blocks.values()], axis=-1)
+
+    def constrain(
+        self, packed: Float[Array, "*lead batch size"]
+    ) -> tuple[dict[str, Array], Float[Array, "*lead batch"]]:
+        """Map packed latents to the sites' supports.
+
+        Returns:
+            The values by site name, and the log-determinant of the map for each datum, so that
+            ``log q(values) = log q(packed) - log_det``.
+        """
+        values, log_det = {}, jnp.zeros(packed.shape[:-1], packed.dtype)
+        lead = packed.ndim - 2
+        for site, unconstrained in self.unpack(packed):
+            transform = biject_to(self.run.support(site))
+            values[site.name] = transform(unconstrained)
+            log_dets = transform.log_abs_det_jacobian(unconstrained, values[site.name])
+            mask = self.run.mask(site)
+            if mask is not None and not is_real(self.run.support(site)):
+                missing = log_dets.ndim - lead - mask.ndim
+                log_dets = jnp.where(mask.reshape(mask.shape + (1,) * missing), log_dets, 0.0)
+            rows = jnp.moveaxis(log_dets, lead + site.axis(self.run.plate), lead)
+            log_det += rows.sum(tuple(range(lead + 1, rows.ndim)))
+        return values, log_det

@@ -1,0 +1,120 @@
+"""Declares the local sites in a guide, as NumPyro sample sites."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpyro
+import numpyro.distributions as dist
+from jaxtyping import Array
+from numpyro.distributions import biject_to
+from numpyro.distributions.util import sum_rightmost
+
+from numpyro_vae.guides.blocks import Block
+from numpyro_vae.guides.encoding import Encoding
+from numpyro_vae.model.sites import Site, is_real
+
+
+def sample_local(encoding: Encoding, prefix: str) -> Iterator[tuple[str, Array]]:
+    """Sample every local site in the plates of the model.
+
+    The sites of a factorized family have a distribution each, so that an objective may know their
+    divergence from the prior. Those of another are a function of one auxiliary site with their
+    joint distribution, as in NumPyro's ``AutoContinuous``.
+
+    Yields:
+        Each site's name and its value.
+    """
+    values: dict[str, Array] = dict(encoding.given)
+    read = {name for block in encoding.blocks.values() for name in block.reads}
+    sample = _each if encoding.family.is_factorized else partial(_jointly, prefix)
+    for name, block in encoding.blocks.items():
+        raw = block.raw(encoding.features[name], values)
+        for site, value in sample(encoding, block, raw):
+            yield site.name, value
+            if site.name in read:
+                values[site.name] = _unconstrained_rows(encoding, site, value)
+
+
+def _each(encoding: Encoding, block: Block, raw: Any) -> Iterator[tuple[Site, Array]]:
+    """Sample sites one by one, each from its own distribution."""
+    run = encoding.run
+    for site, part in block.raw_by_site(raw):
+        by_value = jax.tree.map(lambda rows, site=site: site.unpack(rows, run.plate), part)
+        fn = _site_distribution(block.head.marginals(by_value), site, run.support(site))
+        mask = run.mask(site)
+        with run.enter_plates(site.plates):
+            yield site, jnp.asarray(numpyro.sample(site.name, _masked(fn, mask, site)))
+
+
+def _site_distribution(by_value: Any, site: Site, support: Any) -> dist.Distribution:
+    """Return the distribution of a site from those of its unconstrained values."""
+    fn = by_value.to_event(len(site.unconstrained_shape))
+    if is_real(support):
+        return fn
+    transform = biject_to(support)
+    if isinstance(by_value, dist.Delta):  # a point has no density for the transform to change
+        return dist.Delta(transform(by_value.v), event_dim=len(site.event_shape))
+    return dist.TransformedDistribution(fn, transform)
+
+
+def _masked(fn: dist.Distribution, mask: Array | None, site: Site) -> dist.Distribution:
+    """Leave out what the model leaves out."""
+    if mask is None:
+        return fn
+    if mask.ndim == len(site.batch_shape):
+        return fn.mask(mask)
+    if not isinstance(fn, dist.Independent):
+        raise ValueError(
+            f"The model masks single values of the events of the local site {site.name!r}, whose "
+            "support is constrained. Mask whole events with handlers.mask."
+        )
+    missing = len(site.batch_shape) + len(site.event_shape) - mask.ndim
+    by_value = fn.base_dist.mask(mask.reshape(mask.shape + (1,) * missing))
+    return by_value.to_event(len(site.event_shape))
+
+
+def _jointly(
+    prefix: str, encoding: Encoding, block: Block, raw: Any
+) -> Iterator[tuple[Site, Array]]:
+    """Sample all sites of a block at once, and yield them as functions of that draw."""
+    run = encoding.run
+    for site in block.sites:
+        if run.mask(site) is not None:
+            raise ValueError(
+                f"The model masks the local site {site.name!r} in plate {run.plate.name!r}; "
+                f"{type(encoding.family).__name__} draws all latents of a datum jointly and "
+                "cannot leave some out. Use AutoAmortizedNormal."
+            )
+    joint = "_".join(site.name for site in block.sites)
+    name = f"_{prefix}_{joint}_latent"
+    after = -run.plate.dim - 1  # axes of plates that hold nothing of the joint distribution
+    spread = jax.tree.map(lambda x: x.reshape(x.shape[0], *[1] * after, *x.shape[1:]), raw)
+    with run.enter_plates((run.plate.name,)):
+        fn = block.distribution(spread)
+        by_step = jnp.asarray(numpyro.sample(name, fn, infer={"is_auxiliary": True}))
+    packed = block.flatten(by_step.reshape(run.plate.length, *by_step.shape[after + 1 :]))
+    for site, part in block.unpack(packed):
+        fn = _function_of_draw(site, site.unpack(part, run.plate), run.support(site))
+        with run.enter_plates(site.plates):
+            yield site, jnp.asarray(numpyro.sample(site.name, fn))
+
+
+def _function_of_draw(site: Site, unconstrained: Array, support: Any) -> dist.Delta:
+    """Return a point on the site's support, with the density that the transform gives it."""
+    transform = biject_to(support)
+    value = transform(unconstrained)
+    log_det = transform.log_abs_det_jacobian(unconstrained, value)
+    log_det = sum_rightmost(log_det, log_det.ndim - len(site.batch_shape))
+    return dist.Delta(value, log_density=-log_det, event_dim=len(site.event_shape))
+
+
+def _unconstrained_rows(encoding: Encoding, site: Site, value: Array) -> Array:
+    """Return a site's value as heads read it, ``(batch, datum_size)``."""
+    unconstrained = biject_to(encoding.run.support(site)).inv(value)
+    rows = jnp.moveaxis(unconstrained, site.axis(encoding.run.plate), 0)
+    return rows.reshape(rows.shape[0], -1)

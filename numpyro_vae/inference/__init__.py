@@ -1,0 +1,1 @@
+"""A trained guide, for any number of rows."""

@@ -1,0 +1,105 @@
+"""How far the guide of each datum is from its prior, by latent dimension."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpyro.distributions as dist
+from jaxtyping import Array, Float
+from numpyro.distributions import biject_to, kl_divergence
+from numpyro.distributions.util import sum_rightmost
+
+from numpyro_vae.guides.encoding import Encoding
+from numpyro_vae.model.sites import Site, is_real, mask_of
+from numpyro_vae.scales.log_scale_normal import LogScaleNormal
+
+
+def row_divergences(
+    encoding: Encoding, packed: Float[Array, "batch size"], trace: dict[str, Any]
+) -> dict[str, Float[Array, "batch ..."]]:
+    """Estimate the divergence of each datum's guide from its prior, by latent dimension.
+
+    Guide and prior are taken as they are given the other latents of the draw. Where the guide's
+    marginals are Normals and the prior is a product of a form whose divergence is known, that
+    divergence is used; elsewhere the estimate is ``log q - log p`` of the draw, for the site as a
+    whole, or for all sites that a family without known marginals serves together.
+
+    Args:
+        encoding: what the guide says of the batch.
+        packed: a draw from it.
+        trace: of the model with this draw.
+
+    Returns:
+        By local site ``(batch, *datum_shape)``, or ``(batch,)`` for sites as a whole. NaN where
+        the model masks a single value, which is then no latent of the datum.
+    """
+    if not encoding.has_marginals(packed):
+        log_q = encoding.log_prob(packed)
+        log_p = sum(
+            _log_prior(site, draw, trace, encoding) for site, draw in encoding.unpack(packed)
+        )
+        return {"_".join(site.name for site in encoding.sites): log_q - log_p}
+    loc = encoding.marginal(lambda fn: fn.mean, packed)
+    log_scale = encoding.marginal(_log_scale, packed)
+    parts = zip(*map(encoding.unpack, (loc, log_scale, packed)), strict=True)
+    return {
+        site.name: _of_site(site, LogScaleNormal(loc, log_scale), draw, trace, encoding)
+        for (site, loc), (_, log_scale), (_, draw) in parts
+    }
+
+
+def _log_scale(fn: Any) -> Array:
+    return fn.log_scale if isinstance(fn, LogScaleNormal) else jnp.log(fn.variance) / 2
+
+
+def _of_site(
+    site: Site, q: LogScaleNormal, draw: Array, trace: dict[str, Any], encoding: Encoding
+) -> Float[Array, "batch ..."]:
+    prior, axis = trace[site.name]["fn"], site.axis(encoding.run.plate)
+    found = _by_dimension(q, prior)
+    if found is None:
+        log_q = q.log_prob(draw)
+        mask = mask_of(prior)
+        if mask is not None:
+            log_q = jnp.where(_spread(mask, log_q), log_q, 0.0)
+        rows = jnp.moveaxis(log_q, axis, 0)
+        log_q = rows.reshape(rows.shape[0], -1).sum(-1)
+        return log_q - _log_prior(site, draw, trace, encoding)
+    return jnp.moveaxis(found, axis, 0)
+
+
+def _log_prior(
+    site: Site, draw: Array, trace: dict[str, Any], encoding: Encoding
+) -> Float[Array, "batch"]:
+    """Return the log prior density of each datum's unconstrained values."""
+    prior = trace[site.name]["fn"]
+    transform, mask = biject_to(prior.support), mask_of(prior)
+    value = transform(draw)
+    log_det = transform.log_abs_det_jacobian(draw, value)
+    if mask is not None:
+        log_det = jnp.where(_spread(mask, log_det), log_det, 0.0)
+    log_p = prior.log_prob(value)
+    log_p = log_p + sum_rightmost(log_det, log_det.ndim - log_p.ndim)
+    rows = jnp.moveaxis(log_p, site.axis(encoding.run.plate), 0)
+    return rows.reshape(rows.shape[0], -1).sum(-1)
+
+
+def _spread(mask: Array, like: Array) -> Array:
+    return mask.reshape(mask.shape + (1,) * (like.ndim - mask.ndim))
+
+
+def _by_dimension(q: LogScaleNormal, prior: Any) -> Array | None:
+    """Return the elementwise KL divergence, or None if the prior is no product of known form."""
+    if not is_real(prior.support):
+        return None
+    mask = mask_of(prior)
+    while isinstance(prior, dist.Independent | dist.ExpandedDistribution | dist.MaskedDistribution):
+        prior = prior.base_dist
+    if prior.event_dim:
+        return None
+    try:
+        found = jnp.broadcast_to(kl_divergence(q, prior), q.batch_shape)
+    except NotImplementedError:
+        return None
+    return found if mask is None else jnp.where(_spread(mask, found), found, jnp.nan)

@@ -1,0 +1,166 @@
+"""Rows of data for a posterior: read, cut into batches, and put together again."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from numpyro_vae.data.arrays import ArrayData, padded_batches, prefetch
+from numpyro_vae.data.shapes import explained
+from numpyro_vae.guides.base import AmortizedGuide
+from numpyro_vae.model.missing import FiniteObservations
+from numpyro_vae.model.plan import check_observed
+from numpyro_vae.model.sites import read_model
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Data, how many rows they are, and how these are taken out of them.
+
+    Attributes:
+        data: the data.
+        num_rows: how many rows the local plate has.
+        subsamples: whether the model selects rows in its own plate.
+        chosen: the numbers of the rows that results are wanted of, in that order.
+        args: the model's arguments with all rows.
+        kwargs: its keyword arguments, those that never change among them.
+    """
+
+    data: ArrayData
+    num_rows: int
+    subsamples: bool
+    chosen: np.ndarray
+    args: tuple
+    kwargs: dict[str, Any]
+
+    @classmethod
+    def read(
+        cls, guide: AmortizedGuide, static_kwargs: dict[str, Any], data: Any, batch_axes: Any
+    ) -> Rows:
+        """Read data as the model's arguments, and how its local plate takes them.
+
+        Raises:
+            ValueError: if the plate has another number of rows than the data, or an observation
+                belongs to no known datum.
+        """
+        arrays = ArrayData.read(data, batch_axes)
+        args, kwargs = arrays.whole()
+        kwargs = {**kwargs, **static_kwargs}
+        with explained(guide.argument_shapes, *arrays.whole(), arrays.layout.axes):
+            FiniteObservations(guide.model, static_kwargs).require(arrays)
+            sites = read_model(guide.model, args, kwargs)
+        guide.setup(*args, **kwargs)
+        name = guide.plate.name
+        plate = sites.plates.get(name)
+        num_rows = arrays.num_data if plate is None or not arrays.is_whole else plate.size
+        if plate is None or plate.size != num_rows:
+            found = "none" if plate is None else plate.size
+            raise ValueError(
+                f"The data have {num_rows} rows, but the model's plate {name!r} has {found}. "
+                "Declare the plate with the length of the data that the model is given; if no "
+                "argument has a row for each of the plate's, pass batch_axes=None."
+            )
+        check_observed(guide.model, sites, plate, guide.segments, args, kwargs)
+        chosen = np.arange(plate.size)
+        return cls(arrays, plate.size, plate.length < plate.size, chosen, args, kwargs)
+
+    def choose(self, rows: Any) -> Rows:
+        """Return the same data, with results wanted of some rows only.
+
+        Args:
+            rows: their numbers, or a boolean for each row.
+
+        Raises:
+            ValueError: if there are no such rows.
+        """
+        given = np.asarray(rows)
+        if given.dtype == bool and given.shape != (self.num_rows,):
+            raise ValueError(
+                f"The data have {self.num_rows} rows, and rows= has shape {given.shape}. Give a "
+                "boolean for each row, or the rows' numbers."
+            )
+        chosen = np.flatnonzero(given) if given.dtype == bool else given.reshape(-1)
+        if not np.issubdtype(chosen.dtype, np.integer) and chosen.size:
+            raise ValueError(f"Rows are chosen by their numbers, found {chosen.dtype}.")
+        wrong = chosen[(chosen < 0) | (chosen >= self.num_rows)]
+        if wrong.size:
+            raise ValueError(
+                f"There is no row {wrong[0]}: the data have {self.num_rows} rows, 0 to "
+                f"{self.num_rows - 1} ({wrong.size} of {chosen.size} do not exist)."
+            )
+        return replace(self, chosen=chosen.astype(int))
+
+    def cut(self, rows: np.ndarray) -> Rows:
+        """Return data of some rows only; a model that selects rows itself needs all."""
+        return self.with_arrays(self.data.layout.take(self.data.arrays, jnp.asarray(rows)))
+
+    def with_arrays(self, arrays: tuple[Array, ...]) -> Rows:
+        """Return rows of other data for the same model, as many as the arrays have."""
+        data = replace(self.data, arrays=arrays)
+        args, kwargs = data.whole()
+        static = {name: value for name, value in self.kwargs.items() if name not in kwargs}
+        number = self.num_rows if data.is_whole else data.layout.num_data(arrays)
+        data = replace(data, num_data=1 if data.is_whole else number)
+        chosen = np.arange(number)
+        return replace(
+            self, data=data, num_rows=number, chosen=chosen, args=args, kwargs=kwargs | static
+        )
+
+    def once(self, fn: Callable[..., Any]) -> Any:
+        """Apply a compiled function, as `collect` takes it, for what is the same for all rows."""
+        indices = jnp.arange(self.num_rows if self.data.is_whole else 1)
+        found = fn(self.data.arrays, indices, layout=self.data.layout, subsamples=self.subsamples)
+        return jax.tree.map(np.asarray, found)
+
+    def collect(self, fn: Callable[..., Any], batch_size: int, row_axis: int = 0) -> Any:
+        """Apply a compiled function to batches of rows, and join its results on the host.
+
+        While one batch is copied the next is computed; padding is dropped.
+
+        Args:
+            fn: from ``(arrays, indices, layout=, subsamples=)`` to a pytree of arrays.
+            batch_size: rows at once.
+            row_axis: the axis of the rows in every result.
+        """
+        if self.data.is_whole:
+            found = self.once(fn)
+            if len(self.chosen) == self.num_rows:
+                return found  # in which the rows of other plates are whole, too
+            return jax.tree.map(partial(np.take, indices=self.chosen, axis=row_axis), found)
+        options = {"layout": self.data.layout, "subsamples": self.subsamples}
+        num_rows = len(self.chosen)
+        batch_size = min(batch_size, num_rows if num_rows == self.num_rows else rounded(num_rows))
+        batches = (self.chosen[places] for places, _ in padded_batches(num_rows, batch_size))
+        results = prefetch(fn(self.data.arrays, jnp.asarray(rows), **options) for rows in batches)
+        first = next(results)
+        out = jax.tree.map(partial(_room, num_rows, row_axis), first)
+        starts = range(0, num_rows, batch_size)
+        for start, found in zip(starts, itertools.chain([first], results), strict=True):
+            jax.tree.map(partial(_write, start, row_axis), out, found)
+        return out
+
+
+def rounded(number: int) -> int:
+    """Return the next power of two, so that few sizes of batches are compiled for parts of data."""
+    return 1 << max(number - 1, 0).bit_length()
+
+
+def _room(num_data: int, row_axis: int, like: Array) -> np.ndarray:
+    """Return room for all rows; the rows are the slowest axis, so that writing is fast."""
+    shape = [size for axis, size in enumerate(like.shape) if axis != row_axis]
+    return np.moveaxis(np.empty((num_data, *shape), like.dtype), 0, row_axis)
+
+
+def _write(start: int, row_axis: int, room: np.ndarray, found: Array) -> None:
+    """Copy a batch of rows to its place, without what fills it up."""
+    room, rows = np.moveaxis(room, row_axis, 0), np.moveaxis(np.asarray(found), row_axis, 0)
+    stop = min(start + len(rows), len(room))
+    room[start:stop] = rows[: stop - start]

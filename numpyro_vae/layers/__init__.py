@@ -1,0 +1,1 @@
+"""flax's layers, fast on CPU."""

@@ -1,0 +1,1 @@
+"""What is read from, or scored by, a NumPyro model."""

@@ -1,0 +1,223 @@
+"""One run of a model as its guide sees it: plates, local sites and what is observed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpyro
+from jaxtyping import Array, Bool, Int
+from numpyro import handlers
+
+from numpyro_vae.data.ragged import Masked, Segments
+from numpyro_vae.model.sites import ModelSites, Plate, Site, mask_of, sites_of_trace, trace_model
+
+Groups = Mapping[str, Callable[..., Any]]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A model's trace on given arguments, out of sight but for its plates.
+
+    Attributes:
+        plate: the local plate as it is in this run.
+        sites: the model's sites as they are in this run.
+        trace: the messages by name.
+        groups: for other plates that hold the plate's data, which datum each of their rows
+            belongs to.
+        args: the model's arguments.
+        kwargs: its keyword arguments.
+    """
+
+    plate: Plate
+    sites: ModelSites
+    trace: dict[str, Any]
+    groups: dict[str, Int[Array, "elements"]]
+    args: tuple
+    kwargs: dict[str, Any]
+
+    @property
+    def indices(self) -> Array:
+        """Which rows of the local plate this run holds."""
+        return self._indices(self.plate)
+
+    def _indices(self, plate: Plate) -> Array:
+        """Return a plate's rows: all that it has if it stands in a ``scan``, out of sight."""
+        message = self.trace.get(plate.name)
+        return jnp.arange(plate.length) if message is None else message["value"]
+
+    def support(self, site: Site) -> Any:
+        """Return the support of a site in this run."""
+        return self.trace[site.name]["fn"].support
+
+    def mask(self, site: Site) -> Bool[Array, "..."] | None:
+        """Return which entries of a site count in this run; None if all do."""
+        return mask_of(self.trace[site.name]["fn"])
+
+    def enter_plates(self, names: tuple[str, ...]) -> ExitStack:
+        """Enter plates with the very indices that the model drew."""
+        stack = ExitStack()
+        for name in names:
+            plate = self.sites.plates[name]
+            indices = self._indices(plate)
+            # A plate inside a scan is not declared in the model's trace, nor may it be here.
+            hidden = handlers.block(hide_fn=lambda msg, seen=name in self.trace: not seen)
+            with hidden, handlers.substitute(data={name: indices}):
+                entered = numpyro.plate(
+                    name, plate.size, subsample_size=len(indices), dim=plate.dim
+                )
+            stack.enter_context(entered)
+        return stack
+
+    def same_sites(self, expected: tuple[Site, ...]) -> tuple[Site, ...]:
+        """Return the local sites as they are in this run.
+
+        Raises:
+            ValueError: if one is missing, or its values have another shape than expected.
+        """
+        return tuple(self._same_site(site) for site in expected)
+
+    def _same_site(self, site: Site) -> Site:
+        now = self.sites.sites.get(site.name)
+        plate = self.plate
+        if now is None or now.is_observed or plate.name not in now.plates:
+            raise ValueError(
+                f"Local site {site.name!r} of plate {plate.name!r} is not a latent site of the "
+                "plate in this call. Call the model as when the guide was set up."
+            )
+        found, expected = now.datum_shape(plate), site.datum_shape(plate)
+        same = now.unconstrained_shape == site.unconstrained_shape
+        if not same or len(found) != len(expected):  # steps may be more or fewer
+            raise ValueError(
+                f"Local site {site.name!r} has shape {found} for each datum of plate "
+                f"{plate.name!r}; the guide was set up with {expected}. Use a new guide for data "
+                "of another shape."
+            )
+        return now
+
+    def inputs(self, read: Callable[..., Any] | None) -> Any:
+        """Return what the encoder reads: arrays with a row for each datum of this run.
+
+        Args:
+            read: a function of the model's arguments; None reads what is observed of the local
+                plate's data: an array, or `Masked` values where the model masks them, or
+                `Segments` if it lies in another plate; a dict by site name if there are several.
+
+        Raises:
+            ValueError: if nothing is observed, or ``read`` returns another number of rows.
+        """
+        if read is not None:
+            found = read(*self.args, **self.kwargs)
+            return jax.tree.map(self._select_rows, found, is_leaf=_is_segments)
+        rows = {
+            site.name: self._observed(site, self.plate)
+            for site in self.sites.observed(self.plate.name)
+        }
+        rows |= {name: self._segments(name) for name in self.groups}
+        if not rows:
+            raise ValueError(
+                f"Nothing is observed in plate {self.plate.name!r}, so there is nothing to encode. "
+                "Call the model with its data, say with inputs= what the encoder reads, or with "
+                "segments= which other plate holds its data."
+            )
+        return rows if len(rows) > 1 else next(iter(rows.values()))
+
+    def _observed(self, site: Site, plate: Plate) -> Any:
+        """Return a site's values, a row for each datum of a plate."""
+        values, mask = site.rows(self.trace[site.name]["value"], plate), self.mask(site)
+        if mask is None:
+            return values
+        rows = jnp.moveaxis(mask, site.axis(plate), 0)
+        return Masked(values, rows)
+
+    def _segments(self, name: str) -> Segments:
+        """Return what is observed in another plate, by the datum that it belongs to."""
+        plate = self.sites.plates[name]
+        values = {
+            site.name: self._observed(site, plate)
+            for site in self.sites.observed(name)
+            if self.plate.name not in site.plates
+        }
+        return Segments(values, self.groups[name], self.plate.length)
+
+    def _select_rows(self, x: Any) -> Any:
+        size, length = self.plate.size, self.plate.length
+        if isinstance(x, Segments):
+            return self._check_segments(x)
+        x = jnp.asarray(x)
+        if x.ndim and x.shape[0] == length:
+            return x
+        if x.ndim and x.shape[0] == size:
+            return x[self.indices]
+        raise ValueError(
+            f"inputs= returned an array of shape {x.shape}; plate {self.plate.name!r} has "
+            f"{length} of {size} rows in this run. Return either number along axis 0."
+        )
+
+    def _check_segments(self, segments: Segments) -> Segments:
+        if segments.num_segments != self.plate.length:
+            raise ValueError(
+                f"inputs= returned {segments.num_segments} segments; plate {self.plate.name!r} has "
+                f"{self.plate.length} of {self.plate.size} rows in this run. Segments need a group "
+                "for each of the plate's rows, and all rows at once."
+            )
+        return segments
+
+
+def _is_segments(x: Any) -> bool:
+    return isinstance(x, Segments)
+
+
+def run_model(
+    model: Callable[..., Any], plate: str, groups: Groups, args: tuple, kwargs: dict
+) -> Run:
+    """Run a model once, to read it; the enclosing handlers see its plates and nothing else.
+
+    Under ``jit`` what is not read, such as the likelihood's network, is never computed.
+
+    Args:
+        model: a NumPyro model.
+        plate: the local plate's name.
+        groups: by the name of another plate, a function from the model's arguments to the datum
+            that each row of that plate belongs to.
+        args: the model's arguments.
+        kwargs: its keyword arguments.
+
+    Raises:
+        ValueError: if the model has no site in one of the plates this time, or a group is not one
+            of the local plate's rows.
+    """
+    trace = trace_model(model, args, kwargs, expose=("plate",))
+    sites = sites_of_trace(trace)
+    for name in (plate, *groups):
+        if name not in sites.plates:
+            raise ValueError(
+                f"The model has no site in plate {name!r} in this call, found plates "
+                f"{sorted(sites.plates)}. Call the model as when the guide was set up."
+            )
+    found = {
+        name: _ids(read(*args, **kwargs), sites.plates[name], sites.plates[plate])
+        for name, read in groups.items()
+    }
+    return Run(sites.plates[plate], sites, trace, found, args, kwargs)
+
+
+def _ids(ids: Any, elements: Plate, plate: Plate) -> Array:
+    """Check which datum each row of another plate belongs to."""
+    ids = jnp.asarray(ids)
+    if ids.shape != (elements.length,):
+        raise ValueError(
+            f"segments= gives plate {elements.name!r} ids of shape {ids.shape}, expected "
+            f"({elements.length},): for each of its rows the row of plate {plate.name!r} that it "
+            "belongs to."
+        )
+    if plate.length < plate.size:
+        raise ValueError(
+            f"Plate {plate.name!r} subsamples {plate.length} of {plate.size} rows, and segments= "
+            "needs all of them at once. Remove its subsample_size."
+        )
+    return Segments(ids, ids, plate.length).ids

@@ -1,0 +1,1 @@
+"""Pictures of a fit, a posterior and its checks."""

@@ -1,0 +1,1 @@
+"""Better draws for the rows whose posterior cannot be trusted."""

@@ -1,0 +1,214 @@
+"""The rungs of the ladder of repair: three methods, each dearer and surer than the one before."""
+
+from __future__ import annotations
+
+from operator import itemgetter
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float
+from scipy.special import logsumexp
+
+from numpyro_vae.inference.psis import khat_threshold, smooth
+from numpyro_vae.inference.rows import Rows
+from numpyro_vae.inference.runner import Rowwise
+from numpyro_vae.repair.nuts import ROUNDS, Frame, advance, start_chains
+from numpyro_vae.repair.proposals import PROPOSALS, Held, Kernels, adapt, propose
+
+METHODS = ("importance", "refine", "nuts")
+MIN_ESS = 400.0  # effective draws that a mean and its error need (Vehtari et al., 2021)
+STAGES = 2  # in which proposals adapt to what earlier ones found
+CENTERS = 200  # draws that proposals are then made around
+MAX_RHAT = 1.01
+
+
+class Attempt(NamedTuple):
+    """What a method made of some rows.
+
+    Attributes:
+        draws: packed, ``(rows, held, number, size)``: as many given each value of the globals.
+        columns: what was measured of each row, ``passed`` among it; NaN where the method does not.
+    """
+
+    draws: np.ndarray
+    columns: dict[str, np.ndarray]
+
+    @classmethod
+    def joined(cls, parts: list[Attempt]) -> Attempt:
+        """Return the attempts at several blocks of rows as one."""
+        columns = {
+            name: np.concatenate([part.columns[name] for part in parts])
+            for name in parts[0].columns
+        }
+        return cls(np.concatenate([part.draws for part in parts]), columns)
+
+    def at(self, rows: np.ndarray) -> Attempt:
+        """Return the attempt at some of the rows."""
+        return Attempt(self.draws[rows], {name: x[rows] for name, x in self.columns.items()})
+
+    def put(self, rows: np.ndarray, other: Attempt) -> None:
+        """Put another attempt at some of the rows in place of this one."""
+        self.draws[rows] = other.draws
+        for name, values in other.columns.items():
+            self.columns[name][rows] = values
+
+
+def attempt(
+    method: str,
+    rowwise: Rowwise,
+    rng_key: Array,
+    rows: Rows,
+    held: Held,
+    number: int,
+    before: Attempt | None = None,
+) -> Attempt:
+    """Draw the latents of rows anew, by a method.
+
+    * ``importance``: draws of the guide and of the prior, Pareto-smoothed and resampled; where few
+      of them count, draws around those that do;
+    * ``refine``: the same from the row's own variational parameters;
+    * ``nuts``: chains started at what was drawn before, in its scale.
+
+    Args:
+        method: one of these.
+        rowwise: the trained guide.
+        rng_key: the random key.
+        rows: the data.
+        held: values of the global sites, a leading axis of them.
+        number: how many draws for each of these.
+        before: what an earlier rung made of the rows, else weighted draws of the guide are.
+    """
+    weights_key, nuts_key = jax.random.split(rng_key)
+    arguments = (rows, held, number)
+    if method != "nuts":
+        return _by_weights(rowwise, weights_key, *arguments, refined=method == "refine")
+    if before is None:
+        before = _by_weights(rowwise, weights_key, *arguments, refined=False, stages=0)
+    return _by_nuts(rowwise, nuts_key, *arguments, before)
+
+
+def measured(number: int, **known: Any) -> dict[str, np.ndarray]:
+    """Return the columns of rows, NaN for what is not known."""
+    names = ("passed", "khat", "log_evidence", "converged", "rhat", "ess")
+    return {name: np.array(known.get(name, np.full(number, np.nan))) for name in names}
+
+
+def _by_weights(
+    rowwise: Rowwise,
+    rng_key: Array,
+    rows: Rows,
+    held: Held,
+    number: int,
+    *,
+    refined: bool,
+    stages: int = STAGES,
+) -> Attempt:
+    """Weigh proposals; where they are too few that count, propose around what they resample."""
+    # Split once: folding a number into a key gives what splitting it does.
+    first, *later = jax.random.split(rng_key, 1 + stages)
+    found = rowwise.apply(propose, rows, first, held, refined=refined, num_draws=PROPOSALS)
+    made = _weighed(found, first, rows, number)
+    for key in later:
+        left = np.flatnonzero(~made.columns["passed"] & found["whole"])
+        if not left.size:
+            break
+        kernels = Kernels.around(spread(pooled(made.draws[left]), CENTERS))
+        part = rows.choose(rows.chosen[left])
+        again = rowwise.apply_with(adapt, part, kernels, key, held)
+        made.put(left, _weighed(again, key, part, number))
+    if refined:
+        made.columns["converged"] = found["converged"].astype(float)
+    return made
+
+
+def pooled(by_held: np.ndarray) -> np.ndarray:
+    """Return draws ``(rows, held, number, ...)`` with ``held`` and ``number`` in one axis."""
+    return by_held.reshape(len(by_held), -1, *by_held.shape[3:])
+
+
+def spread(draws: np.ndarray, number: int) -> np.ndarray:
+    """Return so many draws, evenly spread over the second axis."""
+    return draws[:, np.linspace(0, draws.shape[1] - 1, number).round().astype(int)]
+
+
+def _weighed(found: dict[str, np.ndarray], rng_key: Array, rows: Rows, number: int) -> Attempt:
+    """Return resampled proposals, and what their weights say of them.
+
+    Weights are of the posterior given each value of the globals, which count alike whatever the
+    row's evidence given them.
+    """
+    log_weights = found["log_weights"].astype(float)
+    total, held, proposals = log_weights.shape
+    evidence = logsumexp(log_weights, axis=2, keepdims=True) - np.log(proposals)
+    smoothed, khat = smooth(pooled(log_weights - evidence).T, rows.chosen)
+    ess = 1 / np.exp(2 * smoothed).sum(0)
+    rng = np.random.default_rng(np.asarray(jax.random.key_data(rng_key)))
+    weights = np.exp(smoothed).T.reshape(total * held, proposals)
+    chosen = _resample(weights, number, rng).reshape(total, held, number, 1)
+    columns = measured(
+        total,
+        passed=(khat < khat_threshold(len(smoothed))) & (ess >= MIN_ESS),
+        khat=khat,
+        log_evidence=evidence.mean((1, 2)),
+        ess=ess,
+    )
+    return Attempt(np.take_along_axis(found["draws"], chosen, axis=2), columns)
+
+
+def _resample(
+    weights: Float[np.ndarray, "rows proposals"], num_samples: int, rng: np.random.Generator
+) -> np.ndarray:
+    """Return which proposals to keep, systematically, so that few are kept twice."""
+    points = (np.arange(num_samples) + rng.uniform(size=(len(weights), 1))) / num_samples
+    sums = np.cumsum(weights, axis=1)
+    sums /= sums[:, -1:]
+    pairs = zip(sums, points, strict=True)
+    chosen = [rng.permutation(np.searchsorted(row, point)) for row, point in pairs]
+    return np.minimum(np.stack(chosen), weights.shape[1] - 1)
+
+
+def _by_nuts(
+    rowwise: Rowwise, rng_key: Array, rows: Rows, held: Held, number: int, before: Attempt
+) -> Attempt:
+    """Run the chains of rows until they agree and their draws suffice, or are too many."""
+    near = pooled(before.draws)
+    frame = Frame.around(near, before.columns["ess"])
+    chains = start_chains(near, frame, before.draws.shape[1])
+    first, *later = jax.random.split(rng_key, 1 + sum(ROUNDS))
+    chains, _ = advance(rowwise, rows, first, held, frame, chains, adapt=True)
+    left, kept = np.arange(len(near)), []
+    made = before.at(left)
+    for rounds in ROUNDS:
+        for _ in range(rounds):
+            key = later[len(kept)]
+            chains, draws = advance(rowwise, rows, key, held, frame, chains, adapt=False)
+            kept.append(draws)
+        found = _judge(np.concatenate(kept, axis=3), number)
+        made.put(left, found)
+        on = np.flatnonzero(~found.columns["passed"])
+        if not on.size:
+            break
+        left, rows = left[on], rows.choose(rows.chosen[on])
+        frame, chains, kept = jax.tree.map(itemgetter(on), (frame, chains, kept))
+    return made
+
+
+def _judge(draws: Float[np.ndarray, "rows held chains draws size"], number: int) -> Attempt:
+    """Return so many of the draws of chains, and what these say of each row.
+
+    Draws given all values of the globals are returned together: their r-hats are averaged, squared,
+    as variances are, and their effective sample sizes add up.
+    """
+    from arviz_stats.base import array_stats
+
+    by_value = np.moveaxis(draws.astype(float), -1, 2)
+    rhat = array_stats.rhat(by_value, chain_axis=-2, draw_axis=-1)
+    ess = array_stats.ess(by_value, chain_axis=-2, draw_axis=-1)
+    worst = np.sqrt((np.nan_to_num(rhat, nan=np.inf) ** 2).mean(1)).max(-1)
+    least = np.nan_to_num(ess).sum(1).min(-1)
+    passed = (worst < MAX_RHAT) & (least >= MIN_ESS)
+    rows, size = draws.shape[:2]
+    thinned = spread(draws.reshape(rows * size, -1, draws.shape[-1]), number)
+    columns = measured(rows, passed=passed, rhat=worst, ess=least)
+    return Attempt(thinned.reshape(rows, size, number, -1), columns)

@@ -1,0 +1,168 @@
+"""Proposals for a datum's latents, and their importance weights, in compiled code."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.scipy.linalg import solve_triangular
+from jax.scipy.special import logsumexp
+from jaxtyping import Array, Float
+
+from numpyro_vae.inference.quantities import View
+from numpyro_vae.inference.refine import refine
+from numpyro_vae.model.sites import is_improper
+
+PROPOSALS = 8000  # draws of a datum, shared by the draws of the global sites that it is held at
+FEWEST = 1000  # of these for each
+FROM_PRIOR = 0.2  # of all proposals, where there is a prior to draw from
+
+Held = dict[str, Array]
+LogDensity = Callable[[Array], Array]
+Proposal = Callable[[Array, Held, int], tuple[Array, LogDensity]]
+
+
+class Kernels(NamedTuple):
+    """A mixture of Normals for each datum, all of one covariance.
+
+    Attributes:
+        centers: ``(batch, number, size)``, equally probable.
+        scale_tril: the Cholesky factor of the covariance, ``(batch, size, size)``.
+    """
+
+    centers: Any
+    scale_tril: Any
+
+    @classmethod
+    def around(cls, draws: Float[np.ndarray, "batch number size"]) -> Kernels:
+        """Return kernels around draws, of the bandwidth of Silverman's rule."""
+        _, number, size = draws.shape
+        centered = draws - draws.mean(1, keepdims=True)
+        covariance = np.einsum("bni,bnj->bij", centered, centered) / number
+        ridge = 1e-6 * np.einsum("bii->b", covariance) / size + 1e-12
+        covariance += ridge[:, None, None] * np.eye(size)
+        bandwidth = (4 / (number * (size + 2))) ** (1 / (size + 4))
+        return cls(draws, bandwidth * np.linalg.cholesky(covariance))
+
+    def sample(self, rng_key: Array, num_samples: int) -> Float[Array, "num_samples batch size"]:
+        """Draw from the mixture of every datum."""
+        pick_key, noise_key = jax.random.split(rng_key)
+        batch, number, size = self.centers.shape
+        picked = jax.random.randint(pick_key, (batch, num_samples), 0, number)
+        means = jnp.take_along_axis(self.centers, picked[..., None], axis=1)
+        noise = jax.random.normal(noise_key, (batch, num_samples, size))
+        return jnp.moveaxis(means + jnp.einsum("bij,bnj->bni", self.scale_tril, noise), 1, 0)
+
+    def log_prob(self) -> Callable[[Float[Array, "batch size"]], Float[Array, "batch"]]:
+        """Return the log-density, of a draw of each datum."""
+        number, size = self.centers.shape[1:]
+        whiten = jax.vmap(partial(solve_triangular, lower=True), (0, None))(
+            self.scale_tril, jnp.eye(size)
+        )
+        # Counted from their mean, as their distances are all that matters.
+        middle = self.centers.mean(1)
+        centers = jnp.einsum("bij,bnj->bni", whiten, self.centers - middle[:, None])
+        log_det = jnp.log(jnp.diagonal(self.scale_tril, axis1=1, axis2=2)).sum(-1)
+        normalizer = log_det + size / 2 * jnp.log(2 * jnp.pi) + jnp.log(number)
+
+        def log_prob(packed: Array) -> Array:
+            standard = jnp.einsum("bij,bj->bi", whiten, packed - middle)
+            squares = ((standard[:, None] - centers) ** 2).sum(-1)
+            return logsumexp(-squares / 2, axis=-1) - normalizer
+
+        return log_prob
+
+
+def propose(view: View, rng_key: Array, held: Held, *, refined: bool) -> dict[str, Array]:
+    """Draw from the guide, or from what it is refined to, and weigh.
+
+    Args:
+        view: the batch.
+        rng_key: the random key.
+        held: values of the global sites, a leading axis of them.
+        refined: whether each datum's own variational parameters are optimized first.
+
+    Returns:
+        By row: packed ``draws`` ``(batch, held, number, size)``, their ``log_weights``
+        ``(batch, held, number)`` given each value of the globals, whether the optimization has
+        ``converged``, and whether all latents count, as kernels are of all.
+    """
+    refine_key, key = jax.random.split(rng_key)
+    converged = jnp.ones(len(view.indices), bool)
+    if refined:
+        view, converged = refine(view, refine_key, held)
+
+    def guide(key: Array, held: Held, number: int) -> tuple[Array, LogDensity]:
+        given = {name: jnp.broadcast_to(x, (number, *x.shape)) for name, x in held.items()}
+        return view.draw(key, number, given), view.encoding.condition(held).log_prob
+
+    whole = jnp.full(converged.shape, view.encoding.mask is None)
+    return _weigh(view, guide, key, held) | {"converged": converged, "whole": whole}
+
+
+def adapt(view: View, kernels: Kernels, rng_key: Array, held: Held) -> dict[str, Array]:
+    """Draw from kernels around draws that were resampled before, and weigh; see `propose`.
+
+    Reference:
+        Cappé, Guillin, Marin and Robert, *Population Monte Carlo*, Journal of Computational and
+        Graphical Statistics, 2004.
+    """
+    kernels = jax.tree.map(jnp.asarray, kernels)
+
+    def around(key: Array, held: Held, number: int) -> tuple[Array, LogDensity]:
+        return kernels.sample(key, number), kernels.log_prob()
+
+    return _weigh(view, around, rng_key, held)
+
+
+def _weigh(view: View, proposal: Proposal, rng_key: Array, held: Held) -> dict[str, Array]:
+    """Weigh draws given each value of the globals.
+
+    Some are of the prior, lest a mode be missed. A weight is that of the mixture which all were
+    drawn from, and so it is bounded by the likelihood (*defensive* importance sampling: Hesterberg,
+    Technometrics, 1995).
+    """
+    size = len(next(iter(held.values()))) if held else 1
+    number = max(PROPOSALS // size, FEWEST)
+    share = 0.0 if _is_improper(view) else FROM_PRIOR
+    of_prior = round(number * share / (1 - share))
+
+    def given(args: tuple[Array, Held]) -> tuple[Array, Array]:
+        draw_key, prior_key, key = jax.random.split(args[0], 3)
+        draws, log_q = proposal(draw_key, args[1], number)
+        if of_prior:
+            draws = jnp.concatenate([draws, _from_prior(view, prior_key, args[1], of_prior)])
+
+        def weigh(packed: Array) -> Array:
+            log_joint, log_prior = view.log_densities(packed, args[1], key)
+            proposed = log_q(packed)
+            if of_prior:
+                defence = jnp.log(share) + logsumexp(log_prior, axis=0)
+                proposed = jnp.logaddexp(jnp.log1p(-share) + proposed, defence)
+            return logsumexp(log_joint, axis=0) - proposed
+
+        return draws, view.over_draws(weigh, draws)
+
+    draws, log_weights = jax.lax.map(given, (jax.random.split(rng_key, size), held))
+    known = jnp.where(jnp.isnan(log_weights), -jnp.inf, log_weights)
+    return {"draws": jnp.moveaxis(draws, 2, 0), "log_weights": jnp.moveaxis(known, 2, 0)}
+
+
+def _is_improper(view: View) -> bool:
+    trace = view.encoding.run.trace
+    return any(is_improper(trace[site.name]["fn"]) for site in view.encoding.sites)
+
+
+def _from_prior(
+    view: View, rng_key: Array, held: Held, number: int
+) -> Float[Array, "draws batch size"]:
+    def one(key: Array) -> Array:
+        trace = view.trace(held, key)
+        values = {site.name: trace[site.name]["value"] for site in view.encoding.sites}
+        return view.encoding.pack(values)
+
+    return view.over_draws(one, jax.random.split(rng_key, number))

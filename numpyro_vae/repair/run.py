@@ -1,0 +1,90 @@
+"""The ladder of repair: tries one method after another on the rows that have not passed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Array
+
+from numpyro_vae.checks.report import Report
+from numpyro_vae.inference.quantities import View, finish
+from numpyro_vae.inference.rows import Rows
+from numpyro_vae.inference.runner import Rowwise
+from numpyro_vae.repair.methods import CENTERS, METHODS, Attempt, attempt, measured, pooled, spread
+from numpyro_vae.repair.proposals import Held
+from numpyro_vae.repair.result import Repair, columns
+
+NUM_HELD = 32  # draws of the global sites that rows are repaired for, if there are any
+BLOCK = 64  # rows whose proposals are held at once
+
+
+def run_repair(
+    rowwise: Rowwise, rng_key: Array, data: Any, rows: Any, method: str, num_samples: int, axes: Any
+) -> Repair:
+    """Repair rows; see `Posterior.repair`."""
+    rowwise.require_density()
+    if num_samples < 1:
+        raise ValueError(f"num_samples is {num_samples}, expected at least 1.")
+    if method not in ("auto", *METHODS):
+        raise ValueError(f"method is {method!r}, expected 'auto' or one of {list(METHODS)}.")
+    every = rowwise.read(data, axes)
+    if isinstance(rows, Report):
+        rows = rows.flagged_of(every.num_rows)
+    chosen = every.choose(np.unique(every.choose(rows).chosen))
+    plate, count = rowwise.guide.plate.name, len(chosen.chosen)
+    if not count:
+        nothing = measured(0, passed=np.zeros(0, bool))
+        return Repair(columns(plate, chosen.chosen, nothing, np.zeros(0, int)), {})
+    size = min(NUM_HELD, num_samples) if rowwise.guide.global_names else 1
+    held = rowwise.draw_globals(rng_key, chosen, size)
+    ladder = METHODS if method == "auto" else (method,)
+    number = -(-max(num_samples, CENTERS) // size)
+    made, rung = _climb(rowwise, rng_key, chosen, held, ladder, number)
+    packed = spread(pooled(made.draws), num_samples)
+    of_held = spread(np.arange(size * number)[None] // number, num_samples)[0]
+    given = {name: np.asarray(value)[of_held] for name, value in held.items()}
+    groups = rowwise.apply_with(_finish, chosen, packed, rng_key, given, row_axis=1)
+    return Repair(columns(plate, chosen.chosen, made.columns, rung), groups)
+
+
+def _finish(view: View, packed: Array, rng_key: Array, globals_: Held) -> dict[str, dict]:
+    """Return the draws by group, without what lies in another plate than the rows."""
+    plate, sites = view.encoding.run.plate.name, view.encoding.run.sites
+    around = {name: site.plates for name, site in sites.sites.items()} | sites.deterministic
+    return {
+        group: {name: x for name, x in variables.items() if plate in around[name]}
+        for group, variables in finish(view, packed, rng_key, globals_).items()
+    }
+
+
+def _climb(
+    rowwise: Rowwise,
+    rng_key: Array,
+    rows: Rows,
+    held: Held,
+    ladder: tuple[str, ...],
+    number: int,
+) -> tuple[Attempt, np.ndarray]:
+    """Return the last draws of each row, and the number of the method that made them."""
+
+    def tried(name: str, left: np.ndarray, before: Attempt | None) -> Attempt:
+        key = jax.random.fold_in(rng_key, METHODS.index(name))
+        parts = []
+        for block in np.split(np.arange(len(left)), range(BLOCK, len(left), BLOCK)):
+            part = rows.choose(rows.chosen[left[block]])
+            begun = before and before.at(block)
+            parts.append(attempt(name, rowwise, key, part, held, number, begun))
+        return Attempt.joined(parts)
+
+    every = np.arange(len(rows.chosen))
+    made = tried(ladder[0], every, None)
+    rung = np.full(len(every), METHODS.index(ladder[0]))
+    for name in ladder[1:]:
+        left = np.flatnonzero(~made.columns["passed"])
+        if not left.size:
+            break
+        made.put(left, tried(name, left, made.at(left)))
+        rung[left] = METHODS.index(name)
+    return made, rung

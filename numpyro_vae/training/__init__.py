@@ -1,0 +1,1 @@
+"""SVI on minibatches, in compiled epochs."""
