@@ -13,7 +13,8 @@ from numpyro import handlers
 
 from numpyro_vae import MLP, AutoAmortizedNormal, flatten_inputs
 from numpyro_vae.model.plates import minibatch
-from numpyro_vae.model.sites import choose_plate, read_model
+from numpyro_vae.model.reading import ModelReader
+from numpyro_vae.model.sites import choose_plate
 
 X = np.linspace(-2, 2, 12, dtype=np.float32)
 
@@ -30,7 +31,7 @@ def rich(x):
 
 
 def test_read():
-    sites = read_model(rich, (jnp.asarray(X),), {})
+    sites = ModelReader(rich).sites((jnp.asarray(X),), {})
     assert list(sites.sites) == ["sigma", "w", "m", "x"]
     plate = choose_plate(sites, "data")
     assert (plate.size, plate.length, plate.dim) == (12, 4, -2)
@@ -47,7 +48,7 @@ def test_read():
 
 
 def test_the_plate_that_subsamples_is_chosen():
-    assert choose_plate(read_model(rich, (jnp.asarray(X),), {}), None).name == "data"
+    assert choose_plate(ModelReader(rich).sites((jnp.asarray(X),), {}), None).name == "data"
 
 
 def test_unpack_puts_the_plate_where_the_site_has_it():
@@ -55,7 +56,7 @@ def test_unpack_puts_the_plate_where_the_site_has_it():
         with numpyro.plate("items", 3, dim=-2), numpyro.plate("data", len(x), dim=-1):
             numpyro.sample("z", dist.Normal(0, 1).expand([2]).to_event(1))
 
-    sites = read_model(model, (X,), {})
+    sites = ModelReader(model).sites((X,), {})
     plate, site = sites.plates["data"], sites.sites["z"]
     packed = jnp.arange(5 * 12 * 6.0).reshape(5, 12, 6)
     value = site.unpack(packed, plate)

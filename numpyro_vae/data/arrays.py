@@ -1,11 +1,10 @@
-"""Where batches come from: arrays in memory, or any iterable of batches."""
+"""Data in memory, as the arguments of a model."""
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,14 +12,6 @@ import numpy as np
 from jaxtyping import Array
 
 Data = Any
-
-
-class Batch(NamedTuple):
-    """A batch in a compiled loop: array leaves, row numbers, and a weight for each row."""
-
-    arrays: tuple[Array, ...]
-    indices: Array
-    weights: Array | None
 
 
 def as_arguments(data: Data) -> tuple[tuple, dict[str, Any]]:
@@ -33,6 +24,11 @@ def as_arguments(data: Data) -> tuple[tuple, dict[str, Any]]:
     if isinstance(data, dict):
         return (), data
     return (tuple(data) if isinstance(data, tuple) else (data,)), {}
+
+
+def is_array(leaf: Any) -> bool:
+    """Return whether a leaf of the arguments is an array, or stands for one."""
+    return hasattr(leaf, "__array__") or isinstance(leaf, jax.ShapeDtypeStruct)
 
 
 def is_in_memory(data: Data) -> bool:
@@ -64,6 +60,14 @@ class Layout:
     static: tuple[Any, ...]
     axes: tuple[int | None, ...]
     treedef: Any
+
+    @classmethod
+    def of(cls, args: tuple, kwargs: dict[str, Any]) -> tuple[list[Any], Layout]:
+        """Split arguments into their arrays, none with a datum axis, and their layout."""
+        leaves, treedef = jax.tree.flatten((args, kwargs))
+        arrays = [leaf for leaf in leaves if is_array(leaf)]
+        static = tuple(None if is_array(leaf) else leaf for leaf in leaves)
+        return arrays, cls(static, (None,) * len(arrays), treedef)
 
     def rows(self, arrays: Sequence[Array], indices: Array) -> tuple[tuple, dict[str, Any]]:
         """Return the model's arguments with just the given rows of each batched array."""
@@ -206,34 +210,3 @@ def _not_finite(array: Array, axis: int | None, path: str) -> str:
     bad = np.argwhere(~np.isfinite(np.asarray(array)))
     row = "" if axis is None else f", the first in row {bad[0][axis]}"
     return f"{path} has {len(bad)} values that are NaN or infinite{row}"
-
-
-def padded_batches(num_data: int, batch_size: int) -> Iterator[tuple[Array, Array]]:
-    """Yield ``(indices, weights)`` of every row in order, the last batch filled up.
-
-    The weights of a batch add up to ``batch_size``; those of rows that fill up are zero.
-
-    Example:
-        >>> [weights.tolist() for _, weights in padded_batches(3, 2)]
-        [[1.0, 1.0], [2.0, 0.0]]
-    """
-    for start in range(0, num_data, batch_size):
-        indices = np.arange(start, start + batch_size)
-        real = indices < num_data
-        weights = real * np.float32(batch_size / real.sum())
-        yield jnp.asarray(np.where(real, indices, start)), jnp.asarray(weights)
-
-
-def prefetch(batches: Iterable[Any], size: int = 2) -> Iterator[Any]:
-    """Yield batches, keeping ``size`` of them ahead on their way to the device.
-
-    Example:
-        >>> list(prefetch([1, 2, 3]))
-        [1, 2, 3]
-    """
-    queue: deque = deque()
-    for batch in batches:
-        queue.append(batch)
-        if len(queue) > size:
-            yield queue.popleft()
-    yield from queue

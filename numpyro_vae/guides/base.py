@@ -10,7 +10,6 @@ from typing import Any, TypedDict
 
 import jax
 import jax.numpy as jnp
-import numpyro
 from jaxtyping import Array
 from numpyro import handlers
 from numpyro.infer import Predictive
@@ -23,10 +22,13 @@ from numpyro_vae.families import AbstractFamily
 from numpyro_vae.guides.encoding import Encoding
 from numpyro_vae.guides.local_sites import sample_local
 from numpyro_vae.guides.network import Encoder, Network, declare_network
-from numpyro_vae.model.plan import read_structure
+from numpyro_vae.model.plan import GuidePlan, plan_guide
 from numpyro_vae.model.plates import all_rows
+from numpyro_vae.model.reading import ModelReader
 from numpyro_vae.model.run import Run, run_model
-from numpyro_vae.model.sites import Site, draw_improper, own_trace
+from numpyro_vae.model.sites import Site
+from numpyro_vae.model.trace import draw_improper, own_trace
+from numpyro_vae.numpyro_internals import is_set_up, is_training, plate_indices, set_up
 
 __all__ = ["AmortizedGuide", "GuideOptions"]
 
@@ -110,6 +112,9 @@ class AmortizedGuide(AutoGuide):
         self.global_guide = global_guide
         self.argument_shapes: Shapes = {}
         self.training = True
+        self.reader = ModelReader(model)
+        self.plan: GuidePlan | None = None
+        self.compiled: dict[Any, Callable[..., Any]] = {}
 
     def setup(self, *args: Any, **kwargs: Any) -> None:
         """Read the model, once: nothing is computed, no likelihood evaluated, at any size.
@@ -121,7 +126,7 @@ class AmortizedGuide(AutoGuide):
         Raises:
             ValueError: see the class.
         """
-        if self.prototype_trace is None:
+        if not is_set_up(self):
             self._setup_prototype(*args, **kwargs)
 
     def reset(self) -> None:
@@ -129,16 +134,19 @@ class AmortizedGuide(AutoGuide):
         self.prototype_trace = None
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
-        structure = read_structure(
-            self.model,
+        plan = plan_guide(
+            self.reader,
             args,
             kwargs,
             plate=self.plate_name,
             condition_on=self.condition_on,
             dependencies=self.dependencies,
         )
-        self.sites, self.plate = structure.sites, structure.plate
-        self.local_sites, self.global_names = structure.local, structure.globals
+        if plan != self.plan:
+            self.compiled = {}  # what was compiled for another model
+        self.plan = plan
+        self.sites, self.plate = plan.sites, plan.plate
+        self.local_sites, self.global_names = plan.local, plan.globals
         self.globals = self._make_global_guide()
         self.argument_shapes = argument_shapes(args, kwargs)
         self.prototype_trace = {
@@ -193,9 +201,9 @@ class AmortizedGuide(AutoGuide):
     def _run(self, args: tuple, kwargs: dict) -> Run:
         """Run the model with the plates of ``create_plates``, if there are any."""
         made = self._create_plates(*args, **kwargs) if self.create_plates is not None else {}
-        given = {name: plate._indices for name, plate in made.items()}
+        given = {name: plate_indices(plate) for name, plate in made.items()}
         with handlers.substitute(data=given):
-            return run_model(self.model, self.plate.name, self.segments, args, kwargs)
+            return run_model(self.reader, self.plate.name, self.segments, args, kwargs)
 
     def _encode(self, args: tuple, kwargs: dict, given: dict[str, Any] | None = None) -> Encoding:
         """Encode the rows of a run, with parameters from the enclosing handlers.
@@ -209,7 +217,7 @@ class AmortizedGuide(AutoGuide):
         network, inputs = self._network(run, sites), run.inputs(self.inputs)
         if given is not None:
             network.check_params(given, self.prefix, inputs)
-        training = self.training and numpyro.get_mask() is not False  # as it is in Predictive
+        training = self.training and is_training()
         applied, features = declare_network(network, self.prefix, inputs, train=training)
         return Encoding(features, applied.in_order(), self.family, run)
 
@@ -295,7 +303,7 @@ class AmortizedGuide(AutoGuide):
         if self.globals is None:
             return {}
         if isinstance(self.globals, AutoGuide):
-            _setup(self.globals, params, args, kwargs)
+            set_up(self.globals, params, args, kwargs)
             return self.globals.sample_posterior(
                 rng_key, params, *args, sample_shape=sample_shape, **kwargs
             )
@@ -346,7 +354,7 @@ class AmortizedGuide(AutoGuide):
         self, params: dict[str, Any], quantiles: Any, args: tuple, kwargs: dict[str, Any]
     ) -> dict[str, Array]:
         guide: Any = self.globals
-        _setup(guide, params, args, kwargs)
+        set_up(guide, params, args, kwargs)
         if isinstance(guide, AmortizedGuide):
             return guide.quantiles(params, quantiles, *args, **kwargs)
         return guide.quantiles(params, quantiles)
@@ -380,10 +388,3 @@ def _is_not_among(names: frozenset[str], msg: Any) -> bool:
 
 def _draw_if_improper(hidden: Callable[[Any], bool], msg: Any) -> Any:
     return draw_improper(msg) if hidden(msg) else None
-
-
-def _setup(guide: AutoGuide, params: dict[str, Any], args: tuple, kwargs: dict[str, Any]) -> None:
-    """Let an automatic guide read the model, which it does when first called."""
-    if guide.prototype_trace is None:
-        with handlers.block(), handlers.seed(rng_seed=0), handlers.substitute(data=params):
-            guide(*args, **kwargs)

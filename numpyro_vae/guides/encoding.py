@@ -14,7 +14,8 @@ from numpyro.distributions import biject_to
 from numpyro_vae.families import AbstractFamily
 from numpyro_vae.guides.blocks import Block
 from numpyro_vae.model.run import Run
-from numpyro_vae.model.sites import Site, is_real
+from numpyro_vae.model.sites import Site
+from numpyro_vae.model.trace import is_real
 
 __all__ = ["Encoding"]
 
@@ -71,10 +72,14 @@ class Encoding:
 
     def _flat(self, name: str, value: Array) -> Array:
         """Return a global site's value, unconstrained and flat, draws in front."""
-        fn, site = self.run.trace[name]["fn"], self.run.sites.sites[name]
+        site = self.run.sites.sites[name]
         shape = site.batch_shape + site.event_shape
         lead = jnp.shape(value)[: jnp.ndim(value) - len(shape)]
-        return biject_to(fn.support).inv(jnp.broadcast_to(value, lead + shape)).reshape(*lead, -1)
+        return (
+            biject_to(self.run.support(site))
+            .inv(jnp.broadcast_to(value, lead + shape))
+            .reshape(*lead, -1)
+        )
 
     def sample(
         self, row_keys: Shaped[Array, "batch *key"], num_samples: int

@@ -16,7 +16,8 @@ from numpyro.distributions.util import sum_rightmost
 
 from numpyro_vae.guides.blocks import Block
 from numpyro_vae.guides.encoding import Encoding
-from numpyro_vae.model.sites import Site, is_real
+from numpyro_vae.model.sites import Site
+from numpyro_vae.model.trace import is_real
 
 
 def sample_local(encoding: Encoding, prefix: str) -> Iterator[tuple[str, Array]]:

@@ -11,7 +11,8 @@ from numpyro.distributions import biject_to, kl_divergence
 from numpyro.distributions.util import sum_rightmost
 
 from numpyro_vae.guides.encoding import Encoding
-from numpyro_vae.model.sites import Site, is_real, mask_of
+from numpyro_vae.model.sites import Site
+from numpyro_vae.model.trace import is_real, mask_of
 from numpyro_vae.scales.log_scale_normal import LogScaleNormal
 
 

@@ -156,7 +156,7 @@ def observed(view: View) -> dict[str, Array]:
     run = view.encoding.run
     plates = [run.sites.plates[name] for name in (run.plate.name, *run.groups)]
     return {
-        site.name: site.rows(run.trace[site.name]["value"], plate)
+        site.name: site.rows(run.reading.values[site.name], plate)
         for plate in reversed(plates)  # what lies in several is of the local one
         for site in run.sites.observed(plate.name)
     }

@@ -13,12 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from numpyro_vae.data.arrays import ArrayData, padded_batches, prefetch
+from numpyro_vae.data.arrays import ArrayData
+from numpyro_vae.data.batch import padded_batches, prefetch
 from numpyro_vae.data.shapes import explained
 from numpyro_vae.guides.base import AmortizedGuide
-from numpyro_vae.model.missing import FiniteObservations
+from numpyro_vae.model.missing import require_finite_observations
 from numpyro_vae.model.plan import check_observed
-from numpyro_vae.model.sites import read_model
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,8 @@ class Rows:
         args, kwargs = arrays.whole()
         kwargs = {**kwargs, **static_kwargs}
         with explained(guide.argument_shapes, *arrays.whole(), arrays.layout.axes):
-            FiniteObservations(guide.model, static_kwargs).require(arrays)
-            sites = read_model(guide.model, args, kwargs)
+            require_finite_observations(guide.reader, arrays, static_kwargs)
+            sites = guide.reader.sites(args, kwargs)
         guide.setup(*args, **kwargs)
         name = guide.plate.name
         plate = sites.plates.get(name)

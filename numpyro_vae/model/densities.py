@@ -12,6 +12,7 @@ from numpyro.primitives import Messenger
 
 from numpyro_vae.data.ragged import Segments
 from numpyro_vae.model.run import Run
+from numpyro_vae.numpyro_internals import was_observed
 
 Model = Callable[..., Any]
 
@@ -60,11 +61,7 @@ def observed_densities(trace: dict[str, Any], run: Run) -> Float[Array, "batch"]
         run: the run of the model that the guide has read.
     """
     sites = (site for site in trace.values() if site["type"] == "sample")
-    return _sum_by_row((site for site in sites if _was_observed(site)), run)
-
-
-def _was_observed(site: dict) -> bool:
-    return site["is_observed"] or site["infer"].get("was_observed", False)
+    return _sum_by_row((site for site in sites if was_observed(site)), run)
 
 
 def _sum_by_row(sites: Iterable[dict], run: Run) -> Float[Array, "batch"]:
@@ -76,7 +73,7 @@ def _sum_by_row(sites: Iterable[dict], run: Run) -> Float[Array, "batch"]:
             total += _by_row(site, dims[run.plate.name])
             continue
         name = next((name for name in run.groups if name in dims), None)
-        if _was_observed(site) and name is not None:
+        if was_observed(site) and name is not None:
             elements = _by_row(site, dims[name])
             total += Segments(elements, run.groups[name], run.plate.length).sum(elements)
     return total
@@ -102,7 +99,7 @@ def predicted_rows(trace: dict[str, Any], run: Run) -> dict[str, Array]:
     plates = (run.plate.name, *run.groups)
     found = {}
     for name, site in trace.items():
-        observed = site["type"] == "sample" and site["infer"].get("was_observed", False)
+        observed = site["type"] == "sample" and was_observed(site)
         dims = {frame.name: frame.dim for frame in site.get("cond_indep_stack", ())}
         plate = next((plate for plate in plates if plate in dims), None)
         if observed and not jnp.size(site["value"]):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +13,7 @@ from jaxtyping import Array, Int
 from numpyro import handlers
 
 from numpyro_vae.model.plates import all_rows
+from numpyro_vae.model.reading import ModelReader
 from numpyro_vae.model.run import Run, run_model
 from numpyro_vae.model.sites import Plate, Site
 
@@ -63,12 +63,10 @@ class Enumeration:
         return cls(plate, sites, values, supports)
 
     @classmethod
-    def of_model(
-        cls, model: Callable[..., Any], plate: str, args: tuple, kwargs: dict
-    ) -> Enumeration:
+    def of_model(cls, reader: ModelReader, plate: str, args: tuple, kwargs: dict) -> Enumeration:
         """Read the enumerated sites of a plate off the model."""
-        with handlers.block(), all_rows(), handlers.seed(rng_seed=0):
-            return cls.read(run_model(model, plate, {}, args, kwargs))
+        with handlers.block(), all_rows():
+            return cls.read(run_model(reader, plate, {}, args, kwargs))
 
     @property
     def num_combinations(self) -> int:
@@ -102,10 +100,9 @@ class Enumeration:
 
 def _support(run: Run, site: Site) -> Any:
     """Return the values that a site can take."""
-    values = run.trace[site.name]["fn"].enumerate_support(expand=False)
     if site.event_shape:
         raise ValueError(
             f"The enumerated site {site.name!r} has event shape {site.event_shape}; a discrete "
             "latent is a scalar. Put its entries into a plate."
         )
-    return jnp.asarray(values).reshape(-1)
+    return jnp.asarray(run.reading.choices[site.name]).reshape(-1)

@@ -12,11 +12,13 @@ from numpyro import handlers
 from numpyro.infer.inspect import get_dependencies
 from numpyro.ops.provenance import eval_provenance
 
-from numpyro_vae.model.sites import ModelSites, Plate, Site, choose_plate, read_model, trace_model
+from numpyro_vae.model.reading import ModelReader
+from numpyro_vae.model.sites import ModelSites, Plate, Site, choose_plate
+from numpyro_vae.model.trace import trace_model
 
 
 @dataclass(frozen=True)
-class GuideStructure:
+class GuidePlan:
     """A model as its guide divides it.
 
     Attributes:
@@ -32,19 +34,19 @@ class GuideStructure:
     globals: tuple[str, ...]
 
 
-def read_structure(
-    model: Callable[..., Any],
+def plan_guide(
+    reader: ModelReader,
     args: tuple,
     kwargs: dict[str, Any],
     *,
     plate: str | None,
     condition_on: Sequence[str],
     dependencies: Mapping[str, Sequence[str]],
-) -> GuideStructure:
+) -> GuidePlan:
     """Read a model, without computing it, and check what the guide was told about it.
 
     Args:
-        model: a NumPyro model.
+        reader: of the model.
         args: its positional arguments.
         kwargs: its keyword arguments.
         plate: the local plate's name, or None to choose it.
@@ -56,11 +58,11 @@ def read_structure(
             support of one depends on other values, or a site that is to be read does not exist or
             not in time.
     """
-    sites = read_model(model, args, kwargs)
+    sites = reader.sites(args, kwargs)
     local_plate = choose_plate(sites, plate)
     for site in sites.local(local_plate.name):
         _check_continuous(site, local_plate)
-    _check_supports(model, sites, local_plate, args, kwargs)
+    _check_supports(reader, sites, local_plate, args, kwargs)
     local = _in_order(sites.local(local_plate.name), dependencies, local_plate)
     globals_ = tuple(site.name for site in sites.globals(local_plate.name))
     wrong = [name for name in condition_on if name not in globals_]
@@ -69,7 +71,7 @@ def read_structure(
             f"condition_on= names {wrong}; the latent sites outside plate {local_plate.name!r} are "
             f"{list(globals_)}. Name these; local sites go into dependencies=."
         )
-    return GuideStructure(sites, local_plate, local, globals_)
+    return GuidePlan(sites, local_plate, local, globals_)
 
 
 def check_observed(
@@ -124,17 +126,18 @@ def _check_continuous(site: Site, plate: Plate) -> None:
 
 
 def _check_supports(
-    model: Callable[..., Any], sites: ModelSites, plate: Plate, args: tuple, kwargs: dict
+    reader: ModelReader, sites: ModelSites, plate: Plate, args: tuple, kwargs: dict
 ) -> None:
     """Raise if the support of a local site depends on what is sampled or learned."""
     local = [site.name for site in sites.local(plate.name)]
+    if not set(local) & set(reader.supports(args, kwargs)):
+        return
     found: dict[str, Any] = {}
 
     def supports(**values: Any) -> dict[str, Any]:
         """Trace the model, and return the bounds of the local sites, given values of all sites."""
-        given = handlers.substitute(model, data=values)
-        with handlers.block(), handlers.seed(rng_seed=0):
-            trace = trace_model(given, args, kwargs)
+        given = handlers.substitute(reader.model, data=values)
+        trace = trace_model(given, args, kwargs, jax.random.key(0), {})
         found.update(
             {
                 name: jax.eval_shape(lambda msg=msg: msg["value"])
@@ -144,8 +147,7 @@ def _check_supports(
         )
         return {name: jax.tree.leaves(trace[name]["fn"].support) for name in local}
 
-    if not jax.tree.leaves(jax.eval_shape(supports)):
-        return
+    jax.eval_shape(supports)
     for name, reads in eval_provenance(supports, **found).items():
         moving = sorted(frozenset().union(*reads))
         if moving:

@@ -24,8 +24,8 @@ class all_rows(Messenger):  # noqa: N801 - handlers are lower case, as in numpyr
     """
 
     def process_message(self, msg: Any) -> None:
-        """Give the plate all of its indices."""
-        if msg["type"] == "plate":
+        """Give a plate that subsamples all of its indices."""
+        if msg["type"] == "plate" and msg["args"][1] not in (None, msg["args"][0]):
             size = msg["args"][0]
             msg["value"] = jnp.arange(size)
             msg["args"] = (size, size)

@@ -14,19 +14,20 @@ from jaxtyping import Array, Bool, Int
 from numpyro import handlers
 
 from numpyro_vae.data.ragged import Masked, Segments
-from numpyro_vae.model.sites import ModelSites, Plate, Site, mask_of, sites_of_trace, trace_model
+from numpyro_vae.model.reading import ModelReader, Reading
+from numpyro_vae.model.sites import ModelSites, Plate, Site
+from numpyro_vae.numpyro_internals import declare_plate
 
 Groups = Mapping[str, Callable[..., Any]]
 
 
 @dataclass(frozen=True)
 class Run:
-    """A model's trace on given arguments, out of sight but for its plates.
+    """A model's reading on given arguments, with the rows that the enclosing handlers choose.
 
     Attributes:
         plate: the local plate as it is in this run.
-        sites: the model's sites as they are in this run.
-        trace: the messages by name.
+        reading: what the model holds.
         groups: for other plates that hold the plate's data, which datum each of their rows
             belongs to.
         args: the model's arguments.
@@ -34,38 +35,37 @@ class Run:
     """
 
     plate: Plate
-    sites: ModelSites
-    trace: dict[str, Any]
+    reading: Reading
     groups: dict[str, Int[Array, "elements"]]
     args: tuple
     kwargs: dict[str, Any]
 
     @property
+    def sites(self) -> ModelSites:
+        """The model's sites as they are in this run."""
+        return self.reading.sites
+
+    @property
     def indices(self) -> Array:
         """Which rows of the local plate this run holds."""
-        return self._indices(self.plate)
-
-    def _indices(self, plate: Plate) -> Array:
-        """Return a plate's rows: all that it has if it stands in a ``scan``, out of sight."""
-        message = self.trace.get(plate.name)
-        return jnp.arange(plate.length) if message is None else message["value"]
+        return self.reading.rows(self.plate)
 
     def support(self, site: Site) -> Any:
         """Return the support of a site in this run."""
-        return self.trace[site.name]["fn"].support
+        return self.reading.support(site.name)
 
     def mask(self, site: Site) -> Bool[Array, "..."] | None:
         """Return which entries of a site count in this run; None if all do."""
-        return mask_of(self.trace[site.name]["fn"])
+        return self.reading.masks.get(site.name)
 
     def enter_plates(self, names: tuple[str, ...]) -> ExitStack:
         """Enter plates with the very indices that the model drew."""
         stack = ExitStack()
         for name in names:
             plate = self.sites.plates[name]
-            indices = self._indices(plate)
+            indices, seen = self.reading.rows(plate), name in self.reading.indices
             # A plate inside a scan is not declared in the model's trace, nor may it be here.
-            hidden = handlers.block(hide_fn=lambda msg, seen=name in self.trace: not seen)
+            hidden = handlers.block(hide_fn=lambda msg, seen=seen: not seen)
             with hidden, handlers.substitute(data={name: indices}):
                 entered = numpyro.plate(
                     name, plate.size, subsample_size=len(indices), dim=plate.dim
@@ -128,7 +128,7 @@ class Run:
 
     def _observed(self, site: Site, plate: Plate) -> Any:
         """Return a site's values, a row for each datum of a plate."""
-        values, mask = site.rows(self.trace[site.name]["value"], plate), self.mask(site)
+        values, mask = site.rows(self.reading.values[site.name], plate), self.mask(site)
         if mask is None:
             return values
         rows = jnp.moveaxis(mask, site.axis(plate), 0)
@@ -173,14 +173,14 @@ def _is_segments(x: Any) -> bool:
 
 
 def run_model(
-    model: Callable[..., Any], plate: str, groups: Groups, args: tuple, kwargs: dict
+    reader: ModelReader, plate: str, groups: Groups, args: tuple, kwargs: dict[str, Any]
 ) -> Run:
-    """Run a model once, to read it; the enclosing handlers see its plates and nothing else.
+    """Read a model as the enclosing handlers let it run; they see its plates and nothing else.
 
     Under ``jit`` what is not read, such as the likelihood's network, is never computed.
 
     Args:
-        model: a NumPyro model.
+        reader: of the model.
         plate: the local plate's name.
         groups: by the name of another plate, a function from the model's arguments to the datum
             that each row of that plate belongs to.
@@ -191,19 +191,36 @@ def run_model(
         ValueError: if the model has no site in one of the plates this time, or a group is not one
             of the local plate's rows.
     """
-    trace = trace_model(model, args, kwargs, expose=("plate",))
-    sites = sites_of_trace(trace)
+    reading = _with_rows(reader, args, kwargs)
+    plates = reading.sites.plates
     for name in (plate, *groups):
-        if name not in sites.plates:
+        if name not in plates:
             raise ValueError(
                 f"The model has no site in plate {name!r} in this call, found plates "
-                f"{sorted(sites.plates)}. Call the model as when the guide was set up."
+                f"{sorted(plates)}. Call the model as when the guide was set up."
             )
     found = {
-        name: _ids(read(*args, **kwargs), sites.plates[name], sites.plates[plate])
+        name: _ids(read(*args, **kwargs), plates[name], plates[plate])
         for name, read in groups.items()
     }
-    return Run(sites.plates[plate], sites, trace, found, args, kwargs)
+    return Run(plates[plate], reading, found, args, kwargs)
+
+
+def _with_rows(reader: ModelReader, args: tuple, kwargs: dict[str, Any]) -> Reading:
+    """Read a model whose plates hold the rows that the enclosing handlers give them.
+
+    It is read again where a handler gives a plate other rows than it has by itself.
+    """
+    reading = reader.read(args, kwargs)
+    rows, sizes = {}, {}
+    for name in reading.indices:
+        plate = reading.sites.plates.get(name)
+        if plate is None:  # it holds no site
+            continue
+        sizes[name], indices, is_given = declare_plate(name, plate.size, plate.length)
+        if is_given:
+            rows[name] = (sizes[name], indices)
+    return (reader.read(args, kwargs, rows) if rows else reading).with_sizes(sizes)
 
 
 def _ids(ids: Any, elements: Plate, plate: Plate) -> Array:

@@ -1,32 +1,14 @@
-"""Reads a model: its latent and observed sites, their plates, shapes and supports."""
+"""What a model holds: its latent and observed sites, their plates, shapes and supports."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import jax
 import jax.numpy as jnp
-import numpy as np
-import numpyro
-import numpyro.distributions as dist
 from jaxtyping import Array, Shaped
-from numpyro import handlers
-from numpyro.distributions import biject_to, constraints
-from numpyro.infer import init_to_sample
-
-Model = Callable[..., Any]
-
-# What JAX raises when a model asks for the values of an abstract array.
-NEEDS_VALUES = (
-    jax.errors.ConcretizationTypeError,
-    jax.errors.TracerArrayConversionError,
-    jax.errors.TracerIntegerConversionError,
-    jax.errors.TracerBoolConversionError,
-    jax.errors.NonConcreteBooleanIndexError,
-)
 
 
 @dataclass(frozen=True)
@@ -45,7 +27,8 @@ class Site:
 
     ``event_shape`` is the site's own, ``unconstrained_shape`` that of the values which
     ``biject_to(support)`` maps to it; the two are the same for a site that is not to be inferred.
-    ``is_enumerated`` marks a latent site that the objective sums over, not the guide.
+    ``is_enumerated`` marks a latent site that the objective sums over, not the guide; of an
+    ``is_improper`` one nothing can be drawn.
     """
 
     name: str
@@ -56,6 +39,7 @@ class Site:
     is_observed: bool
     is_discrete: bool
     is_enumerated: bool
+    is_improper: bool
 
     @property
     def size(self) -> int:
@@ -108,6 +92,10 @@ class ModelSites:
     plates: dict[str, Plate]
     deterministic: dict[str, tuple[str, ...]]
 
+    def __hash__(self) -> int:
+        """Return a hash, so that compiled functions can depend on what a model holds."""
+        return hash((*self.sites.values(), *self.plates.values(), *self.deterministic.items()))
+
     def latent(self) -> list[Site]:
         """Return the sites that a guide samples."""
         hidden = [site for site in self.sites.values() if not site.is_observed]
@@ -134,205 +122,6 @@ class ModelSites:
         """Return the observed sites inside the plate; of a ``numpyro.factor`` nothing is seen."""
         seen = [site for site in self.sites.values() if site.is_observed and site.size]
         return [site for site in seen if plate in site.plates]
-
-
-def trace_model(model: Model, args: tuple, kwargs: dict, expose: Iterable[str] = ()) -> dict:
-    """Run a model out of sight of the enclosing handlers and return its trace.
-
-    No log-density is computed; a prior that cannot be sampled is drawn from uniformly. Hidden
-    sites take fixed random keys, so that they cost nothing where they are not read; plates draw
-    their rows, and ``numpyro.prng_key`` its keys, from the enclosing ``seed`` handler.
-
-    Args:
-        model: a NumPyro model.
-        args: its positional arguments.
-        kwargs: its keyword arguments.
-        expose: the types of message that the enclosing handlers do see.
-
-    Returns:
-        The trace, a dict of messages by site name.
-    """
-    hidden = handlers.block(hide_fn=lambda msg: msg["type"] not in expose)
-    keys = handlers.seed(rng_seed=0, hide_types=["plate", "prng_key"])
-    draw = handlers.substitute(substitute_fn=draw_improper)
-    with hidden, keys, own_trace() as trace, draw:
-        model(*args, **kwargs)
-    return trace
-
-
-class own_trace(handlers.trace):  # noqa: N801 - handlers are lower case, as in numpyro.handlers
-    """A trace by the names that a model gives, whatever a ``scope`` around it makes of them."""
-
-    def process_message(self, msg: Any) -> None:
-        """Remember the name."""
-        if "name" in msg:
-            msg["_own_name"] = msg["name"]
-
-    def postprocess_message(self, msg: Any) -> None:
-        """Record the message."""
-        own = {"name": msg["_own_name"]} if "_own_name" in msg else {}
-        super().postprocess_message({**msg, **own})
-
-
-def draw_improper(msg: dict) -> Any:
-    """Draw from an improper prior, which has no sampler of its own; of other messages be None."""
-    if msg["type"] != "sample" or msg["value"] is not None:
-        return None
-    if not msg["is_observed"] and is_improper(msg["fn"]):
-        return init_to_sample({**msg, "kwargs": {**msg["kwargs"], "rng_key": numpyro.prng_key()}})
-    return None
-
-
-def is_improper(fn: Any) -> bool:
-    """Whether a distribution has no density that could be normalized."""
-    while hasattr(fn, "base_dist"):
-        fn = fn.base_dist
-    return isinstance(fn, dist.ImproperUniform)
-
-
-def read_model(model: Model, args: tuple, kwargs: dict) -> ModelSites:
-    """Read a model's structure without computing anything.
-
-    The model is traced abstractly (`jax.eval_shape`), so the cost does not depend on the size of
-    the data. A model whose Python code asks for the *values* of its arguments, as
-    ``plate("groups", len(np.unique(group)))`` does, is traced with the values it needs.
-
-    Args:
-        model: a NumPyro model.
-        args: its positional arguments; arrays may be replaced by `jax.ShapeDtypeStruct`.
-        kwargs: its keyword arguments.
-
-    Returns:
-        The model's sites and plates.
-
-    Example:
-        >>> import numpyro.distributions as dist
-        >>> def model(x):
-        ...     with numpyro.plate("data", len(x)):
-        ...         z = numpyro.sample("z", dist.Gamma(2.0, 1.0))
-        ...         numpyro.sample("x", dist.Normal(z, 1.0), obs=x)
-        >>> sites = read_model(model, (np.zeros(1_000_000),), {})
-        >>> sites.plates["data"]
-        Plate(name='data', size=1000000, length=1000000, dim=-1)
-        >>> [site.name for site in sites.local("data")]
-        ['z']
-    """
-    leaves, treedef = jax.tree.flatten((args, kwargs))
-    is_array = [isinstance(leaf, jax.Array | np.ndarray | jax.ShapeDtypeStruct) for leaf in leaves]
-    arrays = [leaf for leaf, array in zip(leaves, is_array, strict=True) if array]
-    found: list[ModelSites] = []
-
-    def run(arrays: list) -> None:
-        rest = iter(arrays)
-        filled = [
-            next(rest) if array else leaf for leaf, array in zip(leaves, is_array, strict=True)
-        ]
-        args, kwargs = jax.tree.unflatten(treedef, filled)
-        with handlers.seed(rng_seed=0):
-            found.append(sites_of_trace(trace_model(model, args, kwargs)))
-
-    try:
-        jax.eval_shape(run, arrays)
-    except NEEDS_VALUES:
-        jax.eval_shape(lambda: run(arrays))
-    return found[-1]
-
-
-def sites_of_trace(trace: dict) -> ModelSites:
-    """Describe the sites and plates of a trace; nothing in the result is an array."""
-    sites, plates, deterministic = {}, {}, {}
-    for name, msg in trace.items():
-        # A site that `handlers.do` intervenes on comes with its plates twice.
-        frames = tuple(dict.fromkeys(msg.get("cond_indep_stack", ())))
-        if msg["type"] == "deterministic":
-            deterministic[name] = tuple(frame.name for frame in frames)
-        if msg["type"] != "sample":
-            continue
-        for frame in frames:
-            size = trace[frame.name]["args"][0] if frame.name in trace else frame.size
-            plates[frame.name] = Plate(frame.name, size, frame.size, frame.dim)
-        _check_observation(name, msg, frames)
-        sites[name] = Site(
-            name,
-            tuple(msg["fn"].batch_shape),
-            tuple(msg["fn"].event_shape),
-            _unconstrained_shape(msg),
-            tuple(frame.name for frame in frames),
-            msg["is_observed"],
-            _is_discrete(msg["fn"]),
-            _is_enumerated(msg),
-        )
-    return ModelSites(sites, plates, deterministic)
-
-
-def _check_observation(name: str, msg: dict, frames: tuple) -> None:
-    """Raise if values would be compared with a distribution that is not of their shape.
-
-    NumPyro broadcasts one against the other, so that ``x`` of shape ``(n, 1)`` in a plate of ``n``
-    scalars makes ``n * n`` comparisons.
-    """
-    if not (msg["is_observed"] and frames):
-        return
-    fn, shape = msg["fn"], jnp.shape(msg["value"])
-    expected = fn.batch_shape + fn.event_shape
-    try:
-        fits = jnp.broadcast_shapes(shape, expected) == expected
-    except ValueError:
-        fits = False
-    if not fits or shape[len(shape) - fn.event_dim :] != fn.event_shape:
-        raise ValueError(
-            f"Site {name!r} in plate {frames[0].name!r} observes values of shape {shape}, and its "
-            f"distribution has shape {expected}: batch {fn.batch_shape}, event {fn.event_shape}. "
-            "Give values of this shape, or a distribution of theirs; NumPyro would broadcast them."
-        )
-
-
-def _is_discrete(fn: Any) -> bool:
-    return fn.support is None or fn.support.is_discrete
-
-
-def _is_enumerated(msg: dict) -> bool:
-    marked = msg.get("infer", {}).get("enumerate") == "parallel"
-    return marked and not msg["is_observed"] and _is_discrete(msg["fn"])
-
-
-def _unconstrained_shape(msg: dict) -> tuple[int, ...]:
-    """Return the shape, batch apart, of the values that map to the site's support."""
-    fn = msg["fn"]
-    if msg["is_observed"] or _is_discrete(fn):
-        return tuple(fn.event_shape)
-    shape = biject_to(fn.support).inverse_shape(fn.batch_shape + fn.event_shape)
-    return tuple(shape[len(fn.batch_shape) :])
-
-
-def is_real(support: Any) -> bool:
-    """Return whether the support is all of the reals, so that no transform is needed."""
-    while isinstance(support, constraints.independent):
-        support = support.base_constraint
-    return support is constraints.real
-
-
-def mask_of(fn: dist.Distribution) -> Array | None:
-    """Return the mask of a site's distribution, or None if all of it counts.
-
-    Returns:
-        Booleans of shape ``batch_shape``, or that and the leading part of ``event_shape``.
-    """
-    if isinstance(fn, dist.Independent):
-        return mask_of(fn.base_dist)
-    if isinstance(fn, dist.ExpandedDistribution):
-        mask = mask_of(fn.base_dist)
-        ours = 0 if mask is None else len(fn.base_dist.batch_shape)
-        return None if mask is None else jnp.broadcast_to(mask, fn.batch_shape + mask.shape[ours:])
-    if not isinstance(fn, dist.MaskedDistribution):
-        return None
-    outer, inner = fn._mask, mask_of(fn.base_dist)
-    if outer is True:
-        return inner
-    outer = jnp.broadcast_to(outer, fn.batch_shape)
-    if inner is None:
-        return outer
-    return inner & outer.reshape(outer.shape + (1,) * (inner.ndim - outer.ndim))
 
 
 def choose_plate(sites: ModelSites, plate: str | None) -> Plate:

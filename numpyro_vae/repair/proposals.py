@@ -15,7 +15,6 @@ from jaxtyping import Array, Float
 
 from numpyro_vae.inference.quantities import View
 from numpyro_vae.inference.refine import refine
-from numpyro_vae.model.sites import is_improper
 
 PROPOSALS = 8000  # draws of a datum, shared by the draws of the global sites that it is held at
 FEWEST = 1000  # of these for each
@@ -153,8 +152,7 @@ def _weigh(view: View, proposal: Proposal, rng_key: Array, held: Held) -> dict[s
 
 
 def _is_improper(view: View) -> bool:
-    trace = view.encoding.run.trace
-    return any(is_improper(trace[site.name]["fn"]) for site in view.encoding.sites)
+    return any(site.is_improper for site in view.encoding.sites)
 
 
 def _from_prior(

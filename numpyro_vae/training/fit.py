@@ -2,30 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jaxtyping import Array
-from numpyro.infer import SVI, TraceGraph_ELBO
+from numpyro.infer import SVI
 from numpyro.infer.svi import SVIState
-from tqdm.auto import trange
 
 from numpyro_vae.data.arrays import ArrayData, is_in_memory
-from numpyro_vae.model.missing import FiniteObservations
-from numpyro_vae.model.sites import read_model
-from numpyro_vae.training.sources import ArraySource, IterableSource, WholeSource
-from numpyro_vae.training.step import Trainer
+from numpyro_vae.model.missing import require_finite_observations
+from numpyro_vae.model.sites import ModelSites
+from numpyro_vae.numpyro_internals import enumerates, param_transforms, with_param_transforms
+from numpyro_vae.training.callbacks import Callback, EarlyStopping, ProgressBar, StopReason
+from numpyro_vae.training.sources import ArraySource, IterableSource, Source, WholeSource
+from numpyro_vae.training.step import Trainer, trainer_of
 
 __all__ = ["FitResult", "fit"]
 
-Score = Callable[[SVIState], float]
-Source = ArraySource | WholeSource | IterableSource
+Score = Callable[[SVIState], dict[str, float]]
 
 
 class FitResult(NamedTuple):
-    """What a fit returns: what ``svi.run`` does, and the history.
+    """What a fit returns: what ``svi.run`` does, the history, and what `Posterior` needs to know.
 
     Attributes:
         params: the trained parameters of model and guide, with the networks' other state among
@@ -34,12 +34,18 @@ class FitResult(NamedTuple):
         losses: the negative ELBO per datum, in nats, of every step; NaN where one was skipped.
         history: arrays with an entry for each epoch: ``loss``, the mean over its steps, and
             ``validation_loss`` if there are validation data.
+        stop_reason: why training stopped.
+        static_kwargs: the SVI's keyword arguments that are the same in every call.
+        batch_axes: the datum axis of each argument, as it was given.
     """
 
     params: dict[str, Any]
     state: SVIState
     losses: np.ndarray
     history: dict[str, np.ndarray]
+    stop_reason: StopReason = StopReason.EPOCHS_DONE
+    static_kwargs: dict[str, Any] = {}  # noqa: RUF012 - never written to
+    batch_axes: Any = 0
 
 
 def fit(
@@ -56,6 +62,7 @@ def fit(
     plate: str | None = None,
     init_state: SVIState | None = None,
     init_params: dict[str, Any] | None = None,
+    callbacks: Iterable[Callback] = (),
     progress_bar: bool = True,
 ) -> FitResult:
     """Train a guide, and the parameters of its model, on minibatches.
@@ -82,7 +89,9 @@ def fit(
             state.
         plate: the local plate's name, for a guide that does not know it.
         init_state: continue from this state.
-        init_params: initial values of parameters, by name.
+        init_params: initial values of parameters, by name, where training does not continue.
+        callbacks: each is called after every epoch with its number, the SVI state and the losses,
+            and may stop training; see `numpyro_vae.training.callbacks.Callback`.
         progress_bar: whether to show one, updated once an epoch.
 
     Raises:
@@ -104,62 +113,94 @@ def fit(
         >>> result.losses.shape
         (20,)
     """
-    _check_options(num_epochs, patience, validation)
+    _check_options(num_epochs, patience, validation, init_state, init_params)
+    trainer = trainer_of(svi)
     plate = plate or getattr(svi.guide, "plate_name", None)
-    source = _source(svi, data, batch_size, num_data, batch_axes, plate)
-    _check_objective(svi, *source.trainer.read(source.first()))
+    source = _source(trainer, data, batch_size, num_data, batch_axes, plate)
+    _check_objective(svi, source.sites)
     init_key, order_key, validation_key = jax.random.split(rng_key, 3)
-    if init_state is None or svi.constrain_fn is None:  # a state from elsewhere needs the latter
-        fresh = source.trainer.init(init_key, source.first(), init_params)
-        init_state = init_state or fresh
-    progress = _Progress(init_state)
-    score = _validator(svi, source, validation, batch_axes, validation_key)
-    with trange(num_epochs, disable=not progress_bar, unit="epoch") as epochs:
+    state = _start(svi, trainer, source, init_key, init_state, init_params)
+    score = _validator(trainer, source, validation, batch_axes, validation_key)
+    stopping = None if patience is None else EarlyStopping(patience)
+    history = _History()
+    with ProgressBar(num_epochs, is_shown=progress_bar) as bar:
+        watching = (bar, *([] if stopping is None else [stopping]), *callbacks)
+        reason = StopReason.EPOCHS_DONE
         try:
-            for epoch in epochs:
-                progress.advance(*source.run(progress.state, order_key, epoch), score)
-                epochs.set_postfix_str(progress.describe(), refresh=False)
-                if patience is not None and progress.epochs_since_best >= patience:
+            for epoch in range(num_epochs):
+                new_state, losses = source.run(state, order_key, epoch)
+                metrics = history.add(losses, score(new_state))
+                state = new_state
+                stops = [callback(epoch, state, metrics) for callback in watching]
+                if any(stops):
+                    reason = _reason(stopping)
                     break
         except KeyboardInterrupt:
-            epochs.write("Interrupted: returning the state after the last complete epoch.")
-    return progress.result(source.trainer, best=patience is not None)
+            reason = StopReason.INTERRUPTED
+            bar.write("Interrupted: returning the state after the last complete epoch.")
+    if stopping is not None and stopping.best_state is not None:
+        state = stopping.best_state
+    return FitResult(
+        trainer.params(state),
+        state,
+        *history.arrays(),
+        stop_reason=reason,
+        static_kwargs=dict(svi.static_kwargs),
+        batch_axes=batch_axes,
+    )
 
 
-class _Progress:
-    """What training has reached: the state, the best one, and the history."""
+def _start(
+    svi: SVI,
+    trainer: Trainer,
+    source: Source,
+    rng_key: Array,
+    init_state: SVIState | None,
+    init_params: dict[str, Any] | None,
+) -> SVIState:
+    """Return the state to start from, and leave the SVI ready for its own methods."""
+    if init_state is not None and svi.constrain_fn is not None:
+        trainer.transforms = param_transforms(svi)
+        return init_state
+    state = trainer.init(rng_key, source.first(), init_params)
+    svi.constrain_fn = with_param_transforms(svi, trainer.transforms).constrain_fn
+    return state if init_state is None else init_state
 
-    def __init__(self, state: SVIState):
-        self.state = self.best_state = state
-        self.epochs_since_best = 0
+
+class _History:
+    """The losses of the steps, and the metrics of the epochs."""
+
+    def __init__(self):
         self.losses = [np.zeros(0, np.float32)]
-        self.history: dict[str, list[float]] = {}
+        self.metrics: list[dict[str, float]] = []
 
-    def advance(self, state: SVIState, losses: np.ndarray, score: Score | None) -> None:
-        """Take in an epoch."""
-        self.state = state
+    def add(self, losses: np.ndarray, scores: dict[str, float]) -> dict[str, float]:
+        """Take in an epoch, and return its metrics."""
         self.losses.append(losses)
-        self.history.setdefault("loss", []).append(float(np.nanmean(losses)))
-        if score is None:
-            return
-        scores = self.history.setdefault("validation_loss", [])
-        scores.append(score(state))
-        self.epochs_since_best += 1
-        if not min(scores[:-1], default=np.inf) <= scores[-1]:
-            self.best_state, self.epochs_since_best = state, 0
+        self.metrics.append({"loss": float(np.nanmean(losses)), **scores})
+        return self.metrics[-1]
 
-    def describe(self) -> str:
-        """Return the last epoch's losses, for a progress bar."""
-        return ", ".join(f"{name} {values[-1]:.4f}" for name, values in self.history.items())
-
-    def result(self, trainer: Trainer, *, best: bool) -> FitResult:
-        """Return the last state, or the best one."""
-        state = self.best_state if best else self.state
-        history = {name: np.array(values) for name, values in self.history.items()}
-        return FitResult(trainer.params(state), state, np.concatenate(self.losses), history)
+    def arrays(self) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """Return the losses of all steps, and by metric its value in each epoch."""
+        names = self.metrics[0] if self.metrics else ()
+        by_name = {name: np.array([found[name] for found in self.metrics]) for name in names}
+        return np.concatenate(self.losses), by_name
 
 
-def _check_options(num_epochs: int, patience: int | None, validation: Any) -> None:
+def _reason(stopping: EarlyStopping | None) -> StopReason:
+    """Return which of those who watch has stopped training."""
+    if stopping is not None and stopping.waited >= stopping.patience:
+        return StopReason.NO_IMPROVEMENT
+    return StopReason.CALLBACK
+
+
+def _check_options(
+    num_epochs: int,
+    patience: int | None,
+    validation: Any,
+    init_state: SVIState | None,
+    init_params: dict[str, Any] | None,
+) -> None:
     if num_epochs < 1:
         raise ValueError(f"num_epochs is {num_epochs}, expected at least 1.")
     if patience is not None and (patience < 1 or validation is None):
@@ -168,14 +209,17 @@ def _check_options(num_epochs: int, patience: int | None, validation: Any) -> No
             f"{'missing' if validation is None else 'given'}; early stopping needs validation= "
             "data and a patience of at least 1 epoch."
         )
+    if init_state is not None and init_params is not None:
+        raise ValueError(
+            f"init_params= names {sorted(init_params)}, but training continues from init_state=, "
+            "which has values of all parameters. Leave one of them out."
+        )
 
 
-def _check_objective(svi: SVI, args: tuple, kwargs: dict[str, Any]) -> None:
+def _check_objective(svi: SVI, sites: ModelSites) -> None:
     """Raise if the model has sites to enumerate, and the objective would draw from their prior."""
-    sites = read_model(svi.model, args, {**kwargs, **svi.static_kwargs}).sites.values()
-    enumerated = [site.name for site in sites if site.is_enumerated]
-    enumerates = svi.loss.can_infer_discrete and not isinstance(svi.loss, TraceGraph_ELBO)
-    if enumerated and not enumerates:
+    enumerated = [site.name for site in sites.sites.values() if site.is_enumerated]
+    if enumerated and not enumerates(svi.loss):
         raise ValueError(
             f"The model's sites {enumerated} are to be enumerated, which "
             f"{type(svi.loss).__name__} does not do. Train with numpyro.infer.TraceEnum_ELBO()."
@@ -183,7 +227,7 @@ def _check_objective(svi: SVI, args: tuple, kwargs: dict[str, Any]) -> None:
 
 
 def _source(
-    svi: SVI,
+    trainer: Trainer,
     data: Any,
     batch_size: int | None,
     num_data: int | None,
@@ -200,38 +244,35 @@ def _source(
                     f"batch_size is {batch_size}, but with batch_axes=None the model takes all "
                     "data at once. Leave one of them out."
                 )
-            return WholeSource(svi, arrays, plate)
-        return ArraySource(svi, arrays, batch_size or min(128, arrays.num_data), plate)
+            return WholeSource(trainer, arrays, plate)
+        return ArraySource(trainer, arrays, batch_size or min(128, arrays.num_data), plate)
     if num_data is None or batch_size is not None:
         raise ValueError(
             f"data is an iterable of batches ({type(data).__name__}): say with num_data= how many "
             "data there are in all, and leave batch_size= to the iterable."
         )
-    return IterableSource(svi, data, num_data, batch_axes, plate)
+    return IterableSource(trainer, data, num_data, batch_axes, plate)
 
 
 def _validator(
-    svi: SVI, source: Source, validation: Any, batch_axes: Any, rng_key: Array
-) -> Score | None:
-    """Return a function from a state to the validation loss per datum, or None."""
+    trainer: Trainer, source: Source, validation: Any, batch_axes: Any, rng_key: Array
+) -> Score:
+    """Return a function from a state to its validation loss per datum, if there are such data."""
     if validation is None:
-        return None
+        return lambda state: {}
     data = ArrayData.read(validation, batch_axes, "validation")
     if data.layout != source.data.layout:
         raise ValueError(
             f"validation has the structure {data.layout}, the data {source.data.layout}. Pass "
             "validation data in the form of the training data."
         )
-    FiniteObservations(svi.model, svi.static_kwargs).require(data)
+    require_finite_observations(trainer.reader, data, trainer.svi.static_kwargs)
     batches, real = zip(*source.batches(data), strict=True)
     keys = jax.random.split(rng_key, len(batches))
 
-    def score(state: SVIState) -> float:
-        params = source.trainer.params(state)
-        losses = [
-            source.trainer.evaluate(key, params, batch)
-            for key, batch in zip(keys, batches, strict=True)
-        ]
-        return float(np.average(jax.device_get(losses), weights=real))
+    def score(state: SVIState) -> dict[str, float]:
+        params, pairs = trainer.params(state), zip(keys, batches, strict=True)
+        losses = [trainer.evaluate(key, params, batch) for key, batch in pairs]
+        return {"validation_loss": float(np.average(jax.device_get(losses), weights=real))}
 
     return score

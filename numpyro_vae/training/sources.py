@@ -1,25 +1,58 @@
-"""How an epoch runs: over arrays in memory in one compiled scan, or over an iterable."""
+"""Where the batches of an epoch come from: arrays in memory, or any iterable of batches."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator
+from functools import partial
 from itertools import batched
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
-from numpyro.infer import SVI
+from jaxtyping import Array, Int
 from numpyro.infer.svi import SVIState
 
-from numpyro_vae.data.arrays import ArrayData, Batch, padded_batches, prefetch
-from numpyro_vae.model.missing import FiniteObservations
-from numpyro_vae.model.sites import Plate, choose_plate, read_model
+from numpyro_vae.data.arrays import ArrayData
+from numpyro_vae.data.batch import Batch, padded_batches, prefetch
+from numpyro_vae.model.missing import require_finite_observations
+from numpyro_vae.model.sites import ModelSites, Plate, choose_plate
+from numpyro_vae.numpyro_internals import takes_row_weights
 from numpyro_vae.training.step import Trainer
 
 CHUNK = 32  # steps between two looks at the losses where steps are taken one by one
+
+
+@runtime_checkable
+class Source(Protocol):
+    """What `fit` asks of a source of data: this, and no more.
+
+    Attributes:
+        data: data in memory, of which `validation` data have the layout.
+        sites: what the model holds, given a batch.
+    """
+
+    data: ArrayData
+    sites: ModelSites
+
+    def first(self) -> Batch:
+        """Return a batch to initialize with."""
+        ...
+
+    def run(self, state: SVIState, rng_key: Array, epoch: int) -> tuple[SVIState, np.ndarray]:
+        """Run an epoch, with keys of its own, and return the state and the loss of every step.
+
+        A step that is not finite is skipped, with a warning; its loss is NaN.
+
+        Raises:
+            FloatingPointError: if no step is finite.
+        """
+        ...
+
+    def batches(self, data: ArrayData) -> list[tuple[Batch, int]]:
+        """Return all rows of data like these in batches, and how many of them are in each."""
+        ...
 
 
 class ArraySource:
@@ -29,7 +62,7 @@ class ArraySource:
     the next permutation, so that every batch has the same shape and every row the same chance.
 
     Args:
-        svi: the inference to run.
+        trainer: takes the steps.
         data: the training data.
         batch_size: rows in a batch.
         plate: the local plate's name, or None to read it off the model.
@@ -38,78 +71,105 @@ class ArraySource:
         ValueError: if the batch size does not fit the data or the model's plate.
     """
 
-    def __init__(self, svi: SVI, data: ArrayData, batch_size: int, plate: str | None):
+    def __init__(self, trainer: Trainer, data: ArrayData, batch_size: int, plate: str | None):
         if not 1 <= batch_size <= data.num_data:
             raise ValueError(
                 f"batch_size is {batch_size}, expected a number from 1 to the {data.num_data} rows "
                 "of the data."
             )
-        FiniteObservations(svi.model, svi.static_kwargs).require(data)
-        self.data, self.batch_size = data, batch_size
+        require_finite_observations(trainer.reader, data, trainer.svi.static_kwargs)
+        self.trainer, self.data, self.batch_size = trainer, data, batch_size
         self.num_steps = -(-data.num_data // batch_size)
-        declared = self._plate(svi, plate, data.whole())
-        self.plate = declared.name
-        self.subsamples = declared.length < declared.size
-        if self.subsamples:
-            self._check(declared.length, "subsamples", batch_size)
-            self._check(declared.size, "has", data.num_data)
-            seen, read = declared, lambda batch: data.layout.whole(batch.arrays)
-        else:
-            seen = self._plate(svi, self.plate, data.rows(jnp.arange(batch_size)))
-            self._check(seen.length, "keeps, whatever the data,", batch_size)
-            read = lambda batch: data.layout.rows(batch.arrays, batch.indices)  # noqa: E731
-        self.trainer = Trainer(svi, self.plate, data.num_data, read, seen.length < seen.size)
+        self.sites, seen, self.cuts = self._read(plate)
+        self.plate, self.fills_plate = seen.name, seen.length < seen.size
 
-    def _plate(self, svi: SVI, plate: str | None, arguments: tuple[tuple, dict]) -> Plate:
-        args, kwargs = arguments
-        return choose_plate(read_model(svi.model, args, {**kwargs, **svi.static_kwargs}), plate)
+    def _read(self, plate: str | None) -> tuple[ModelSites, Plate, bool]:
+        """Return what the model holds, its plate, and whether it is given the rows of a batch.
 
-    def _check(self, found: int, verb: str, expected: int) -> None:
+        A model may take these, or all the data and subsample in its plate. Most take the rows, so
+        that this is tried first; a model that cannot is asked with all the data.
+        """
+        rows = self.data.rows(jnp.arange(self.batch_size))
+        try:
+            sites, failed = read_sites(self.trainer, *rows), None
+            seen = choose_plate(sites, plate)
+            if seen.length == seen.size == self.batch_size:
+                return sites, seen, True
+        except Exception as error:  # which the model's own code may raise, of any kind
+            sites, seen, failed = None, None, error
+        whole = read_sites(self.trainer, *self.data.whole())
+        declared = choose_plate(whole, plate)
+        if declared.length < declared.size:
+            self._check(declared, declared.length, "subsamples", self.batch_size)
+            self._check(declared, declared.size, "has", self.data.num_data)
+            return whole, declared, False
+        if failed is not None or sites is None or seen is None:
+            raise failed or AssertionError
+        self._check(seen, seen.length, "keeps, whatever the data,", self.batch_size)
+        return sites, seen, True
+
+    def _check(self, plate: Plate, found: int, verb: str, expected: int) -> None:
         if found != expected:
             raise ValueError(
-                f"The model's plate {self.plate!r} {verb} {found} rows, but the data say "
+                f"The model's plate {plate.name!r} {verb} {found} rows, but the data say "
                 f"{expected} (batch_size={self.batch_size}, {self.data.num_data} rows in all). "
                 "Declare the plate with the length of the data that the model is given, or with "
                 "subsample_size equal to batch_size."
             )
 
+    def _batch(self, data: ArrayData, indices: Array, weights: Array | None) -> Batch:
+        return Batch(
+            data.arrays,
+            indices,
+            weights,
+            layout=data.layout,
+            plate=self.plate,
+            num_data=self.data.num_data,
+            cuts=self.cuts,
+            fills_plate=self.fills_plate,
+        )
+
     def first(self) -> Batch:
-        """Return a batch to initialize with."""
-        return Batch(self.data.arrays, jnp.arange(self.batch_size), None)
+        """Return the first rows."""
+        return self._batch(self.data, jnp.arange(self.batch_size), None)
 
     def batches(self, data: ArrayData) -> list[tuple[Batch, int]]:
         """Return all rows of data like these in batches, and how many of them are in each."""
         return [
-            (Batch(data.arrays, indices, weights), count)
-            for indices, weights, count in _batches(data, self.batch_size, self.trainer)
+            (self._batch(data, indices, weights), count)
+            for indices, weights, count in _padded(data, self.batch_size, self.trainer)
         ]
 
-    def order(self, rng_key: Array, epoch: int | Array) -> Array:
-        """Return the rows of each step of an epoch, ``(num_steps, batch_size)``."""
-        num_data = self.data.num_data
-        order = jax.random.permutation(jax.random.fold_in(rng_key, epoch), num_data)
-        missing = self.num_steps * self.batch_size - num_data
-        if missing:
-            following = jax.random.permutation(jax.random.fold_in(rng_key, epoch + 1), num_data)
-            order = jnp.concatenate([order, following[:missing]])
-        return order.reshape(self.num_steps, self.batch_size)
+    def order(self, rng_key: Array, epoch: int) -> Int[Array, "num_steps batch"]:
+        """Return the rows of each step of an epoch."""
+        return _permuted(rng_key, epoch, self.data.num_data, self.num_steps, self.batch_size)
 
     def run(self, state: SVIState, rng_key: Array, epoch: int) -> tuple[SVIState, np.ndarray]:
-        """Run an epoch; steps that are not finite are skipped, with a warning."""
-        new_state, losses, ok = self.trainer.epoch(
-            state, self.data.arrays, rng_key, epoch, order=self.order
-        )
+        """Run an epoch; where a step is not finite, once more, with each step guarded."""
+        order, batch = self.order(rng_key, epoch), self.first()
+        new_state, losses, ok = self.trainer.scan(state, batch, order)
         if ok:
             return new_state, np.asarray(losses)
-        batches = (Batch(self.data.arrays, rows, None) for rows in self.order(rng_key, epoch))
-        return guarded_steps(self.trainer, state, batches, epoch)
+        return guarded_steps(self.trainer, state, map(batch.at, order), epoch)
+
+
+@partial(jax.jit, static_argnums=(2, 3, 4))
+def _permuted(
+    rng_key: Array, epoch: Array, num_data: int, num_steps: int, batch_size: int
+) -> Int[Array, "num_steps batch"]:
+    order = jax.random.permutation(jax.random.fold_in(rng_key, epoch), num_data)
+    missing = num_steps * batch_size - num_data
+    if missing:
+        following = jax.random.permutation(jax.random.fold_in(rng_key, epoch + 1), num_data)
+        order = jnp.concatenate([order, following[:missing]])
+    return order.reshape(num_steps, batch_size)
 
 
 class WholeSource:
     """Arrays that the model takes whole, as no one has a datum axis: an epoch is one step.
 
     Args:
-        svi: the inference to run.
+        trainer: takes the steps.
         data: the training data.
         plate: the local plate's name, or None to read it off the model.
 
@@ -117,49 +177,41 @@ class WholeSource:
         ValueError: if the model's plate takes fewer rows than it has.
     """
 
-    def __init__(self, svi: SVI, data: ArrayData, plate: str | None):
-        args, kwargs = data.whole()
-        seen = choose_plate(read_model(svi.model, args, {**kwargs, **svi.static_kwargs}), plate)
+    def __init__(self, trainer: Trainer, data: ArrayData, plate: str | None):
+        self.sites = read_sites(trainer, *data.whole())
+        seen = choose_plate(self.sites, plate)
         if seen.length < seen.size:
             raise ValueError(
                 f"The model's plate {seen.name!r} subsamples {seen.length} of {seen.size} rows, "
                 "but batch_axes=None gives it all data at once. Remove its subsample_size, or say "
                 "with batch_axes= which axis of each argument counts the data."
             )
-        FiniteObservations(svi.model, svi.static_kwargs).require(data)
-        self.data, self.batch_size = data, seen.size
-        self.trainer = Trainer(
-            svi, seen.name, seen.size, lambda batch: data.layout.whole(batch.arrays), False
-        )
+        require_finite_observations(trainer.reader, data, trainer.svi.static_kwargs)
+        self.trainer, self.data, self.plate = trainer, data, seen
 
     def first(self) -> Batch:
-        """Return the data, to initialize with."""
-        return Batch(self.data.arrays, jnp.arange(self.batch_size), None)
+        """Return the data."""
+        return _whole_batch(self.data, self.plate.name, self.plate.size)
 
     def batches(self, data: ArrayData) -> list[tuple[Batch, int]]:
         """Return data like these, and how much they count."""
-        return [(Batch(data.arrays, jnp.arange(self.batch_size), None), 1)]
-
-    def order(self, rng_key: Array, epoch: int | Array) -> Array:
-        """Return the rows of the only step."""
-        del rng_key, epoch
-        return jnp.arange(self.batch_size)[None]
+        return [(_whole_batch(data, self.plate.name, self.plate.size), 1)]
 
     def run(self, state: SVIState, rng_key: Array, epoch: int) -> tuple[SVIState, np.ndarray]:
         """Take the step; one that is not finite is an error."""
-        new_state, losses, ok = self.trainer.epoch(
-            state, self.data.arrays, rng_key, epoch, order=self.order
-        )
+        del rng_key
+        batch = self.first()
+        new_state, losses, ok = self.trainer.scan(state, batch, batch.indices[None])
         if ok:
             return new_state, np.asarray(losses)
-        return guarded_steps(self.trainer, state, [self.first()], epoch)
+        return guarded_steps(self.trainer, state, [batch], epoch)
 
 
 class IterableSource:
     """Any iterable of batches, each like in-memory data: an array, a tuple, or a dict.
 
     Args:
-        svi: the inference to run.
+        trainer: takes the steps.
         batches: iterated over anew in every epoch.
         num_data: how many data there are in all.
         batch_axes: as in `ArrayData.read`.
@@ -170,35 +222,30 @@ class IterableSource:
     """
 
     def __init__(
-        self, svi: SVI, batches: Iterable, num_data: int, batch_axes: Any, plate: str | None
+        self, trainer: Trainer, batches: Iterable, num_data: int, batch_axes: Any, plate: str | None
     ):
-        self.iterable, self.num_data, self.batch_axes = batches, num_data, batch_axes
+        self.trainer, self.num_data, self.batch_axes = trainer, num_data, batch_axes
+        self.iterable = batches
         first = next(iter(batches), None)
         if first is None:
             raise ValueError("data yields no batch. Pass an iterable that can be iterated anew.")
-        self.finite = FiniteObservations(svi.model, svi.static_kwargs)
         self.data = self._read(first, "the first batch")
         self.batch_size = self.data.num_data
-        args, kwargs = self.data.whole()
-        seen = choose_plate(read_model(svi.model, args, {**kwargs, **svi.static_kwargs}), plate)
-        self.plate = seen.name
-        self.trainer = Trainer(
-            svi, self.plate, num_data, lambda batch: self.data.layout.whole(batch.arrays), False
-        )
+        self.sites = read_sites(trainer, *self.data.whole())
+        self.plate = choose_plate(self.sites, plate).name
 
     def first(self) -> Batch:
-        """Return a batch to initialize with."""
+        """Return the first batch."""
         return self._pad(self.data)
 
     def batches(self, data: ArrayData) -> list[tuple[Batch, int]]:
         """Return all rows of data like these in batches, and how many of them are in each."""
-        return [
-            (self._take(data, indices, weights), count)
-            for indices, weights, count in _batches(data, self.batch_size, self.trainer)
-        ]
-
-    def _take(self, data: ArrayData, indices: Array, weights: Array | None) -> Batch:
-        return Batch(data.layout.take(data.arrays, indices), indices, weights)
+        found = []
+        for indices, weights, count in _padded(data, self.batch_size, self.trainer):
+            rows = data.layout.take(data.arrays, indices)
+            batch = _given_batch(rows, indices, weights, data.layout, self.plate, self.num_data)
+            found.append((batch, count))
+        return found
 
     def _pad(self, data: ArrayData) -> Batch:
         """Fill a short batch up with copies of its first row, which weigh nothing."""
@@ -215,12 +262,12 @@ class IterableSource:
 
     def _read(self, batch: Any, name: str) -> ArrayData:
         data = ArrayData.read(batch, self.batch_axes, name)
-        self.finite.require(data)
+        require_finite_observations(self.trainer.reader, data, self.trainer.svi.static_kwargs)
         return data
 
     def run(self, state: SVIState, rng_key: Array, epoch: int) -> tuple[SVIState, np.ndarray]:
-        """Run an epoch; steps that are not finite are skipped, with a warning."""
-        del rng_key  # the iterable has its own order
+        """Run an epoch, each step guarded, in the iterable's own order."""
+        del rng_key
         state, losses = guarded_steps(self.trainer, state, prefetch(self._epoch()), epoch)
         if not len(losses):
             raise ValueError(
@@ -230,13 +277,39 @@ class IterableSource:
         return state, losses
 
 
-def _batches(
+def read_sites(trainer: Trainer, args: tuple, kwargs: dict[str, Any]) -> ModelSites:
+    """Return what the model of a trainer holds, without computing it."""
+    return trainer.reader.sites(args, {**kwargs, **trainer.svi.static_kwargs})
+
+
+def _whole_batch(data: ArrayData, plate: str, size: int) -> Batch:
+    return _given_batch(data.arrays, jnp.arange(size), None, data.layout, plate, size)
+
+
+def _given_batch(
+    arrays: tuple, indices: Array, weights: Array | None, layout: Any, plate: str, num_data: int
+) -> Batch:
+    """Return a batch whose arrays have its rows, and no others."""
+    return Batch(
+        arrays,
+        indices,
+        weights,
+        layout=layout,
+        plate=plate,
+        num_data=num_data,
+        cuts=False,
+        fills_plate=False,
+    )
+
+
+def _padded(
     data: ArrayData, batch_size: int, trainer: Trainer
 ) -> Iterator[tuple[Array, Array | None, int]]:
     """Yield the rows of each batch, their weights, and how many there are without the padding."""
+    pads = takes_row_weights(trainer.svi.loss)
     for indices, weights in padded_batches(data.num_data, batch_size):
         count = int(np.count_nonzero(weights))
-        yield (indices, weights, count) if trainer.pads else (indices[:count], None, count)
+        yield (indices, weights, count) if pads else (indices[:count], None, count)
 
 
 def guarded_steps(
@@ -251,12 +324,14 @@ def guarded_steps(
     for chunk in batched(batches, CHUNK):
         before, found = state, []
         for batch in chunk:
-            state, loss = trainer.guarded_update(state, batch)
+            state, loss = trainer.guarded_step(state, batch)
             found.append(loss)
         found = np.asarray(jax.device_get(found))
         if np.isnan(found).any() and not where:
             bad = int(np.isnan(found).argmax())
             step = sum(map(len, losses)) + bad
+            for batch in chunk[:bad]:  # to the very state that failed
+                before, _ = trainer.guarded_step(before, batch)
             where = f"step {step} of epoch {epoch}, at {trainer.culprit(before, chunk[bad])}"
         losses.append(found)
     losses = np.concatenate(losses)

@@ -1,184 +1,265 @@
-"""The compiled pieces of a fit: a step, an epoch, and an evaluation."""
+"""The compiled pieces of a fit: its start, a step, a scan of steps, and an evaluation."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from functools import cached_property, partial
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import jax
 import jax.numpy as jnp
 import numpyro
-from jaxtyping import Array, Bool, Float
+from jax.extend.core import ClosedJaxpr, Jaxpr
+from jaxtyping import Array, Bool, Float, Int
 from numpyro import handlers
 from numpyro.infer import SVI
-from numpyro.infer.elbo import ELBO
 from numpyro.infer.svi import SVIState
 
-from numpyro_vae.data.arrays import Batch
+from numpyro_vae.data.batch import Batch
 from numpyro_vae.guides.base import AmortizedGuide
 from numpyro_vae.model.plates import minibatch
+from numpyro_vae.model.reading import ModelReader, Reading
+from numpyro_vae.numpyro_internals import (
+    init_model_key,
+    param_transforms,
+    particle_keys,
+    returns_mutable_state,
+    with_hidden_state,
+    with_param_transforms,
+)
 
-Order = Callable[[Array, Array], Array]
+Step = tuple[SVIState, Float[Array, ""]]
 
 
 class Trainer:
     """An `SVI` that sees minibatches as samples of all the data, and losses per datum.
 
+    All that is compiled takes a `Batch`, and depends on model, guide, optimizer and objective
+    alone. The objective is any `numpyro.infer.elbo.ELBO`.
+
     Args:
         svi: the inference to run.
-        plate: the name of the local plate.
-        num_data: how many data there are in all.
-        read: from a batch to the model's arguments.
-        select: whether the model's plate takes the batch's indices; otherwise it keeps its own.
     """
 
-    def __init__(
-        self,
-        svi: SVI,
-        plate: str,
-        num_data: int,
-        read: Callable[[Batch], tuple[tuple, dict]],
-        select: bool,
-    ):
-        self.svi, self.plate, self.num_data = svi, plate, num_data
-        self.read, self.select = read, select
-        # An objective that enumerates takes no weights of single rows.
-        self.pads = not svi.loss.can_infer_discrete
+    def __init__(self, svi: SVI):
+        self.svi = copy.copy(svi)  # whose parts may be replaced; see `serves`
+        shared = isinstance(svi.guide, AmortizedGuide) and svi.guide.model is svi.model
+        self.reader = svi.guide.reader if shared else ModelReader(svi.model)
+        self.transforms: dict[str, Any] = {}
+        self._init_compiled = jax.jit(self._init)
+        self._step_compiled = jax.jit(self._step)
+        self._guarded_compiled = jax.jit(self._guarded_step)
+        self._scan_compiled = jax.jit(self._scan)
+        self._evaluate_compiled = jax.jit(self._evaluate)
 
-    def bind(self, batch: Batch, *, evaluate: bool = False) -> SVI:
+    def serves(self, svi: SVI) -> bool:
+        """Return whether an SVI has the parts that this trainer was made with."""
+        mine, theirs = vars(self.svi), vars(svi)
+        parts = ("model", "guide", "optim", "loss")
+        same = all(mine[part] is theirs[part] for part in parts)
+        return same and _same_values(self.svi.static_kwargs, svi.static_kwargs)
+
+    def _bind(self, batch: Batch, transforms: dict[str, Any], *, evaluate: bool = False) -> SVI:
         """Return the SVI whose model and guide see the batch as part of all the data."""
-        svi = copy.copy(self.svi)
-
-        def wrap(fn: Callable) -> Callable:
-            return minibatch(
-                fn,
-                plate=self.plate,
-                num_data=self.num_data,
-                indices=batch.indices if self.select else None,
-                weights=batch.weights,
-            )
-
+        svi = with_param_transforms(self.svi, transforms)
+        wrap = partial(
+            minibatch,
+            plate=batch.plate,
+            num_data=batch.num_data,
+            indices=batch.indices if batch.fills_plate else None,
+            weights=batch.weights,
+        )
         guide = svi.guide
         if evaluate and isinstance(guide, AmortizedGuide):
             guide = guide.eval()
         svi.model, svi.guide = wrap(svi.model), wrap(guide)
         return svi
 
+    # -- the start --------------------------------------------------------------------------------
+
     def init(self, rng_key: Array, batch: Batch, init_params: dict | None) -> SVIState:
-        """Return the first state, and leave the user's SVI ready for its own methods."""
-        if isinstance(self.svi.guide, AmortizedGuide):
-            self.svi.guide.reset()  # or the result would depend on what the guide was used for
-        svi = self.bind(batch)
-        args, kwargs = self.read(batch)
-        state = svi.init(rng_key, *args, init_params=init_params, **kwargs)
-        self.svi.constrain_fn = svi.constrain_fn
+        """Return the first state.
+
+        It is computed in one compiled function, unless a guide of NumPyro's is to be set up.
+        """
+        guide, compiled = self.svi.guide, False
+        if isinstance(guide, AmortizedGuide):
+            guide.reset()  # or the result would depend on what the guide was used for
+            args, kwargs = batch.arguments()
+            guide.setup(*args, **kwargs, **self.svi.static_kwargs)
+            compiled = guide.globals is None
+        init = self._init_compiled if compiled else self._init
+        state, self.transforms = init(rng_key, batch, init_params)
         return state
 
-    def update(self, state: SVIState, batch: Batch) -> tuple[SVIState, Float[Array, ""]]:
-        """Take a step; the loss is the negative ELBO per datum."""
-        args, kwargs = self.read(batch)
-        svi, held = self.bind(batch), state.mutable_state
-        if held is None or _keeps_state(svi.loss):
+    def _init(
+        self, rng_key: Array, batch: Batch, init_params: dict | None
+    ) -> tuple[SVIState, dict[str, Any]]:
+        args, kwargs = batch.arguments()
+        svi, reading = self._bind(batch, {}), self._read(rng_key, batch)
+        if not reading.has_state:  # then only its parameters matter, which are known by now
+            svi.model = partial(_declare_params, reading)
+        state = svi.init(rng_key, *args, init_params=init_params, **kwargs)
+        return state, param_transforms(svi)
+
+    def _read(self, rng_key: Array, batch: Batch) -> Reading:
+        """Read the model, with the parameters that ``SVI.init`` would give it."""
+        args, kwargs = batch.arguments()
+        rows = {batch.plate: (batch.num_data, batch.indices)} if batch.fills_plate else {}
+        kwargs = {**kwargs, **self.svi.static_kwargs}
+        return self.reader.read(args, kwargs, rows, init_model_key(rng_key))
+
+    # -- steps ------------------------------------------------------------------------------------
+
+    def step(self, state: SVIState, batch: Batch) -> Step:
+        """Take a step, compiled; the loss is the negative ELBO per datum."""
+        return self._step_compiled(self.transforms, state, batch)
+
+    def guarded_step(self, state: SVIState, batch: Batch) -> Step:
+        """Take a step that changes nothing but the key, and returns NaN, where it fails."""
+        return self._guarded_compiled(self.transforms, state, batch)
+
+    def scan(
+        self, state: SVIState, batch: Batch, order: Int[Array, "num_steps batch"]
+    ) -> tuple[SVIState, Float[Array, "num_steps"], Bool[Array, ""]]:
+        """Take a step for each row of an order, on the rows of the data that it names.
+
+        Returns:
+            The last state, the losses, and whether all that was computed is finite.
+        """
+        if self._has_convolutions(state, batch):
+            return self._loop(state, batch, order)
+        return self._scan_compiled(self.transforms, state, batch, order)
+
+    def _step(self, transforms: dict[str, Any], state: SVIState, batch: Batch) -> Step:
+        (args, kwargs), held = batch.arguments(), state.mutable_state
+        svi = self._bind(batch, transforms)
+        if held is None or returns_mutable_state(svi.loss):
             new, loss = svi.update(state, *args, **kwargs)
-            return new, loss / self.num_data
-        traced = self._traces(svi, state, args, kwargs)
+            return new, loss / batch.num_data
+        traced = next(_traces(svi, state, args, kwargs, num_particles=1))
         updated = {name: trace[name]["value"] for trace in traced for name in trace if name in held}
-        svi.model, svi.guide = (_give_state(fn, held) for fn in (svi.model, svi.guide))
+        svi.model, svi.guide = (with_hidden_state(fn, held) for fn in (svi.model, svi.guide))
         new, loss = svi.update(state._replace(mutable_state=None), *args, **kwargs)
-        return new._replace(mutable_state=updated), loss / self.num_data
+        return new._replace(mutable_state=updated), loss / batch.num_data
 
-    @cached_property
-    def guarded_update(self) -> Callable[[SVIState, Batch], tuple[SVIState, Float[Array, ""]]]:
-        """A compiled step that changes nothing but the key, and returns NaN, where it fails."""
+    def _guarded_step(self, transforms: dict[str, Any], state: SVIState, batch: Batch) -> Step:
+        new, loss = self._step_compiled(transforms, state, batch)
+        ok = jnp.isfinite(loss) & all_finite(new)
+        kept = jax.tree.map(lambda new, old: jnp.where(ok, new, old), new, state)
+        return kept._replace(rng_key=new.rng_key), jnp.where(ok, loss, jnp.nan)
 
-        @jax.jit
-        def step(state: SVIState, batch: Batch) -> tuple[SVIState, Float[Array, ""]]:
-            new, loss = self.update(state, batch)
-            ok = jnp.isfinite(loss) & all_finite(new)
-            kept = jax.tree.map(lambda new, old: jnp.where(ok, new, old), new, state)
-            return kept._replace(rng_key=new.rng_key), jnp.where(ok, loss, jnp.nan)
+    def _scan(self, transforms: dict[str, Any], state: SVIState, batch: Batch, order: Array) -> Any:
+        def step(state: SVIState, rows: Array) -> Step:
+            return self._step_compiled(transforms, state, batch.at(rows))
 
-        return step
+        state, losses = jax.lax.scan(step, state, order)
+        return state, losses, jnp.isfinite(losses).all() & all_finite(state)
 
-    @cached_property
-    def epoch(self) -> Callable[..., tuple[SVIState, Float[Array, "num_steps"], Bool[Array, ""]]]:
-        """A compiled scan of steps over the rows that ``order(rng_key, epoch)`` gives them."""
+    def _loop(self, state: SVIState, batch: Batch, order: Array) -> Any:
+        losses = []
+        for rows in order:
+            state, loss = self.step(state, batch.at(rows))
+            losses.append(loss)
+        losses = jnp.stack(losses)
+        return state, losses, jnp.isfinite(losses).all() & all_finite(state)
 
-        @partial(jax.jit, static_argnames="order")
-        def scan(
-            state: SVIState, arrays: tuple, rng_key: Array, epoch: Array, order: Order
-        ) -> tuple:
-            def step(state: SVIState, rows: Array) -> tuple[SVIState, Array]:
-                return self.update(state, Batch(arrays, rows, None))
+    def _has_convolutions(self, state: SVIState, batch: Batch) -> bool:
+        """Return whether a step has convolutions that XLA runs slowly in a loop, as on CPU."""
+        if jax.default_backend() != "cpu":
+            return False
+        jaxpr = self._step_compiled.trace(self.transforms, state, batch).jaxpr
+        return "conv_general_dilated" in _primitives(jaxpr)
 
-            state, losses = jax.lax.scan(step, state, order(rng_key, epoch))
-            return state, losses, jnp.isfinite(losses).all() & all_finite(state)
+    # -- what a state says ------------------------------------------------------------------------
 
-        return scan
+    def evaluate(self, rng_key: Array, params: dict[str, Any], batch: Batch) -> Float[Array, ""]:
+        """Return the negative ELBO per datum of a batch, networks in evaluation mode."""
+        return self._evaluate_compiled(rng_key, params, batch)
 
-    @cached_property
-    def evaluate(self) -> Callable[[Array, dict, Batch], Float[Array, ""]]:
-        """A compiled negative ELBO per datum of one batch, networks in evaluation mode."""
-
-        @jax.jit
-        def loss(rng_key: Array, params: dict, batch: Batch) -> Float[Array, ""]:
-            args, kwargs = self.read(batch)
-            svi = self.bind(batch, evaluate=True)
-            kwargs = {**kwargs, **svi.static_kwargs}
-            model, guide = (_give_state(fn, params) for fn in (svi.model, svi.guide))
-            return svi.loss.loss(rng_key, params, model, guide, *args, **kwargs) / self.num_data
-
-        return loss
+    def _evaluate(self, rng_key: Array, params: dict[str, Any], batch: Batch) -> Float[Array, ""]:
+        args, kwargs = batch.arguments()
+        svi = self._bind(batch, {}, evaluate=True)
+        kwargs = {**kwargs, **svi.static_kwargs}
+        model, guide = (with_hidden_state(fn, params) for fn in (svi.model, svi.guide))
+        return svi.loss.loss(rng_key, params, model, guide, *args, **kwargs) / batch.num_data
 
     def params(self, state: SVIState) -> dict[str, Any]:
         """Return the parameters, and the networks' other state with them."""
-        return {**self.svi.get_params(state), **(state.mutable_state or {})}
+        return _params(with_param_transforms(self.svi, self.transforms), state)
 
     def culprit(self, state: SVIState, batch: Batch) -> str:
-        """Say where a step stops being finite: the first such site, or the gradient."""
+        """Say where the next step stops being finite: the first such site, or the gradient."""
+        (args, kwargs), svi = batch.arguments(), self._bind(batch, self.transforms)
         with numpyro.validation_enabled(False):
-            return self._culprit(state, batch)
-
-    def _culprit(self, state: SVIState, batch: Batch) -> str:
-        args, kwargs = self.read(batch)
-        traces = self._traces(self.bind(batch), state, args, kwargs)
-        for of, trace in zip(("guide", "model"), traces, strict=True):
-            for name, site in trace.items():
-                if site["type"] == "sample" and not _site_is_finite(site):
-                    return f"site {name!r} of the {of}"
+            for guide, model in _traces(svi, state, args, kwargs, svi.loss.num_particles):
+                for name, of, site in (*_sites(guide, "guide"), *_sites(model, "model")):
+                    if not _is_finite(site):
+                        return f"site {name!r} of the {of}"
         return "the gradient"
 
-    def _traces(self, svi: SVI, state: SVIState, args: tuple, kwargs: dict) -> tuple[dict, dict]:
-        """Trace guide and model as a step of one particle does."""
-        kwargs = {**kwargs, **svi.static_kwargs}
-        model_key, guide_key = jax.random.split(jax.random.split(state.rng_key)[1])
-        guide = handlers.substitute(handlers.seed(svi.guide, guide_key), self.params(state))
+
+def _params(svi: SVI, state: SVIState) -> dict[str, Any]:
+    return {**svi.get_params(state), **(state.mutable_state or {})}
+
+
+def _traces(
+    svi: SVI, state: SVIState, args: tuple, kwargs: dict[str, Any], num_particles: int
+) -> Iterator[tuple[dict, dict]]:
+    """Trace guide and model as each particle of the next step does."""
+    kwargs, params = {**kwargs, **svi.static_kwargs}, _params(svi, state)
+    for model_key, guide_key in particle_keys(state.rng_key, num_particles):
+        guide = handlers.substitute(handlers.seed(svi.guide, guide_key), params)
         guide_trace = handlers.trace(guide).get_trace(*args, **kwargs)
-        model = handlers.substitute(handlers.seed(svi.model, model_key), self.params(state))
+        model = handlers.substitute(handlers.seed(svi.model, model_key), params)
         model = handlers.replay(model, guide_trace)
-        return guide_trace, handlers.trace(model).get_trace(*args, **kwargs)
+        yield guide_trace, handlers.trace(model).get_trace(*args, **kwargs)
 
 
-def _keeps_state(loss: ELBO) -> bool:
-    """Whether an objective returns the networks' new state; with several particles none does."""
-    knows = type(loss).loss_with_mutable_state is not ELBO.loss_with_mutable_state
-    return knows and loss.num_particles == 1
+def _sites(trace: dict[str, Any], of: str) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    return ((name, of, site) for name, site in trace.items() if site["type"] == "sample")
 
 
-def _give_state(fn: Callable, state: dict[str, Any]) -> Callable:
-    """Return a model, or a guide, that has its networks' state, out of the objective's sight."""
-    return handlers.block(handlers.substitute(fn, data=state), hide_fn=_is_state)
-
-
-def _is_state(msg: Any) -> bool:
-    return msg["type"] == "mutable"
-
-
-def _site_is_finite(site: dict) -> bool:
+def _is_finite(site: dict[str, Any]) -> bool:
     log_prob = site["fn"].log_prob(site["value"])
     return bool(all_finite(site["value"]) & jnp.isfinite(log_prob).all())
+
+
+_TRAINERS: WeakKeyDictionary[SVI, Trainer] = WeakKeyDictionary()
+
+
+def trainer_of(svi: SVI) -> Trainer:
+    """Return the trainer of an SVI, the same as the last time, so that nothing compiles twice."""
+    trainer = _TRAINERS.get(svi)
+    if trainer is None or not trainer.serves(svi):
+        trainer = _TRAINERS[svi] = Trainer(svi)
+    return trainer
+
+
+def _same_values(first: dict[str, Any], second: dict[str, Any]) -> bool:
+    return first.keys() == second.keys() and all(first[name] is second[name] for name in first)
+
+
+def _declare_params(reading: Reading, *args: Any, **kwargs: Any) -> None:
+    """Declare the parameters of a model that was read; a model in its place."""
+    for name, param in reading.params.items():
+        numpyro.param(name, param.value, constraint=param.constraint, **dict(param.kwargs))
+
+
+def _primitives(jaxpr: Any) -> set[str]:
+    """Return the names of the primitives of a jaxpr and of those inside it."""
+    jaxpr = jaxpr.jaxpr if isinstance(jaxpr, ClosedJaxpr) else jaxpr
+    names = {eqn.primitive.name for eqn in jaxpr.eqns}
+    for eqn in jaxpr.eqns:
+        inner = jax.tree.leaves(eqn.params, is_leaf=_is_jaxpr)
+        names |= {name for found in inner if _is_jaxpr(found) for name in _primitives(found)}
+    return names
+
+
+def _is_jaxpr(x: Any) -> bool:
+    return isinstance(x, Jaxpr | ClosedJaxpr)
 
 
 def all_finite(tree: Any) -> Bool[Array, ""]:

@@ -1,0 +1,90 @@
+"""A batch of rows: the one form in which data reach compiled code, in training and after it."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int
+
+from numpyro_vae.data.arrays import Layout
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("arrays", "indices", "weights"),
+    meta_fields=("layout", "plate", "num_data", "cuts", "fills_plate"),
+)
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Some rows of data; a pytree whose layout is static.
+
+    A function compiled for one batch serves every other of the same shapes and layout:
+    ``jit(fn)(params, batch, *args)``.
+
+    Attributes:
+        arrays: the arrays among the model's arguments, a tuple, of all rows or of these.
+        indices: the numbers of the rows, integers ``(batch,)``.
+        weights: a factor for each row in the objective, ``(batch,)``; None if all count once.
+        layout: how the arrays become the model's arguments.
+        plate: the name of the local plate.
+        num_data: how many rows there are in all.
+        cuts: whether the rows are still to be taken out of the arrays.
+        fills_plate: whether the model's plate selects rows, and is to hold these.
+    """
+
+    arrays: Any  # unchecked, as JAX puts what it likes into the place of arrays
+    indices: Any
+    weights: Any
+    layout: Layout
+    plate: str
+    num_data: int
+    cuts: bool
+    fills_plate: bool
+
+    def at(self, indices: Int[Array, "batch"]) -> Batch:
+        """Return the batch of other rows of the same data."""
+        return replace(self, indices=indices)
+
+    def arguments(self) -> tuple[tuple, dict[str, Any]]:
+        """Return the model's positional and keyword arguments for these rows."""
+        if self.cuts:
+            return self.layout.rows(self.arrays, self.indices)
+        return self.layout.whole(self.arrays)
+
+
+def padded_batches(num_data: int, batch_size: int) -> Iterator[tuple[Array, Array]]:
+    """Yield ``(indices, weights)`` of every row in order, the last batch filled up.
+
+    The weights of a batch add up to ``batch_size``; those of rows that fill up are zero.
+
+    Example:
+        >>> [weights.tolist() for _, weights in padded_batches(3, 2)]
+        [[1.0, 1.0], [2.0, 0.0]]
+    """
+    for start in range(0, num_data, batch_size):
+        indices = np.arange(start, start + batch_size)
+        real = indices < num_data
+        weights = real * np.float32(batch_size / real.sum())
+        yield jnp.asarray(np.where(real, indices, start)), jnp.asarray(weights)
+
+
+def prefetch(batches: Iterable[Any], size: int = 2) -> Iterator[Any]:
+    """Yield batches, keeping ``size`` of them ahead on their way to the device.
+
+    Example:
+        >>> list(prefetch([1, 2, 3]))
+        [1, 2, 3]
+    """
+    queue: deque = deque()
+    for batch in batches:
+        queue.append(batch)
+        if len(queue) > size:
+            yield queue.popleft()
+    yield from queue

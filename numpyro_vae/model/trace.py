@@ -1,0 +1,190 @@
+"""Runs a model, and says what its trace holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+import numpyro
+import numpyro.distributions as dist
+from jaxtyping import Array, Int
+from numpyro import handlers
+from numpyro.distributions import biject_to, constraints
+from numpyro.infer import init_to_sample
+from numpyro.primitives import Messenger
+
+from numpyro_vae.model.sites import ModelSites, Plate, Site
+from numpyro_vae.numpyro_internals import mask_of_masked
+
+Model = Callable[..., Any]
+Rows = dict[str, tuple[int, Int[Array, "rows"]]]
+
+
+def trace_model(
+    model: Model, args: tuple, kwargs: dict[str, Any], rng_key: Array, rows: Rows
+) -> dict[str, Any]:
+    """Run a model out of sight of the enclosing handlers, and return its trace.
+
+    No log-density is computed, and a prior that cannot be sampled is drawn from uniformly.
+
+    Args:
+        model: a NumPyro model.
+        args: its positional arguments.
+        kwargs: its keyword arguments.
+        rng_key: what its sites draw from, and its parameters, as under ``SVI.init``.
+        rows: by the name of a plate, its size and the rows that it holds.
+
+    Returns:
+        The messages by site name.
+    """
+    draw = handlers.substitute(substitute_fn=draw_improper)
+    with handlers.block(), hold_rows(rows), own_trace() as trace, draw:
+        handlers.seed(model, rng_key)(*args, **kwargs)
+    return trace
+
+
+class hold_rows(Messenger):  # noqa: N801 - handlers are lower case, as in numpyro.handlers
+    """Let plates hold given rows, whatever they would draw themselves.
+
+    Args:
+        rows: by the name of a plate, its size and the rows that it holds.
+    """
+
+    def __init__(self, rows: Rows):
+        self.rows = rows
+        super().__init__(None)
+
+    def process_message(self, msg: Any) -> None:
+        """Give a plate its rows."""
+        if msg["type"] == "plate" and msg["name"] in self.rows:
+            size, indices = self.rows[msg["name"]]
+            msg["value"], msg["args"] = indices, (size, len(indices))
+
+
+class own_trace(handlers.trace):  # noqa: N801
+    """A trace by the names that a model gives, whatever a ``scope`` around it makes of them."""
+
+    def process_message(self, msg: Any) -> None:
+        """Remember the name."""
+        if "name" in msg:
+            msg["_own_name"] = msg["name"]
+
+    def postprocess_message(self, msg: Any) -> None:
+        """Record the message."""
+        own = {"name": msg["_own_name"]} if "_own_name" in msg else {}
+        super().postprocess_message({**msg, **own})
+
+
+def draw_improper(msg: dict) -> Any:
+    """Draw from an improper prior, which has no sampler of its own; of other messages be None."""
+    if msg["type"] != "sample" or msg["value"] is not None:
+        return None
+    if not msg["is_observed"] and is_improper(msg["fn"]):
+        return init_to_sample({**msg, "kwargs": {**msg["kwargs"], "rng_key": numpyro.prng_key()}})
+    return None
+
+
+def is_improper(fn: Any) -> bool:
+    """Whether a distribution has no density that could be normalized."""
+    while hasattr(fn, "base_dist"):
+        fn = fn.base_dist
+    return isinstance(fn, dist.ImproperUniform)
+
+
+def sites_of_trace(trace: dict) -> ModelSites:
+    """Describe the sites and plates of a trace; nothing in the result is an array."""
+    sites, plates, deterministic = {}, {}, {}
+    for name, msg in trace.items():
+        # A site that `handlers.do` intervenes on comes with its plates twice.
+        frames = tuple(dict.fromkeys(msg.get("cond_indep_stack", ())))
+        if msg["type"] == "deterministic":
+            deterministic[name] = tuple(frame.name for frame in frames)
+        if msg["type"] != "sample":
+            continue
+        for frame in frames:
+            size = trace[frame.name]["args"][0] if frame.name in trace else frame.size
+            plates[frame.name] = Plate(frame.name, size, frame.size, frame.dim)
+        _check_observation(name, msg, frames)
+        sites[name] = Site(
+            name,
+            tuple(msg["fn"].batch_shape),
+            tuple(msg["fn"].event_shape),
+            _unconstrained_shape(msg),
+            tuple(frame.name for frame in frames),
+            msg["is_observed"],
+            _is_discrete(msg["fn"]),
+            _is_enumerated(msg),
+            is_improper(msg["fn"]),
+        )
+    return ModelSites(sites, plates, deterministic)
+
+
+def _check_observation(name: str, msg: dict, frames: tuple) -> None:
+    """Raise if values would be compared with a distribution that is not of their shape.
+
+    NumPyro broadcasts one against the other, so that ``x`` of shape ``(n, 1)`` in a plate of ``n``
+    scalars makes ``n * n`` comparisons.
+    """
+    if not (msg["is_observed"] and frames):
+        return
+    fn, shape = msg["fn"], jnp.shape(msg["value"])
+    expected = fn.batch_shape + fn.event_shape
+    try:
+        fits = jnp.broadcast_shapes(shape, expected) == expected
+    except ValueError:
+        fits = False
+    if not fits or shape[len(shape) - fn.event_dim :] != fn.event_shape:
+        raise ValueError(
+            f"Site {name!r} in plate {frames[0].name!r} observes values of shape {shape}, and its "
+            f"distribution has shape {expected}: batch {fn.batch_shape}, event {fn.event_shape}. "
+            "Give values of this shape, or a distribution of theirs; NumPyro would broadcast them."
+        )
+
+
+def _is_discrete(fn: Any) -> bool:
+    return fn.support is None or fn.support.is_discrete
+
+
+def _is_enumerated(msg: dict) -> bool:
+    marked = msg.get("infer", {}).get("enumerate") == "parallel"
+    return marked and not msg["is_observed"] and _is_discrete(msg["fn"])
+
+
+def _unconstrained_shape(msg: dict) -> tuple[int, ...]:
+    """Return the shape, batch apart, of the values that map to the site's support."""
+    fn = msg["fn"]
+    if msg["is_observed"] or _is_discrete(fn):
+        return tuple(fn.event_shape)
+    shape = biject_to(fn.support).inverse_shape(fn.batch_shape + fn.event_shape)
+    return tuple(shape[len(fn.batch_shape) :])
+
+
+def is_real(support: Any) -> bool:
+    """Return whether the support is all of the reals, so that no transform is needed."""
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    return support is constraints.real
+
+
+def mask_of(fn: dist.Distribution) -> Array | None:
+    """Return the mask of a site's distribution, or None if all of it counts.
+
+    Returns:
+        Booleans of shape ``batch_shape``, or that and the leading part of ``event_shape``.
+    """
+    if isinstance(fn, dist.Independent):
+        return mask_of(fn.base_dist)
+    if isinstance(fn, dist.ExpandedDistribution):
+        mask = mask_of(fn.base_dist)
+        ours = 0 if mask is None else len(fn.base_dist.batch_shape)
+        return None if mask is None else jnp.broadcast_to(mask, fn.batch_shape + mask.shape[ours:])
+    if not isinstance(fn, dist.MaskedDistribution):
+        return None
+    outer, inner = mask_of_masked(fn), mask_of(fn.base_dist)
+    if outer is True:
+        return inner
+    outer = jnp.broadcast_to(outer, fn.batch_shape)
+    if inner is None:
+        return outer
+    return inner & outer.reshape(outer.shape + (1,) * (inner.ndim - outer.ndim))

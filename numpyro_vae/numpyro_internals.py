@@ -1,0 +1,135 @@
+"""Every use of NumPyro that its documentation does not promise; each has a test of its own.
+
+`tests/test_numpyro_internals.py` fails when NumPyro changes one of them.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpyro
+import numpyro.distributions as dist
+from jaxtyping import Array
+from numpyro import handlers
+from numpyro.infer import SVI, TraceGraph_ELBO
+from numpyro.infer.autoguide import AutoGuide
+from numpyro.infer.elbo import ELBO
+from numpyro.infer.hmc import HMCState
+from numpyro.infer.util import transform_fn
+from numpyro.primitives import Messenger
+
+
+def mask_of_masked(fn: dist.MaskedDistribution) -> Any:
+    """Return the mask of ``fn.mask(...)``: an array, or a bool for all values."""
+    return fn._mask
+
+
+def plate_indices(plate: numpyro.plate) -> Array:
+    """Return the rows that a plate holds."""
+    return plate._indices
+
+
+def declare_plate(name: str, size: int, length: int) -> tuple[int, Array, bool]:
+    """Show a plate to the enclosing handlers, as ``numpyro.plate(name, size, length)`` does.
+
+    Returns:
+        The size and the indices that they give it, and whether the indices are drawn, or of a
+        handler's making: a plate that holds all of its rows has ``arange(size)`` otherwise.
+    """
+    watch = _Watch()
+    with watch:
+        indices = plate_indices(numpyro.plate(name, size, length))
+    return watch.size, indices, indices is not watch.value
+
+
+class _Watch(Messenger):
+    """Remembers the value that a message comes with, and the size that it leaves with."""
+
+    value: Any = None
+    size: int = 0
+
+    def process_message(self, msg: Any) -> None:
+        self.value = msg["value"]
+
+    def postprocess_message(self, msg: Any) -> None:
+        self.size = msg["args"][0]
+
+
+def was_observed(site: dict[str, Any]) -> bool:
+    """Return whether a site of a trace is observed, or was before ``handlers.uncondition``."""
+    return site["is_observed"] or site["infer"].get("was_observed", False)
+
+
+def is_training() -> bool:
+    """Return whether an objective runs the guide: `Predictive` runs it under ``mask(False)``."""
+    return numpyro.get_mask() is not False
+
+
+def is_set_up(guide: AutoGuide) -> bool:
+    """Return whether an automatic guide has read its model."""
+    return guide.prototype_trace is not None
+
+
+def set_up(guide: AutoGuide, params: dict[str, Any], args: tuple, kwargs: dict[str, Any]) -> None:
+    """Let an automatic guide read its model, which it does when it is first called."""
+    if not is_set_up(guide):
+        with handlers.block(), handlers.seed(rng_seed=0), handlers.substitute(data=params):
+            guide(*args, **kwargs)
+
+
+def init_model_key(rng_key: Array) -> Array:
+    """Return the key that ``SVI.init`` seeds the model with."""
+    return jax.random.split(rng_key, 3)[1]
+
+
+def param_transforms(svi: SVI) -> dict[str, Any]:
+    """Return by parameter the transform from unconstrained values, which ``SVI.init`` has found."""
+    return svi.constrain_fn.args[0]
+
+
+def with_param_transforms(svi: SVI, transforms: dict[str, Any]) -> SVI:
+    """Return a copy of an SVI that has been initialized with these transforms."""
+    svi = copy.copy(svi)
+    svi.constrain_fn = partial(transform_fn, transforms)
+    return svi
+
+
+def enumerates(loss: ELBO) -> bool:
+    """Return whether an objective sums over discrete latents that are marked for it."""
+    return loss.can_infer_discrete and not isinstance(loss, TraceGraph_ELBO)
+
+
+def takes_row_weights(loss: ELBO) -> bool:
+    """Return whether a site's scale may differ by row: objectives for discrete latents need one."""
+    return not loss.can_infer_discrete
+
+
+def returns_mutable_state(loss: ELBO) -> bool:
+    """Return whether an objective returns the networks' new state; of several particles none."""
+    knows = type(loss).loss_with_mutable_state is not ELBO.loss_with_mutable_state
+    return knows and loss.num_particles == 1
+
+
+def particle_keys(state_key: Array, num_particles: int) -> list[tuple[Array, Array]]:
+    """Return the random keys of model and guide of each particle in the next step of an SVI."""
+    step_key = jax.random.split(state_key)[1]
+    keys = [step_key] if num_particles == 1 else jax.random.split(step_key, num_particles)
+    pairs = (jax.random.split(key) for key in keys)
+    return [(model_key, guide_key) for model_key, guide_key in pairs]
+
+
+def with_hidden_state(fn: Callable[..., Any], state: dict[str, Any]) -> Callable[..., Any]:
+    """Return a model, or a guide, that reads network state the objective does not see."""
+    return handlers.block(
+        handlers.substitute(fn, data=state), hide_fn=lambda msg: msg["type"] == "mutable"
+    )
+
+
+def end_adaptation(state: HMCState, num_warmup: int, adapt: Array) -> HMCState:
+    """Return a state of HMC that adapts no more, unless ``adapt``: past its warmup none does."""
+    return state._replace(i=jnp.where(adapt, state.i, num_warmup))
