@@ -16,7 +16,7 @@ import numpyro
 import numpyro.distributions as dist
 from jaxtyping import Array
 from numpyro import handlers
-from numpyro.infer import SVI, TraceGraph_ELBO
+from numpyro.infer import SVI, TraceGraph_ELBO, init_to_sample
 from numpyro.infer.autoguide import AutoGuide
 from numpyro.infer.elbo import ELBO
 from numpyro.infer.hmc import HMCState
@@ -65,6 +65,22 @@ def was_observed(site: dict[str, Any]) -> bool:
     return site["is_observed"] or site["infer"].get("was_observed", False)
 
 
+def draw_improper(msg: dict) -> Any:
+    """Draw from an improper prior, which has no sampler of its own; of other messages be None."""
+    if msg["type"] != "sample" or msg["value"] is not None:
+        return None
+    if not msg["is_observed"] and is_improper(msg["fn"]):
+        return init_to_sample({**msg, "kwargs": {**msg["kwargs"], "rng_key": numpyro.prng_key()}})
+    return None
+
+
+def is_improper(fn: Any) -> bool:
+    """Whether a distribution has no density that could be normalized."""
+    while hasattr(fn, "base_dist"):
+        fn = fn.base_dist
+    return isinstance(fn, dist.ImproperUniform)
+
+
 def is_training() -> bool:
     """Return whether an objective runs the guide: `Predictive` runs it under ``mask(False)``."""
     return numpyro.get_mask() is not False
@@ -89,7 +105,8 @@ def init_model_key(rng_key: Array) -> Array:
 
 def param_transforms(svi: SVI) -> dict[str, Any]:
     """Return by parameter the transform from unconstrained values, which ``SVI.init`` has found."""
-    return svi.constrain_fn.args[0]
+    constrain: Any = svi.constrain_fn
+    return constrain.args[0]
 
 
 def with_param_transforms(svi: SVI, transforms: dict[str, Any]) -> SVI:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -11,11 +11,11 @@ from jaxtyping import Array
 from numpyro.infer.autoguide import AutoGuide
 
 from numpyro_vae.checks.report import Report
-from numpyro_vae.checks.run import run_checks
+from numpyro_vae.checks.run import Checks, run_checks
 from numpyro_vae.guides.base import AmortizedGuide
 from numpyro_vae.inference import quantities as compiled
-from numpyro_vae.inference.datatree import build_datatree, gather
-from numpyro_vae.inference.runner import Rowwise, choose_names
+from numpyro_vae.inference.datatree import build_datatree, choose_groups, gather
+from numpyro_vae.inference.runner import Runner, choose_names
 from numpyro_vae.model.enumeration import Enumeration
 from numpyro_vae.repair.result import Repair
 from numpyro_vae.repair.run import run_repair
@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from xarray import DataTree
 
 __all__ = ["Posterior", "SiteEncoding"]
+
+
+OF_FIT: Any = object()  # stands for the fit's own, as None is a value of batch_axes
 
 
 class SiteEncoding(NamedTuple):
@@ -43,7 +46,9 @@ class Posterior:
     Args:
         guide: the guide that was trained.
         params: what `fit` or ``svi.run`` returned, or its parameters.
-        static_kwargs: keyword arguments of the model that are the same in every call.
+        static_kwargs: keyword arguments of the model that are the same in every call; by default
+            those of the fit.
+        batch_axes: the datum axis of each argument, as for `fit`; by default those of the fit.
 
     Raises:
         TypeError: if the guide is not an amortized one.
@@ -67,29 +72,40 @@ class Posterior:
         (10, 3)
     """
 
-    def __init__(self, guide: AutoGuide, params: Any, **static_kwargs: Any):
+    def __init__(
+        self,
+        guide: AutoGuide,
+        params: Any,
+        *,
+        static_kwargs: Mapping[str, Any] | None = None,
+        batch_axes: Any = OF_FIT,
+    ):
         if not isinstance(guide, AmortizedGuide):
             raise TypeError(
                 f"The guide is a {type(guide).__name__}, expected an amortized guide such as "
                 "AutoAmortizedNormal. Pass the guide itself, not what wraps it."
             )
-        self.guide, self.static_kwargs = guide, static_kwargs
+        if static_kwargs is None:
+            static_kwargs = getattr(params, "static_kwargs", {})
+        if batch_axes is OF_FIT:
+            batch_axes = getattr(params, "batch_axes", 0)
+        self.guide, self.batch_axes = guide, batch_axes
+        self.static_kwargs = dict(static_kwargs)
         state = getattr(getattr(params, "state", None), "mutable_state", None)
         self.params = {**getattr(params, "params", params), **(state or {})}
-        self._rowwise = Rowwise(guide, self.params, static_kwargs)
+        self._runner = Runner(guide, self.params, self.static_kwargs, batch_axes)
 
-    def encode(self, data: Any, *, batch_axes: Any = 0) -> dict[str, SiteEncoding]:
+    def encode(self, data: Any) -> dict[str, SiteEncoding]:
         """Return ``loc`` and ``scale`` of every local site's unconstrained values.
 
         Args:
             data: as for `fit`, any number of rows.
-            batch_axes: as for `fit`.
 
         Returns:
             By site name, ``(num_data, *datum_shape)``.
         """
-        rows = self._rowwise.read(data, batch_axes)
-        found = self._rowwise.apply(compiled.encode, rows)
+        rows = self._runner.read(data)
+        found = self._runner.per_batch(compiled.encode, rows)
         return {name: SiteEncoding(*parts) for name, parts in found.items()}
 
     def sample(
@@ -99,7 +115,6 @@ class Posterior:
         num_samples: int,
         *,
         var_names: Iterable[str] | None = None,
-        batch_axes: Any = 0,
     ) -> dict[str, np.ndarray]:
         """Draw every latent site, for every row.
 
@@ -108,7 +123,6 @@ class Posterior:
             data: as for `fit`, any number of rows.
             num_samples: draws of each row.
             var_names: the sites to return; by default all latent ones.
-            batch_axes: as for `fit`.
 
         Returns:
             By site name, ``(num_samples, *batch_shape, *event_shape)``.
@@ -116,13 +130,13 @@ class Posterior:
         Raises:
             ValueError: if ``num_samples`` is below 1 or a site does not exist.
         """
-        rows = self._rowwise.read(data, batch_axes)
-        globals_ = self._rowwise.draw_globals(rng_key, rows, num_samples)
-        local = self._rowwise.local_names
+        rows = self._runner.read(data)
+        globals_ = self._runner.draw_globals(rng_key, rows, num_samples)
+        local = self._runner.local_names
         names = choose_names(var_names, (*local, *globals_))
         kept = tuple(name for name in local if name in names)
         sizes = {"num_samples": num_samples, "num_draws": num_samples, "row_axis": 1}
-        draw = partial(self._rowwise.apply, compiled.sample, names=kept, **sizes)
+        draw = partial(self._runner.per_batch, compiled.sample, names=kept, **sizes)
         draws = draw(rows, rng_key, globals_) if kept else {}
         for name, value in draws.items():
             axis = self.guide.sites.sites[name].axis(self.guide.plate)
@@ -136,7 +150,6 @@ class Posterior:
         num_samples: int,
         *,
         var_names: Iterable[str] | None = None,
-        batch_axes: Any = 0,
     ) -> dict[str, np.ndarray]:
         """Draw the observed sites anew from the posterior predictive of every row.
 
@@ -149,7 +162,6 @@ class Posterior:
             num_samples: draws of each row.
             var_names: the sites to return; by default all observed and deterministic ones that
                 lie in the local plate.
-            batch_axes: as for `fit`.
 
         Returns:
             By site name, ``(num_samples, num_data, ...)``, the plate's axis second.
@@ -157,15 +169,13 @@ class Posterior:
         Raises:
             ValueError: if ``num_samples`` is below 1 or a site does not exist.
         """
-        rows = self._rowwise.read(data, batch_axes)
-        globals_ = self._rowwise.draw_globals(rng_key, rows, num_samples)
+        rows = self._runner.read(data)
+        globals_ = self._runner.draw_globals(rng_key, rows, num_samples)
         sizes = {"num_samples": num_samples, "num_draws": num_samples, "row_axis": 1}
-        found = self._rowwise.apply(compiled.predict, rows, rng_key, globals_, **sizes)
+        found = self._runner.per_batch(compiled.predict, rows, rng_key, globals_, **sizes)
         return {name: found[name] for name in choose_names(var_names, found)}
 
-    def log_weights(
-        self, rng_key: Array, data: Any, num_samples: int, *, batch_axes: Any = 0
-    ) -> np.ndarray:
+    def log_weights(self, rng_key: Array, data: Any, num_samples: int) -> np.ndarray:
         r"""Return the log importance weight of every draw of every row.
 
         .. math:: \log w_i = \log p(x_i, z_i \mid g) - \log q(z_i \mid x_i)
@@ -176,7 +186,6 @@ class Posterior:
             rng_key: the random key.
             data: as for `fit`, any number of rows.
             num_samples: draws of each row.
-            batch_axes: as for `fit`.
 
         Returns:
             An array of shape ``(num_samples, num_data)``.
@@ -184,11 +193,11 @@ class Posterior:
         Raises:
             ValueError: if ``num_samples`` is below 1, or the guide has no density.
         """
-        self._rowwise.require_density()
-        rows = self._rowwise.read(data, batch_axes)
-        globals_ = self._rowwise.draw_globals(rng_key, rows, num_samples)
+        self._runner.require_density()
+        rows = self._runner.read(data)
+        globals_ = self._runner.draw_globals(rng_key, rows, num_samples)
         sizes = {"num_samples": num_samples, "num_draws": num_samples, "row_axis": 1}
-        found = self._rowwise.apply(compiled.weigh, rows, rng_key, globals_, **sizes)
+        found = self._runner.per_batch(compiled.weigh, rows, rng_key, globals_, **sizes)
         return found["log_weights"]
 
     def log_evidence(
@@ -198,7 +207,6 @@ class Posterior:
         num_samples: int,
         *,
         num_particles: int = 32,
-        batch_axes: Any = 0,
     ) -> np.ndarray:
         r"""Estimate the log-likelihood marginal over the local sites, for draws of the globals.
 
@@ -212,16 +220,15 @@ class Posterior:
             data: as for `fit`, any number of rows.
             num_samples: draws of the global sites.
             num_particles: local draws for each of them.
-            batch_axes: as for `fit`.
 
         Returns:
             An array of shape ``(num_samples, num_data)``.
         """
-        self._rowwise.require_density()
-        rows = self._rowwise.read(data, batch_axes)
-        globals_ = self._rowwise.draw_globals(rng_key, rows, num_samples)
+        self._runner.require_density()
+        rows = self._runner.read(data)
+        globals_ = self._runner.draw_globals(rng_key, rows, num_samples)
         sizes = {"num_samples": num_samples, "particles": num_particles, "row_axis": 1}
-        found = self._rowwise.apply(compiled.evidence, rows, rng_key, globals_, **sizes)
+        found = self._runner.per_batch(compiled.evidence, rows, rng_key, globals_, **sizes)
         return found["log_evidence"]
 
     def probabilities(
@@ -231,7 +238,6 @@ class Posterior:
         num_samples: int,
         *,
         num_particles: int = 32,
-        batch_axes: Any = 0,
     ) -> dict[str, np.ndarray]:
         r"""Return the posterior probability of each value of every enumerated site.
 
@@ -247,7 +253,6 @@ class Posterior:
             data: as for `fit`, any number of rows.
             num_samples: draws of the global sites.
             num_particles: local draws for each of them.
-            batch_axes: as for `fit`.
 
         Returns:
             By site name, ``(num_data, *datum_shape, number of values)``.
@@ -255,32 +260,27 @@ class Posterior:
         Raises:
             ValueError: if no site of the local plate is enumerated.
         """
-        self._rowwise.require_density()
-        rows = self._rowwise.read(data, batch_axes)
+        self._runner.require_density()
+        rows = self._runner.read(data)
         if not self.guide.sites.enumerated(self.guide.plate.name):
             raise ValueError(
                 f"No site of plate {self.guide.plate.name!r} is enumerated, so there are no "
                 'probabilities. Mark a discrete site with infer={"enumerate": "parallel"}.'
             )
-        globals_ = self._rowwise.draw_globals(rng_key, rows, num_samples)
+        globals_ = self._runner.draw_globals(rng_key, rows, num_samples)
         sizes = {"num_samples": num_samples, "particles": num_particles}
-        found = self._rowwise.apply(compiled.classify, rows, rng_key, globals_, **sizes)
+        found = self._runner.per_batch(compiled.classify, rows, rng_key, globals_, **sizes)
         return Enumeration.of_model(
-            self.guide.model, self.guide.plate.name, rows.args, rows.kwargs
+            self.guide.reader, self.guide.plate.name, rows.args, rows.kwargs
         ).probabilities(found["probabilities"])
 
     def check(
         self,
         rng_key: Array,
         data: Any,
+        checks: Checks = None,
         *,
-        checks: Iterable[str] | None = None,
-        num_samples: int = 1000,
-        max_rows: int = 256,
-        num_simulations: int = 500,
-        reference: Any = None,
-        to_data: Callable[[dict], Any] | None = None,
-        batch_axes: Any = 0,
+        progress_bar: bool = True,
         coords: Mapping[str, Any] | None = None,
     ) -> Report:
         """Check the posterior of every row, without a refit; see the page on checks.
@@ -288,35 +288,22 @@ class Posterior:
         What is judged is the local posterior, given draws of the global latents.
 
         Args:
-            rng_key: the random key.
+            rng_key: the random key. What a check computes does not depend on the other checks.
             data: as for `fit`, any number of rows.
-            checks: which to run, of ``importance``, ``gap``, ``calibration``, ``collapse``,
-                ``novelty`` and ``predictive``; by default all that can be.
-            num_samples: draws of each row for its importance weights, and for its gap.
-            max_rows: how many rows, evenly spread, the gap and the predictive check look at.
-            num_simulations: how many data are simulated for the calibration.
-            reference: data like those of the training, for the novelty check.
-            to_data: from simulated values by observed site to data, for the calibration of a model
-                whose observed values are not one of its arguments as it stands.
-            batch_axes: as for `fit`.
+            checks: which to run: names, of ``importance``, ``gap``, ``calibration``, ``collapse``,
+                ``novelty`` and ``predictive``, or objects with options, such as `Gap` and
+                `Calibration`; one of these, or several. By default the quick ones, ``importance``,
+                ``collapse`` and ``predictive``; ``"all"`` runs all that apply, and the report says
+                why the others do not.
+            progress_bar: whether to show one, with the check that runs.
             coords: coordinates by dimension, as ArviZ takes them.
 
         Raises:
-            ValueError: if a check is unknown or, asked for by name, cannot be made; if draws are
-                too few for a k-hat, or a row's weights are not finite.
+            ValueError: if a check is unknown, is there twice, or was asked for and does not apply;
+                or if a row's weights are not finite.
         """
         return run_checks(
-            self._rowwise,
-            rng_key,
-            data,
-            checks=checks,
-            num_samples=num_samples,
-            max_rows=max_rows,
-            num_simulations=num_simulations,
-            reference=reference,
-            to_data=to_data,
-            batch_axes=batch_axes,
-            coords=coords,
+            self._runner, rng_key, data, checks, progress_bar=progress_bar, coords=coords
         )
 
     def repair(
@@ -327,7 +314,6 @@ class Posterior:
         *,
         method: str = "auto",
         num_samples: int = 500,
-        batch_axes: Any = 0,
     ) -> Repair:
         """Draw the latents of some rows anew, better than the guide can.
 
@@ -347,13 +333,12 @@ class Posterior:
                 which the flagged rows are taken.
             method: ``"auto"``, ``"importance"``, ``"refine"`` or ``"nuts"``.
             num_samples: draws of each row.
-            batch_axes: as for `fit`.
 
         Raises:
             ValueError: if a row does not exist, the method is unknown, the guide has no density, or
                 no draw of a row has any importance weight.
         """
-        return run_repair(self._rowwise, rng_key, data, rows, method, num_samples, batch_axes)
+        return run_repair(self._runner, rng_key, data, rows, method, num_samples)
 
     def to_datatree(
         self,
@@ -363,9 +348,9 @@ class Posterior:
         *,
         num_particles: int = 32,
         marginal: bool = False,
+        groups: Iterable[str] | None = None,
         var_names: Iterable[str] | None = None,
         coords: Mapping[str, Any] | None = None,
-        batch_axes: Any = 0,
     ) -> DataTree:
         """Return everything ArviZ reads, for every row.
 
@@ -376,9 +361,13 @@ class Posterior:
             num_particles: local draws for each log-likelihood, see `log_evidence`.
             marginal: whether ``posterior_predictive`` is of new data, with local latents drawn
                 from their prior, which goes with the log-likelihood in `arviz.plot_loo_pit`.
+            groups: the groups to return, of those below; by default all. Without
+                ``posterior_predictive`` nothing is predicted.
             var_names: the latent sites to return; by default all.
             coords: coordinates by dimension.
-            batch_axes: as for `fit`.
+
+        Raises:
+            ValueError: if a group or a site does not exist.
 
         Returns:
             The groups ``posterior``; ``posterior_predictive``, the observed sites drawn anew;
@@ -387,13 +376,13 @@ class Posterior:
             ``observed_data``; and ``constant_data``, the model's other data. A guide without a
             density, of points, has neither log-likelihood nor weights.
         """
-        rows = self._rowwise.read(data, batch_axes)
+        rows = self._runner.read(data)
         sites, of_globals = self.guide.sites, self.guide.global_names
-        known = (*self._rowwise.local_names, *of_globals, *sites.deterministic)
+        known = (*self._runner.local_names, *of_globals, *sites.deterministic)
         names = choose_names(var_names, known)
-        groups, dims = gather(
-            self._rowwise, rows, rng_key, num_samples, num_particles, marginal=marginal
-        )
-        latent = groups["posterior"]
-        groups["posterior"] = {name: latent[name] for name in names if name in latent}
-        return build_datatree(groups, dims, coords)
+        options = {"marginal": marginal, "groups": choose_groups(groups)}
+        found, dims = gather(self._runner, rows, rng_key, num_samples, num_particles, **options)
+        if "posterior" in found:
+            latent = found["posterior"]
+            found["posterior"] = {name: latent[name] for name in names if name in latent}
+        return build_datatree(found, dims, coords)

@@ -19,8 +19,9 @@ from numpyro.infer import SVI, Trace_ELBO
 from numpyro.infer.autoguide import AutoNormal
 from numpyro.infer.reparam import LocScaleReparam
 
-from numpyro_vae import MLP, AutoAmortizedNormal, Posterior, fit, rowwise
+from numpyro_vae import MLP, AutoAmortizedNormal, Importance, Posterior, fit
 from numpyro_vae.checks import collapse
+from numpyro_vae.inference import runner
 
 X = np.asarray(jax.random.normal(jax.random.key(7), (60,)) + 1)
 SMALL = partial(MLP, hidden_sizes=(8,))
@@ -87,7 +88,7 @@ def test_weights_of_constrained_sites(wide):
 
 def test_batches_do_not_show(hierarchical, monkeypatch):
     expected = hierarchical.sample(KEY, X, 5), hierarchical.log_weights(KEY, X, 5)
-    monkeypatch.setattr(rowwise, "ROWS", 7)
+    monkeypatch.setattr(runner, "ROWS", 7)
     found = hierarchical.sample(KEY, X, 5), hierarchical.log_weights(KEY, X, 5)
     np.testing.assert_allclose(found[0]["z"], expected[0]["z"], rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(found[0]["mu"], expected[0]["mu"])
@@ -297,7 +298,7 @@ def test_bad_requests_are_refused(hierarchical):
     with pytest.raises(ValueError, match="data is empty"):
         hierarchical.encode(X[:0])
     with pytest.raises(ValueError, match="at least 100 draws"):
-        hierarchical.check(KEY, X, num_samples=50, checks=("importance", "collapse"))
+        hierarchical.check(KEY, X, checks=(Importance(num_samples=50), "collapse"))
 
 
 def test_another_guides_parameters_are_refused(hierarchical):

@@ -9,7 +9,7 @@ import pytest
 from models import EXACT
 from numpyro.infer import SVI, TraceMeanField_ELBO
 
-from numpyro_vae import MLP, AutoAmortizedNormal, Posterior, fit
+from numpyro_vae import MLP, AutoAmortizedNormal, Importance, Posterior, fit
 
 
 @pytest.fixture(scope="module", params=EXACT)
@@ -40,7 +40,7 @@ def test_scale_is_within_five_percent(trained):
 def test_evidence_is_within_two_hundredths_of_a_nat(trained):
     exact, posterior, _ = trained
     found = posterior.check(
-        jax.random.key(1), exact.data, num_samples=2000, checks=("importance", "collapse")
+        jax.random.key(1), exact.data, checks=(Importance(num_samples=2000), "collapse")
     )
     assert np.abs(found.dataset["log_evidence"].values - exact.log_evidence).max() <= 0.02
     assert (found.verdict == 0).all()

@@ -27,8 +27,14 @@ from numpyro_vae.model.plates import all_rows
 from numpyro_vae.model.reading import ModelReader
 from numpyro_vae.model.run import Run, run_model
 from numpyro_vae.model.sites import Site
-from numpyro_vae.model.trace import draw_improper, own_trace
-from numpyro_vae.numpyro_internals import is_set_up, is_training, plate_indices, set_up
+from numpyro_vae.model.trace import own_trace
+from numpyro_vae.numpyro_internals import (
+    draw_improper,
+    is_set_up,
+    is_training,
+    plate_indices,
+    set_up,
+)
 
 __all__ = ["AmortizedGuide", "GuideOptions"]
 

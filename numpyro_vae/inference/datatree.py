@@ -14,62 +14,86 @@ from jaxtyping import Array
 from numpyro_vae.data.arrays import ArrayData
 from numpyro_vae.inference import quantities
 from numpyro_vae.inference.rows import Rows
-from numpyro_vae.inference.runner import Rowwise
+from numpyro_vae.inference.runner import Runner
 from numpyro_vae.model.sites import ModelSites
 
 if TYPE_CHECKING:
     from xarray import DataTree
 
 SAMPLED = ("posterior", "posterior_predictive", "log_likelihood", "sample_stats")
+GROUPS = (*SAMPLED, "observed_data", "constant_data")
 
 Groups = dict[str, dict[str, np.ndarray]]
 
 
+def choose_groups(groups: Iterable[str] | None) -> tuple[str, ...]:
+    """Return the groups wanted, by default all.
+
+    Raises:
+        ValueError: if one does not exist.
+    """
+    chosen = GROUPS if groups is None else (groups,) if isinstance(groups, str) else tuple(groups)
+    unknown = sorted(set(chosen) - set(GROUPS))
+    if unknown:
+        raise ValueError(f"There are no groups {unknown} here, choose from {list(GROUPS)}.")
+    return tuple(group for group in GROUPS if group in chosen)
+
+
 def gather(
-    rowwise: Rowwise,
+    runner: Runner,
     rows: Rows,
     rng_key: Array,
     num_samples: int,
     num_particles: int,
     *,
     marginal: bool,
+    groups: tuple[str, ...],
 ) -> tuple[Groups, dict[str, list[str]]]:
     """Return by ArviZ group all variables of some rows, and their dimensions.
 
     Args:
-        rowwise: the trained guide.
+        runner: the trained guide.
         rows: the data.
         rng_key: the random key.
         num_samples: draws of each row.
         num_particles: local draws for each log-likelihood.
         marginal: whether predictions are of local latents from their prior.
+        groups: those wanted.
     """
-    guide = rowwise.guide
-    globals_ = rowwise.draw_globals(rng_key, rows, num_samples)
-    sizes = {"num_samples": num_samples, "row_axis": 1}
-    draw = partial(rowwise.apply, quantities.draws, num_draws=num_samples, **sizes)
-    observed = rowwise.apply(quantities.observed, rows)
-    plates = (guide.plate.name, *guide.segments)
-    of_globals = {name: np.asarray(x) for name, x in globals_.items()}
-    if globals_:
-        derive = partial(rowwise.run, quantities.derive, rng_key, globals_)
-        of_globals |= rows.once(partial(derive, names=guide.sites.derived(plates)))
-    groups: Groups = draw(rows, rng_key, globals_)
-    if marginal:
-        predicted = rowwise.apply(quantities.replicate, rows, rng_key, globals_, **sizes)
-        groups["posterior_predictive"] = {name: predicted[name] for name in observed}
-    groups["posterior"] = groups["posterior"] | of_globals
-    groups["observed_data"] = observed
-    groups["constant_data"] = constant_data(guide.model, rows.data, observed)
-    if guide.family.has_density:
+    guide = runner.guide
+    globals_ = runner.draw_globals(rng_key, rows, num_samples)
+    run = partial(runner.per_batch, num_samples=num_samples, row_axis=1)
+    observed = runner.per_batch(quantities.observed, rows)
+    found: Groups = {"observed_data": observed}
+    drawn = tuple(name for name in groups if not (marginal and name == "posterior_predictive"))
+    if set(drawn) & {"posterior", "posterior_predictive", "sample_stats"}:
+        draw = partial(run, quantities.draws, num_draws=num_samples)
+        found |= draw(rows, rng_key, globals_, groups=drawn)
+    if marginal and "posterior_predictive" in groups:
+        predicted = run(quantities.replicate, rows, rng_key, globals_)
+        found["posterior_predictive"] = {name: predicted[name] for name in observed}
+    of_globals = _globals(runner, rows, rng_key, globals_)
+    found["posterior"] = found.get("posterior", {}) | of_globals
+    found["constant_data"] = constant_data(guide.model, rows.data, observed)
+    if guide.family.has_density and "log_likelihood" in groups:
         alone = len(observed) == 1 and not guide.segments
-        found = rowwise.apply(
-            quantities.evidence, rows, rng_key, globals_, particles=num_particles, **sizes
-        )
+        evidence = run(quantities.evidence, rows, rng_key, globals_, particles=num_particles)
         name = next(iter(observed)) if alone else "joint"
-        groups["log_likelihood"] = {name: found["log_evidence"]}
-    by_row = {name for group in groups.values() for name in group} - set(of_globals)
-    return groups, rows_first(site_dims(guide.sites), by_row, plates)
+        found["log_likelihood"] = {name: evidence["log_evidence"]}
+    by_row = {name for group in found.values() for name in group} - set(of_globals)
+    dims = rows_first(site_dims(guide.sites), by_row, (guide.plate.name, *guide.segments))
+    return {group: found[group] for group in groups if group in found}, dims
+
+
+def _globals(
+    runner: Runner, rows: Rows, rng_key: Array, globals_: dict[str, Array]
+) -> dict[str, np.ndarray]:
+    """Return draws of the global sites, and of the deterministic sites made of them alone."""
+    found = {name: np.asarray(value) for name, value in globals_.items()}
+    if not globals_:
+        return found
+    names = runner.guide.sites.derived((runner.guide.plate.name, *runner.guide.segments))
+    return found | runner.once(quantities.derive, rows, rng_key, globals_, names=names)
 
 
 def site_dims(sites: ModelSites) -> dict[str, list[str]]:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float
 
-from numpyro_vae.inference.quantities import View
+from numpyro_vae.inference.encoded import EncodedBatch
 
 LEARNING_RATE = 0.05  # falls to zero
 PARTICLES = 16
@@ -20,8 +20,8 @@ STILL = 0.05  # nats: a bound that rises by less in the second half of the steps
 
 
 def refine(
-    view: View, rng_key: Array, globals_: dict[str, Array]
-) -> tuple[View, Bool[Array, "batch"]]:
+    batch: EncodedBatch, rng_key: Array, globals_: dict[str, Array]
+) -> tuple[EncodedBatch, Bool[Array, "batch"]]:
     r"""Maximize each datum's ELBO over its own variational parameters, all data at once.
 
     The guide is semi-amortized (Kim et al., *Semi-Amortized Variational Autoencoders*, ICML 2018):
@@ -31,19 +31,19 @@ def refine(
     better than it began keeps what the network said.
 
     Args:
-        view: the batch.
+        batch: the batch.
         rng_key: the random key.
         globals_: draws of the global sites, of which each particle has one.
 
     Returns:
-        The view with the encoding that was found, and which data have converged.
+        The batch with the encoding that was found, and which data have converged.
     """
-    view = release(view)
-    start, steps_key, last_key = view.encoding.features, *jax.random.split(rng_key)
+    batch = release(batch)
+    start, steps_key, last_key = batch.encoding.features, *jax.random.split(rng_key)
     optimizer = optax.adam(optax.cosine_decay_schedule(LEARNING_RATE, NUM_STEPS))
 
     def loss(features: Any, key: Array) -> tuple[Array, Array]:
-        elbo = log_weights(_given(view, features), key, globals_, PARTICLES).mean(0)
+        elbo = log_weights(_given(batch, features), key, globals_, PARTICLES).mean(0)
         return -elbo.sum(), elbo
 
     def step(state: tuple, key: Array) -> tuple[tuple, Array]:
@@ -55,25 +55,25 @@ def refine(
     state = (start, optimizer.init(start))
     (end, _), trace = jax.lax.scan(step, state, jax.random.split(steps_key, NUM_STEPS))
     before, after = (
-        log_weights(_given(view, features), last_key, globals_, JUDGES).mean(0)
+        log_weights(_given(batch, features), last_key, globals_, JUDGES).mean(0)
         for features in (start, end)
     )
     better = jnp.nan_to_num(after, nan=-jnp.inf) > before
     kept = jax.tree.map(lambda new, old: jnp.where(_rows(better, new), new, old), end, start)
-    return _given(view, kept), _converged(trace)
+    return _given(batch, kept), _converged(trace)
 
 
-def release(view: View) -> View:
-    """Return the view with each datum's own variational parameters as features."""
-    return replace(view, encoding=view.encoding.release())
+def release(batch: EncodedBatch) -> EncodedBatch:
+    """Return the batch with each datum's own variational parameters as features."""
+    return replace(batch, encoding=batch.encoding.release())
 
 
-def _given(view: View, features: Any) -> View:
-    return replace(view, encoding=replace(view.encoding, features=features))
+def _given(batch: EncodedBatch, features: Any) -> EncodedBatch:
+    return replace(batch, encoding=replace(batch.encoding, features=features))
 
 
 def log_weights(
-    view: View, rng_key: Array, globals_: dict[str, Array], num_samples: int
+    batch: EncodedBatch, rng_key: Array, globals_: dict[str, Array], num_samples: int
 ) -> Float[Array, "num_samples batch"]:
     """Return the log weights of draws, each with one of the draws of the global sites.
 
@@ -83,13 +83,13 @@ def log_weights(
     count = len(next(iter(globals_.values()))) if globals_ else 1
     picked = jax.random.randint(pick_key, (num_samples,), 0, count)
     given = {name: value[picked] for name, value in globals_.items()}
-    draws = view.draw(draw_key, num_samples, given)
-    still = _given(view, jax.lax.stop_gradient(view.encoding.features))
+    draws = batch.draw(draw_key, num_samples, given)
+    still = _given(batch, jax.lax.stop_gradient(batch.encoding.features))
 
     def weigh(draw: Array, given: dict[str, Array]) -> Array:
         return still.log_weight(draw, given, noise_key)
 
-    return view.over_draws(weigh, draws, given)
+    return batch.over_draws(weigh, draws, given)
 
 
 def _rows(better: Array, like: Array) -> Array:

@@ -1,4 +1,4 @@
-"""Rows of data for a posterior: read, cut into batches, and put together again."""
+"""Rows of data for a trained guide: read, cut into batches, and put together again."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array
 
 from numpyro_vae.data.arrays import ArrayData
-from numpyro_vae.data.batch import padded_batches, prefetch
+from numpyro_vae.data.batch import Batch, padded_batches, prefetch
 from numpyro_vae.data.shapes import explained
 from numpyro_vae.guides.base import AmortizedGuide
 from numpyro_vae.model.missing import require_finite_observations
@@ -27,7 +27,8 @@ class Rows:
 
     Attributes:
         data: the data.
-        num_rows: how many rows the local plate has.
+        plate: the name of the local plate.
+        num_rows: how many rows it has.
         subsamples: whether the model selects rows in its own plate.
         chosen: the numbers of the rows that results are wanted of, in that order.
         args: the model's arguments with all rows.
@@ -35,6 +36,7 @@ class Rows:
     """
 
     data: ArrayData
+    plate: str
     num_rows: int
     subsamples: bool
     chosen: np.ndarray
@@ -70,7 +72,7 @@ class Rows:
             )
         check_observed(guide.model, sites, plate, guide.segments, args, kwargs)
         chosen = np.arange(plate.size)
-        return cls(arrays, plate.size, plate.length < plate.size, chosen, args, kwargs)
+        return cls(arrays, name, plate.size, plate.length < plate.size, chosen, args, kwargs)
 
     def choose(self, rows: Any) -> Rows:
         """Return the same data, with results wanted of some rows only.
@@ -114,32 +116,43 @@ class Rows:
             self, data=data, num_rows=number, chosen=chosen, args=args, kwargs=kwargs | static
         )
 
-    def once(self, fn: Callable[..., Any]) -> Any:
-        """Apply a compiled function, as `collect` takes it, for what is the same for all rows."""
-        indices = jnp.arange(self.num_rows if self.data.is_whole else 1)
-        found = fn(self.data.arrays, indices, layout=self.data.layout, subsamples=self.subsamples)
-        return jax.tree.map(np.asarray, found)
+    def batch(self, indices: Array) -> Batch:
+        """Return the rows of these numbers, as compiled functions take them."""
+        return Batch(
+            self.data.arrays,
+            indices,
+            None,
+            layout=self.data.layout,
+            plate=self.plate,
+            num_data=self.num_rows,
+            cuts=not (self.data.is_whole or self.subsamples),
+            fills_plate=self.subsamples,
+        )
 
-    def collect(self, fn: Callable[..., Any], batch_size: int, row_axis: int = 0) -> Any:
-        """Apply a compiled function to batches of rows, and join its results on the host.
+    def whole(self) -> Batch:
+        """Return all rows in one batch, or the first where one is enough for what all share."""
+        return self.batch(jnp.arange(self.num_rows if self.data.is_whole else 1))
 
-        While one batch is copied the next is computed; padding is dropped.
+    def collect(self, fn: Callable[[Batch], Any], batch_size: int, row_axis: int = 0) -> Any:
+        """Apply a compiled function to batches of the chosen rows, and join what it returns.
+
+        While one batch is copied to the host the next is computed; padding is dropped. Data that
+        the model takes whole are one batch.
 
         Args:
-            fn: from ``(arrays, indices, layout=, subsamples=)`` to a pytree of arrays.
+            fn: from a batch to a pytree of arrays.
             batch_size: rows at once.
             row_axis: the axis of the rows in every result.
         """
         if self.data.is_whole:
-            found = self.once(fn)
+            found = jax.tree.map(np.asarray, fn(self.whole()))
             if len(self.chosen) == self.num_rows:
                 return found  # in which the rows of other plates are whole, too
             return jax.tree.map(partial(np.take, indices=self.chosen, axis=row_axis), found)
-        options = {"layout": self.data.layout, "subsamples": self.subsamples}
         num_rows = len(self.chosen)
         batch_size = min(batch_size, num_rows if num_rows == self.num_rows else rounded(num_rows))
         batches = (self.chosen[places] for places, _ in padded_batches(num_rows, batch_size))
-        results = prefetch(fn(self.data.arrays, jnp.asarray(rows), **options) for rows in batches)
+        results = prefetch(fn(self.batch(jnp.asarray(rows))) for rows in batches)
         first = next(results)
         out = jax.tree.map(partial(_room, num_rows, row_axis), first)
         starts = range(0, num_rows, batch_size)

@@ -1,4 +1,4 @@
-"""A trained guide and any rows of data: runs functions of a `View` on batches of them."""
+"""A trained guide and any rows of data: runs quantities per batch of rows, or per row."""
 
 from __future__ import annotations
 
@@ -11,30 +11,38 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from numpyro_vae.data.arrays import Layout
-from numpyro_vae.data.shapes import explained
+from numpyro_vae.data.batch import Batch
 from numpyro_vae.guides.base import AmortizedGuide
-from numpyro_vae.inference.quantities import View
+from numpyro_vae.inference.encoded import EncodedBatch
 from numpyro_vae.inference.rows import Rows, rounded
 
 ROWS = 256  # rows at once
 DRAWS = 2**22  # unconstrained values drawn at once
 
+Quantity = Callable[..., Any]
 
-class Rowwise:
-    """A trained guide, and functions of its views compiled once.
+
+class Runner:
+    """A trained guide, and quantities of its batches, compiled once for all runners of the guide.
+
+    See `numpyro_vae.inference.quantities` for what a quantity is.
 
     Args:
         guide: the guide that was trained.
         params: its parameters and the model's, with the state of networks.
         static_kwargs: keyword arguments of the model that are the same in every call.
+        batch_axes: the datum axis of each of the model's arguments.
     """
 
     def __init__(
-        self, guide: AmortizedGuide, params: dict[str, Any], static_kwargs: dict[str, Any]
+        self,
+        guide: AmortizedGuide,
+        params: dict[str, Any],
+        static_kwargs: dict[str, Any],
+        batch_axes: Any,
     ):
-        self.guide, self.params, self.static_kwargs = guide, params, static_kwargs
-        self._compiled: dict[Any, Callable] = {}
+        self.guide, self.params = guide, params
+        self.static_kwargs, self.batch_axes = static_kwargs, batch_axes
 
     @property
     def local_names(self) -> tuple[str, ...]:
@@ -42,9 +50,9 @@ class Rowwise:
         discrete = self.guide.sites.enumerated(self.guide.plate.name)
         return tuple(site.name for site in (*self.guide.local_sites, *discrete))
 
-    def read(self, data: Any, batch_axes: Any) -> Rows:
+    def read(self, data: Any) -> Rows:
         """Return the rows of data; see `Rows.read`."""
-        return Rows.read(self.guide, self.static_kwargs, data, batch_axes)
+        return Rows.read(self.guide, self.static_kwargs, data, self.batch_axes)
 
     def draw_globals(self, rng_key: Array, rows: Rows, num_samples: int) -> dict[str, Array]:
         """Draw the global sites, one set for all rows.
@@ -66,116 +74,125 @@ class Rowwise:
                 "for these."
             )
 
-    def apply(
+    def per_batch(
         self,
-        fn: Callable[..., Any],
+        quantity: Quantity,
         rows: Rows,
-        *dynamic: Any,
+        *args: Any,
+        by_row: Any = None,
         num_draws: int = 1,
+        batch_size: int | None = None,
         row_axis: int = 0,
         **static: Any,
     ) -> Any:
-        """Apply ``fn(view, *dynamic, **static)``, compiled, to batches of rows, and join them.
+        """Run ``quantity(batch, *args, **static)`` on batches of rows, and join the results.
 
         Args:
-            fn: a function of a `View`.
+            quantity: what to compute.
             rows: the rows.
-            dynamic: arguments that are traced.
+            args: its further arguments.
+            by_row: a pytree of arrays with a value for each row in front; what belongs to a batch
+                becomes the first of the further arguments.
             num_draws: how many draws of each row are held at once, for the batch to fit in memory.
+            batch_size: rows at once; by default as many as fit.
             row_axis: the axis of the rows in all that it returns.
-            static: arguments that are not traced.
+            static: its keyword arguments.
         """
-        fn = partial(self.run, fn, *dynamic, **static)
-        return rows.collect(fn, self.rows_at_once(num_draws), row_axis)
+        compiled = self._compiled(_of_batch, quantity, static)
 
-    def apply_with(
-        self, fn: Callable[..., Any], rows: Rows, by_row: Any, *dynamic: Any, row_axis: int = 0
+        def run(batch: Batch) -> Any:
+            mine = () if by_row is None else (_cut(by_row, rows, batch),)
+            return compiled(self.params, batch, *mine, *args)
+
+        return rows.collect(run, batch_size or self._batch_size(num_draws, by_row), row_axis)
+
+    def once(self, quantity: Quantity, rows: Rows, *args: Any, **static: Any) -> Any:
+        """Run a quantity that is the same for all rows; see `per_batch`."""
+        found = self._compiled(_of_batch, quantity, static)(self.params, rows.whole(), *args)
+        return jax.tree.map(np.asarray, found)
+
+    def per_row(
+        self, quantity: Quantity, rows: Rows, by_row: Any, *args: Any, **static: Any
     ) -> Any:
-        """Apply ``fn(view, of_batch, *dynamic)`` as `apply` does, with arrays that go by row.
+        """Run ``quantity(batch, place, of_row, *args, **static)`` on each row, in parallel.
+
+        For what goes on for as long as a row needs it. The batch is of this row alone, or of all
+        if the model takes the data whole; the row is at ``place`` of it.
 
         Args:
-            fn: a function of a `View`.
-            rows: the rows, in order.
-            by_row: a pytree of arrays with the rows in front, of which ``of_batch`` is cut.
-            dynamic: arguments that are traced.
-            row_axis: the axis of the rows in all that it returns.
-        """
-
-        def of_batch(arrays: Any, indices: Array, **how: Any) -> Any:
-            places = np.searchsorted(rows.chosen, indices).clip(0, len(rows.chosen) - 1)
-            part = jax.tree.map(lambda x: x[places], by_row)
-            return self.run(fn, part, *dynamic, arrays, indices, **how)
-
-        size = max(leaf[0].size for leaf in jax.tree.leaves(by_row))
-        return rows.collect(of_batch, int(np.clip(DRAWS // size, 1, ROWS)), row_axis)
-
-    def rows_at_once(self, num_draws: int) -> int:
-        """Return how many rows fit in memory with so many draws of each."""
-        size = sum(site.datum_size(self.guide.plate) for site in self.guide.local_sites)
-        return int(np.clip(DRAWS // (num_draws * max(size, 1)), 1, ROWS))
-
-    def run(
-        self, fn: Callable[..., Any], *arguments: Any, layout: Any, subsamples: bool, **static: Any
-    ) -> Any:
-        """Call a function of a `View` on the last two arguments, arrays and indices, compiled."""
-        *dynamic, arrays, indices = arguments
-
-        def on_view(params: dict, arrays: tuple, indices: Array, *dynamic: Any, **kw: Any) -> Any:
-            layout, subsamples = kw.pop("layout"), kw.pop("subsamples")
-            return fn(self._view(params, arrays, indices, layout, subsamples), *dynamic, **kw)
-
-        static |= {"layout": layout, "subsamples": subsamples}
-        compiled = self._compile(fn, on_view, static)
-        return compiled(self.params, arrays, indices, *dynamic, **static)
-
-    def apply_each(
-        self, fn: Callable[..., Any], rows: Rows, by_row: Any, *dynamic: Any, **static: Any
-    ) -> Any:
-        """Apply ``fn(view, place, of_row, *dynamic, **static)`` to rows one by one, in parallel.
-
-        For what goes on for as long as a row needs it. The view is of this row alone, or of all if
-        the model takes the data whole; the row is at ``place``.
-
-        Args:
-            fn: a function of a `View`.
+            quantity: what to compute.
             rows: the rows.
             by_row: a pytree of arrays with the rows in front, of which ``of_row`` is one.
-            dynamic: arguments that are traced.
-            static: arguments that are not traced.
+            args: its further arguments.
+            static: its keyword arguments.
         """
-        layout, subsamples, whole = rows.data.layout, rows.subsamples, rows.data.is_whole
-        number = rows.num_rows
-
-        def on_rows(
-            params: dict, arrays: tuple, rows: Array, by_row: Any, *dynamic: Any, **kw: Any
-        ) -> Any:
-            def one(row: Array, of_row: Any) -> Any:
-                indices = jnp.arange(number) if whole else row[None]
-                view = self._view(params, arrays, indices, layout, subsamples)
-                return fn(view, row if whole else jnp.zeros_like(row), of_row, *dynamic, **kw)
-
-            return jax.vmap(one)(rows, by_row)
-
-        compiled = self._compile((fn, layout, subsamples, number), on_rows, static)
         size = len(rows.chosen)
         places = np.minimum(np.arange(rounded(size)), size - 1)
         by_row = jax.tree.map(lambda x: x[places], by_row)
         chosen = jnp.asarray(rows.chosen[places])
-        found = compiled(self.params, rows.data.arrays, chosen, by_row, *dynamic, **static)
+        compiled = self._compiled(_of_rows, quantity, static)
+        found = compiled(self.params, rows.whole(), chosen, by_row, *args)
         return jax.tree.map(lambda x: np.asarray(x)[:size], found)
 
-    def _view(
-        self, params: dict, arrays: tuple, indices: Array, layout: Layout, subsamples: bool
-    ) -> View:
-        how = {"layout": layout, "subsamples": subsamples, "static_kwargs": self.static_kwargs}
-        with explained(self.guide.argument_shapes, *layout.whole(arrays), layout.axes):
-            return View.build(self.guide, params, arrays, indices, **how)
+    def _batch_size(self, num_draws: int, by_row: Any) -> int:
+        """Return how many rows fit in memory with so many draws of each, and what comes by row."""
+        size = sum(site.datum_size(self.guide.plate) for site in self.guide.local_sites)
+        given = max((leaf[0].size for leaf in jax.tree.leaves(by_row)), default=1)
+        return int(np.clip(DRAWS // max(num_draws * size, given, 1), 1, ROWS))
 
-    def _compile(self, key: Any, fn: Callable[..., Any], static: dict[str, Any]) -> Callable:
-        """Return a compiled function, the same as the last time."""
-        if key not in self._compiled:
-            self._compiled[key] = jax.jit(fn, static_argnames=tuple(static))
-        return self._compiled[key]
+    def _compiled(self, of: Callable[..., Any], quantity: Quantity, static: dict) -> Callable:
+        """Return a compiled function, the same for all runners with these static arguments."""
+        kwargs = tuple((name, _identity(value)) for name, value in self.static_kwargs.items())
+        key = (of, quantity, tuple(sorted(static.items())), kwargs)
+        if key not in self.guide.compiled:
+            encode = partial(_encode, self.guide, self.static_kwargs)
+            fn = partial(of, encode, partial(quantity, **static))
+            self.guide.compiled[key] = jax.jit(fn)
+        return self.guide.compiled[key]
+
+
+def _encode(
+    guide: AmortizedGuide, static_kwargs: dict[str, Any], params: dict[str, Any], batch: Batch
+) -> EncodedBatch:
+    return EncodedBatch.encode(guide, params, batch, static_kwargs)
+
+
+def _of_batch(encode: Callable, quantity: Quantity, params: dict, batch: Batch, *args: Any) -> Any:
+    return quantity(encode(params, batch), *args)
+
+
+def _of_rows(
+    encode: Callable,
+    quantity: Quantity,
+    params: dict,
+    batch: Batch,
+    rows: Array,
+    by_row: Any,
+    *args: Any,
+) -> Any:
+    is_cut = batch.cuts or batch.fills_plate  # else the model takes the data whole
+
+    def one(row: Array, of_row: Any) -> Any:
+        alone = batch.at(row[None]) if is_cut else batch
+        place = jnp.zeros_like(row) if is_cut else row
+        return quantity(encode(params, alone), place, of_row, *args)
+
+    return jax.vmap(one)(rows, by_row)
+
+
+def _cut(by_row: Any, rows: Rows, batch: Batch) -> Any:
+    """Return what belongs to the rows of a batch, of arrays that have a value for chosen rows."""
+    places = np.searchsorted(rows.chosen, batch.indices).clip(0, len(rows.chosen) - 1)
+    return jax.tree.map(lambda x: x[places], by_row)
+
+
+def _identity(value: Any) -> Any:
+    """Return what tells a static argument from others: its value, or itself if it has no hash."""
+    try:
+        hash(value)
+    except TypeError:
+        return id(value)  # of an object that the compiled function keeps alive
+    return value
 
 
 def choose_names(var_names: Iterable[str] | None, known: Iterable[str]) -> list[str]:

@@ -6,16 +6,14 @@ from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
-import numpyro
 import numpyro.distributions as dist
 from jaxtyping import Array, Int
 from numpyro import handlers
 from numpyro.distributions import biject_to, constraints
-from numpyro.infer import init_to_sample
 from numpyro.primitives import Messenger
 
 from numpyro_vae.model.sites import ModelSites, Plate, Site
-from numpyro_vae.numpyro_internals import mask_of_masked
+from numpyro_vae.numpyro_internals import draw_improper, is_improper, mask_of_masked
 
 Model = Callable[..., Any]
 Rows = dict[str, tuple[int, Int[Array, "rows"]]]
@@ -74,22 +72,6 @@ class own_trace(handlers.trace):  # noqa: N801
         """Record the message."""
         own = {"name": msg["_own_name"]} if "_own_name" in msg else {}
         super().postprocess_message({**msg, **own})
-
-
-def draw_improper(msg: dict) -> Any:
-    """Draw from an improper prior, which has no sampler of its own; of other messages be None."""
-    if msg["type"] != "sample" or msg["value"] is not None:
-        return None
-    if not msg["is_observed"] and is_improper(msg["fn"]):
-        return init_to_sample({**msg, "kwargs": {**msg["kwargs"], "rng_key": numpyro.prng_key()}})
-    return None
-
-
-def is_improper(fn: Any) -> bool:
-    """Whether a distribution has no density that could be normalized."""
-    while hasattr(fn, "base_dist"):
-        fn = fn.base_dist
-    return isinstance(fn, dist.ImproperUniform)
 
 
 def sites_of_trace(trace: dict) -> ModelSites:

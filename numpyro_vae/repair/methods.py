@@ -12,7 +12,7 @@ from scipy.special import logsumexp
 
 from numpyro_vae.inference.psis import khat_threshold, smooth
 from numpyro_vae.inference.rows import Rows
-from numpyro_vae.inference.runner import Rowwise
+from numpyro_vae.inference.runner import Runner
 from numpyro_vae.repair.nuts import ROUNDS, Frame, advance, start_chains
 from numpyro_vae.repair.proposals import PROPOSALS, Held, Kernels, adapt, propose
 
@@ -56,7 +56,7 @@ class Attempt(NamedTuple):
 
 def attempt(
     method: str,
-    rowwise: Rowwise,
+    runner: Runner,
     rng_key: Array,
     rows: Rows,
     held: Held,
@@ -72,7 +72,7 @@ def attempt(
 
     Args:
         method: one of these.
-        rowwise: the trained guide.
+        runner: the trained guide.
         rng_key: the random key.
         rows: the data.
         held: values of the global sites, a leading axis of them.
@@ -82,10 +82,10 @@ def attempt(
     weights_key, nuts_key = jax.random.split(rng_key)
     arguments = (rows, held, number)
     if method != "nuts":
-        return _by_weights(rowwise, weights_key, *arguments, refined=method == "refine")
+        return _by_weights(runner, weights_key, *arguments, refined=method == "refine")
     if before is None:
-        before = _by_weights(rowwise, weights_key, *arguments, refined=False, stages=0)
-    return _by_nuts(rowwise, nuts_key, *arguments, before)
+        before = _by_weights(runner, weights_key, *arguments, refined=False, stages=0)
+    return _by_nuts(runner, nuts_key, *arguments, before)
 
 
 def measured(number: int, **known: Any) -> dict[str, np.ndarray]:
@@ -95,7 +95,7 @@ def measured(number: int, **known: Any) -> dict[str, np.ndarray]:
 
 
 def _by_weights(
-    rowwise: Rowwise,
+    runner: Runner,
     rng_key: Array,
     rows: Rows,
     held: Held,
@@ -107,7 +107,7 @@ def _by_weights(
     """Weigh proposals; where they are too few that count, propose around what they resample."""
     # Split once: folding a number into a key gives what splitting it does.
     first, *later = jax.random.split(rng_key, 1 + stages)
-    found = rowwise.apply(propose, rows, first, held, refined=refined, num_draws=PROPOSALS)
+    found = runner.per_batch(propose, rows, first, held, refined=refined, num_draws=PROPOSALS)
     made = _weighed(found, first, rows, number)
     for key in later:
         left = np.flatnonzero(~made.columns["passed"] & found["whole"])
@@ -115,7 +115,7 @@ def _by_weights(
             break
         kernels = Kernels.around(spread(pooled(made.draws[left]), CENTERS))
         part = rows.choose(rows.chosen[left])
-        again = rowwise.apply_with(adapt, part, kernels, key, held)
+        again = runner.per_batch(adapt, part, key, held, by_row=kernels)
         made.put(left, _weighed(again, key, part, number))
     if refined:
         made.columns["converged"] = found["converged"].astype(float)
@@ -169,20 +169,20 @@ def _resample(
 
 
 def _by_nuts(
-    rowwise: Rowwise, rng_key: Array, rows: Rows, held: Held, number: int, before: Attempt
+    runner: Runner, rng_key: Array, rows: Rows, held: Held, number: int, before: Attempt
 ) -> Attempt:
     """Run the chains of rows until they agree and their draws suffice, or are too many."""
     near = pooled(before.draws)
     frame = Frame.around(near, before.columns["ess"])
     chains = start_chains(near, frame, before.draws.shape[1])
     first, *later = jax.random.split(rng_key, 1 + sum(ROUNDS))
-    chains, _ = advance(rowwise, rows, first, held, frame, chains, adapt=True)
+    chains, _ = advance(runner, rows, first, held, frame, chains, adapt=True)
     left, kept = np.arange(len(near)), []
     made = before.at(left)
     for rounds in ROUNDS:
         for _ in range(rounds):
             key = later[len(kept)]
-            chains, draws = advance(rowwise, rows, key, held, frame, chains, adapt=False)
+            chains, draws = advance(runner, rows, key, held, frame, chains, adapt=False)
             kept.append(draws)
         found = _judge(np.concatenate(kept, axis=3), number)
         made.put(left, found)

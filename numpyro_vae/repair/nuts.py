@@ -11,9 +11,10 @@ from jax.scipy.special import logsumexp
 from jaxtyping import Array, Float
 from numpyro.infer.hmc import hmc
 
-from numpyro_vae.inference.quantities import View
+from numpyro_vae.inference.encoded import EncodedBatch
 from numpyro_vae.inference.rows import Rows
-from numpyro_vae.inference.runner import Rowwise
+from numpyro_vae.inference.runner import Runner
+from numpyro_vae.numpyro_internals import end_adaptation
 
 NUM_CHAINS = 4
 ITERATIONS = 250  # of a round: the first to adapt in
@@ -88,7 +89,7 @@ def _far_apart(draws: Float[np.ndarray, "draws size"]) -> Float[np.ndarray, "cha
 
 
 def advance(
-    rowwise: Rowwise,
+    runner: Runner,
     rows: Rows,
     rng_key: Array,
     held: dict[str, Any],
@@ -100,7 +101,7 @@ def advance(
     """Run the chains of rows for a round, given each value of the global sites.
 
     Args:
-        rowwise: the trained guide.
+        runner: the trained guide.
         rows: the data.
         rng_key: the random key, another one for each round.
         held: values of the global sites, a leading axis of them.
@@ -111,27 +112,27 @@ def advance(
     Returns:
         Where the chains have come to, and packed draws, ``(rows, held, chains, iterations, size)``.
     """
-    return rowwise.apply_each(_advance_row, rows, (chains, frame), rng_key, held, jnp.array(adapt))
+    return runner.per_row(_advance_row, rows, (chains, frame), rng_key, held, jnp.array(adapt))
 
 
 def _advance_row(
-    view: View,
+    batch: EncodedBatch,
     place: Array,
     of_row: tuple[Chains, Frame],
     rng_key: Array,
     held: dict[str, Array],
     adapt: Array,
 ) -> tuple[Chains, Array]:
-    """Run the chains of the row at a place of the view.
+    """Run the chains of the row at a place of the batch.
 
     What the model masks has no density; a standard one keeps the chains in place there.
     """
     chains, frame = of_row
-    length, mask = view.encoding.run.plate.length, view.encoding.mask
+    length, mask = batch.encoding.run.plate.length, batch.encoding.mask
 
     def energy(z: Array, held: dict[str, Array]) -> Array:
         packed = jnp.broadcast_to(frame.center + frame.scale_tril @ z, (length, z.size))
-        energy = -logsumexp(view.log_joint(packed, held, rng_key), axis=0)[place]
+        energy = -logsumexp(batch.log_joint(packed, held, rng_key), axis=0)[place]
         return energy if mask is None else energy + jnp.where(mask[place], 0, z**2 / 2).sum()
 
     def run(chain: Chains, held: dict[str, Array], key: Array) -> tuple[Chains, Array]:
@@ -144,8 +145,7 @@ def _advance_row(
             max_tree_depth=MAX_TREE_DEPTH,
             rng_key=key,
         )
-        # Past its warmup a state does not adapt any more.
-        state = state._replace(i=jnp.where(adapt, state.i, ITERATIONS))
+        state = end_adaptation(state, ITERATIONS, adapt)
 
         def keep(state: Any, _: None) -> tuple[Any, Array]:
             state = step(state)
@@ -155,6 +155,6 @@ def _advance_row(
         adapted = state.adapt_state
         return Chains(state.z, adapted.step_size, adapted.inverse_mass_matrix), draws
 
-    key = jax.random.fold_in(rng_key, view.indices[place])
+    key = jax.random.fold_in(rng_key, batch.indices[place])
     keys = jax.random.split(key, chains.step_size.shape)
     return jax.vmap(jax.vmap(run, (0, None, 0)))(chains, held, keys)

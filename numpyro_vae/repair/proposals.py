@@ -13,7 +13,7 @@ from jax.scipy.linalg import solve_triangular
 from jax.scipy.special import logsumexp
 from jaxtyping import Array, Float
 
-from numpyro_vae.inference.quantities import View
+from numpyro_vae.inference.encoded import EncodedBatch
 from numpyro_vae.inference.refine import refine
 
 PROPOSALS = 8000  # draws of a datum, shared by the draws of the global sites that it is held at
@@ -76,11 +76,11 @@ class Kernels(NamedTuple):
         return log_prob
 
 
-def propose(view: View, rng_key: Array, held: Held, *, refined: bool) -> dict[str, Array]:
+def propose(batch: EncodedBatch, rng_key: Array, held: Held, *, refined: bool) -> dict[str, Array]:
     """Draw from the guide, or from what it is refined to, and weigh.
 
     Args:
-        view: the batch.
+        batch: the batch.
         rng_key: the random key.
         held: values of the global sites, a leading axis of them.
         refined: whether each datum's own variational parameters are optimized first.
@@ -91,19 +91,19 @@ def propose(view: View, rng_key: Array, held: Held, *, refined: bool) -> dict[st
         ``converged``, and whether all latents count, as kernels are of all.
     """
     refine_key, key = jax.random.split(rng_key)
-    converged = jnp.ones(len(view.indices), bool)
+    converged = jnp.ones(len(batch.indices), bool)
     if refined:
-        view, converged = refine(view, refine_key, held)
+        batch, converged = refine(batch, refine_key, held)
 
     def guide(key: Array, held: Held, number: int) -> tuple[Array, LogDensity]:
         given = {name: jnp.broadcast_to(x, (number, *x.shape)) for name, x in held.items()}
-        return view.draw(key, number, given), view.encoding.condition(held).log_prob
+        return batch.draw(key, number, given), batch.encoding.condition(held).log_prob
 
-    whole = jnp.full(converged.shape, view.encoding.mask is None)
-    return _weigh(view, guide, key, held) | {"converged": converged, "whole": whole}
+    whole = jnp.full(converged.shape, batch.encoding.mask is None)
+    return _weigh(batch, guide, key, held) | {"converged": converged, "whole": whole}
 
 
-def adapt(view: View, kernels: Kernels, rng_key: Array, held: Held) -> dict[str, Array]:
+def adapt(batch: EncodedBatch, kernels: Kernels, rng_key: Array, held: Held) -> dict[str, Array]:
     """Draw from kernels around draws that were resampled before, and weigh; see `propose`.
 
     Reference:
@@ -115,10 +115,10 @@ def adapt(view: View, kernels: Kernels, rng_key: Array, held: Held) -> dict[str,
     def around(key: Array, held: Held, number: int) -> tuple[Array, LogDensity]:
         return kernels.sample(key, number), kernels.log_prob()
 
-    return _weigh(view, around, rng_key, held)
+    return _weigh(batch, around, rng_key, held)
 
 
-def _weigh(view: View, proposal: Proposal, rng_key: Array, held: Held) -> dict[str, Array]:
+def _weigh(batch: EncodedBatch, proposal: Proposal, rng_key: Array, held: Held) -> dict[str, Array]:
     """Weigh draws given each value of the globals.
 
     Some are of the prior, lest a mode be missed. A weight is that of the mixture which all were
@@ -127,40 +127,40 @@ def _weigh(view: View, proposal: Proposal, rng_key: Array, held: Held) -> dict[s
     """
     size = len(next(iter(held.values()))) if held else 1
     number = max(PROPOSALS // size, FEWEST)
-    share = 0.0 if _is_improper(view) else FROM_PRIOR
+    share = 0.0 if _is_improper(batch) else FROM_PRIOR
     of_prior = round(number * share / (1 - share))
 
     def given(args: tuple[Array, Held]) -> tuple[Array, Array]:
         draw_key, prior_key, key = jax.random.split(args[0], 3)
         draws, log_q = proposal(draw_key, args[1], number)
         if of_prior:
-            draws = jnp.concatenate([draws, _from_prior(view, prior_key, args[1], of_prior)])
+            draws = jnp.concatenate([draws, _from_prior(batch, prior_key, args[1], of_prior)])
 
         def weigh(packed: Array) -> Array:
-            log_joint, log_prior = view.log_densities(packed, args[1], key)
+            log_joint, log_prior = batch.log_densities(packed, args[1], key)
             proposed = log_q(packed)
             if of_prior:
                 defence = jnp.log(share) + logsumexp(log_prior, axis=0)
                 proposed = jnp.logaddexp(jnp.log1p(-share) + proposed, defence)
             return logsumexp(log_joint, axis=0) - proposed
 
-        return draws, view.over_draws(weigh, draws)
+        return draws, batch.over_draws(weigh, draws)
 
     draws, log_weights = jax.lax.map(given, (jax.random.split(rng_key, size), held))
     known = jnp.where(jnp.isnan(log_weights), -jnp.inf, log_weights)
     return {"draws": jnp.moveaxis(draws, 2, 0), "log_weights": jnp.moveaxis(known, 2, 0)}
 
 
-def _is_improper(view: View) -> bool:
-    return any(site.is_improper for site in view.encoding.sites)
+def _is_improper(batch: EncodedBatch) -> bool:
+    return any(site.is_improper for site in batch.encoding.sites)
 
 
 def _from_prior(
-    view: View, rng_key: Array, held: Held, number: int
+    batch: EncodedBatch, rng_key: Array, held: Held, number: int
 ) -> Float[Array, "draws batch size"]:
     def one(key: Array) -> Array:
-        trace = view.trace(held, key)
-        values = {site.name: trace[site.name]["value"] for site in view.encoding.sites}
-        return view.encoding.pack(values)
+        trace = batch.trace(held, key)
+        values = {site.name: trace[site.name]["value"] for site in batch.encoding.sites}
+        return batch.encoding.pack(values)
 
-    return view.over_draws(one, jax.random.split(rng_key, number))
+    return batch.over_draws(one, jax.random.split(rng_key, number))

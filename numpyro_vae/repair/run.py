@@ -9,9 +9,10 @@ import numpy as np
 from jaxtyping import Array
 
 from numpyro_vae.checks.report import Report
-from numpyro_vae.inference.quantities import View, finish
+from numpyro_vae.inference.encoded import EncodedBatch
+from numpyro_vae.inference.quantities import finish
 from numpyro_vae.inference.rows import Rows
-from numpyro_vae.inference.runner import Rowwise
+from numpyro_vae.inference.runner import Runner
 from numpyro_vae.repair.methods import CENTERS, METHODS, Attempt, attempt, measured, pooled, spread
 from numpyro_vae.repair.proposals import Held
 from numpyro_vae.repair.result import Repair, columns
@@ -21,46 +22,47 @@ BLOCK = 64  # rows whose proposals are held at once
 
 
 def run_repair(
-    rowwise: Rowwise, rng_key: Array, data: Any, rows: Any, method: str, num_samples: int, axes: Any
+    runner: Runner, rng_key: Array, data: Any, rows: Any, method: str, num_samples: int
 ) -> Repair:
     """Repair rows; see `Posterior.repair`."""
-    rowwise.require_density()
+    runner.require_density()
     if num_samples < 1:
         raise ValueError(f"num_samples is {num_samples}, expected at least 1.")
     if method not in ("auto", *METHODS):
         raise ValueError(f"method is {method!r}, expected 'auto' or one of {list(METHODS)}.")
-    every = rowwise.read(data, axes)
+    every = runner.read(data)
     if isinstance(rows, Report):
         rows = rows.flagged_of(every.num_rows)
     chosen = every.choose(np.unique(every.choose(rows).chosen))
-    plate, count = rowwise.guide.plate.name, len(chosen.chosen)
+    plate, count = runner.guide.plate.name, len(chosen.chosen)
     if not count:
         nothing = measured(0, passed=np.zeros(0, bool))
         return Repair(columns(plate, chosen.chosen, nothing, np.zeros(0, int)), {})
-    size = min(NUM_HELD, num_samples) if rowwise.guide.global_names else 1
-    held = rowwise.draw_globals(rng_key, chosen, size)
+    size = min(NUM_HELD, num_samples) if runner.guide.global_names else 1
+    held = runner.draw_globals(rng_key, chosen, size)
     ladder = METHODS if method == "auto" else (method,)
     number = -(-max(num_samples, CENTERS) // size)
-    made, rung = _climb(rowwise, rng_key, chosen, held, ladder, number)
+    made, rung = _climb(runner, rng_key, chosen, held, ladder, number)
     packed = spread(pooled(made.draws), num_samples)
     of_held = spread(np.arange(size * number)[None] // number, num_samples)[0]
     given = {name: np.asarray(value)[of_held] for name, value in held.items()}
-    groups = rowwise.apply_with(_finish, chosen, packed, rng_key, given, row_axis=1)
+    groups = runner.per_batch(_finish, chosen, rng_key, given, by_row=packed, row_axis=1)
     return Repair(columns(plate, chosen.chosen, made.columns, rung), groups)
 
 
-def _finish(view: View, packed: Array, rng_key: Array, globals_: Held) -> dict[str, dict]:
+def _finish(batch: EncodedBatch, packed: Array, rng_key: Array, globals_: Held) -> dict[str, dict]:
     """Return the draws by group, without what lies in another plate than the rows."""
-    plate, sites = view.encoding.run.plate.name, view.encoding.run.sites
+    plate, sites = batch.encoding.run.plate.name, batch.encoding.run.sites
+    found = finish(batch, packed, rng_key, globals_, groups=("posterior", "posterior_predictive"))
     around = {name: site.plates for name, site in sites.sites.items()} | sites.deterministic
     return {
         group: {name: x for name, x in variables.items() if plate in around[name]}
-        for group, variables in finish(view, packed, rng_key, globals_).items()
+        for group, variables in found.items()
     }
 
 
 def _climb(
-    rowwise: Rowwise,
+    runner: Runner,
     rng_key: Array,
     rows: Rows,
     held: Held,
@@ -75,7 +77,7 @@ def _climb(
         for block in np.split(np.arange(len(left)), range(BLOCK, len(left), BLOCK)):
             part = rows.choose(rows.chosen[left[block]])
             begun = before and before.at(block)
-            parts.append(attempt(name, rowwise, key, part, held, number, begun))
+            parts.append(attempt(name, runner, key, part, held, number, begun))
         return Attempt.joined(parts)
 
     every = np.arange(len(rows.chosen))

@@ -170,7 +170,7 @@ def _start(
 class _History:
     """The losses of the steps, and the metrics of the epochs."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.losses = [np.zeros(0, np.float32)]
         self.metrics: list[dict[str, float]] = []
 

@@ -54,12 +54,21 @@ def exact(x, loadings, noise, prior_mean=0.0, prior=None) -> Gaussian:
     )
 
 
-def train(guide, *args, steps=800, particles=4, rate=2e-2, loss: Any = TraceMeanField_ELBO, seed=0):
+def train(
+    guide,
+    *args,
+    steps=800,
+    particles=4,
+    rate=2e-2,
+    loss: Any = TraceMeanField_ELBO,
+    seed=0,
+    batch_axes=0,
+):
     """Train on all data at once, with a rate that falls to zero."""
     optimizer = optax.adam(optax.cosine_decay_schedule(rate, steps))
     svi = SVI(guide.model, guide, optimizer, loss(num_particles=particles))
     result = svi.run(jax.random.key(seed), steps, *args, progress_bar=False)
-    return Posterior(guide, result)
+    return Posterior(guide, result, batch_axes=batch_axes)
 
 
 def elbo(posterior, *args, particles=100, seed=1):

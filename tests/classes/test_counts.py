@@ -11,7 +11,7 @@ import optax
 import pytest
 from numpyro.infer import SVI, Trace_ELBO
 
-from numpyro_vae import MLP, AutoAmortizedMultivariateNormal, Posterior, fit
+from numpyro_vae import MLP, AutoAmortizedMultivariateNormal, Importance, Posterior, fit
 
 NUM_CELLS, NUM_GENES, SIZE = 400, 12, 2
 RNG = np.random.default_rng(0)
@@ -117,7 +117,7 @@ def test_extreme_counts_are_finite(trained):
     library = far.sum(1) if kind == "multinomial" else np.array([1e2, 1e2, 1e7], np.float32)
     library = np.maximum(library, 1e-3)  # an empty cell, whose logarithm the encoder reads
     found = posterior.check(
-        jax.random.key(3), (far, library), num_samples=100, checks=("importance", "collapse")
+        jax.random.key(3), (far, library), checks=(Importance(num_samples=100), "collapse")
     ).dataset
     assert np.isfinite(found["elbo"]).all()
     assert np.isfinite(found["log_evidence"]).all()

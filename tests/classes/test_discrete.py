@@ -16,7 +16,7 @@ from numpyro.infer.autoguide import AutoNormal
 from scipy import stats
 from scipy.special import logsumexp
 
-from numpyro_vae import MLP, AutoAmortizedNormal, Posterior, fit
+from numpyro_vae import MLP, AutoAmortizedNormal, Importance, Posterior, fit
 
 NUM_DATA, NOISE = 200, 0.5
 WEIGHTS, CENTRES = np.array([0.2, 0.3, 0.5]), np.array([-2.0, 0.0, 1.5])
@@ -76,7 +76,7 @@ def test_probabilities_of_the_classes_are_exact(posterior):
 
 def test_evidence_is_within_two_hundredths_of_a_nat(posterior):
     found = posterior.check(
-        jax.random.key(2), X, num_samples=20_000, checks=("importance", "collapse")
+        jax.random.key(2), X, checks=(Importance(num_samples=20_000), "collapse")
     ).dataset
     assert np.abs(found["log_evidence"].values - EVIDENCE).max() <= 0.02
     # A Normal comes close to the posterior, which is a mixture of three, and cannot reach it.
@@ -173,9 +173,7 @@ def test_without_continuous_local_latents_there_is_no_network():
     # The guide takes the centres for independent, which narrows it and moves it a little.
     assert (np.abs(centres.mean(0) - loc) < 0.4 * scale).all()
     assert (centres.std(0) < 1.05 * scale).all()
-    report = posterior.check(
-        jax.random.key(2), X, num_samples=200, checks=("importance", "collapse")
-    )
+    report = posterior.check(jax.random.key(2), X, checks=(Importance(num_samples=200), "collapse"))
     assert f"{NUM_DATA} data" in str(report)
 
 

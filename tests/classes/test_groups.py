@@ -72,7 +72,8 @@ def grouped(model=conjugate, segments=None, **options):
 
 @pytest.fixture(scope="module")
 def ragged():
-    return train(grouped(), GROUP, Y, steps=3000, particles=8, rate=1e-2), (GROUP, Y), None
+    options = {"steps": 3000, "particles": 8, "rate": 1e-2, "batch_axes": None}
+    return train(grouped(), GROUP, Y, **options), (GROUP, Y), None
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +95,7 @@ def trained(request):
 
 def test_each_group_has_the_posterior_of_its_own_data(trained):
     posterior, data, batch_axes = trained
-    loc, scale = (np.ravel(x) for x in posterior.encode(data, batch_axes=batch_axes)["theta"])
+    loc, scale = (np.ravel(x) for x in posterior.encode(data)["theta"])
     error = (loc - MEAN) / SD
     assert np.sqrt((error**2).mean()) <= 0.05
     assert np.abs(error).max() <= (0.05 if batch_axes is None else 0.1)  # in minibatches
@@ -102,12 +103,10 @@ def test_each_group_has_the_posterior_of_its_own_data(trained):
 
 
 def test_the_evidence_of_each_group_is_exact(trained):
-    posterior, data, batch_axes = trained
+    posterior, data, _ = trained
     found = posterior.check(
         jax.random.key(1),
         data,
-        num_samples=1000,
-        batch_axes=batch_axes,
         checks=("importance", "collapse"),
     )
     assert np.abs(found.dataset["log_evidence"].values - log_evidence()).max() <= 0.02
@@ -117,8 +116,8 @@ def test_the_evidence_of_each_group_is_exact(trained):
 def test_one_group_does_not_depend_on_another(ragged):
     posterior, _, _ = ragged
     changed = np.where(GROUP == 3, Y + 10, Y)
-    before = posterior.encode((GROUP, Y), batch_axes=None)["theta"].loc
-    after = posterior.encode((GROUP, changed), batch_axes=None)["theta"].loc
+    before = posterior.encode((GROUP, Y))["theta"].loc
+    after = posterior.encode((GROUP, changed))["theta"].loc
     assert np.flatnonzero(np.abs(after - before) > 1e-6).tolist() == [3]
 
 
@@ -126,9 +125,9 @@ def test_segments_may_come_from_the_inputs_instead(ragged):
     """Which is for covariates: the likelihood still needs to know whose data they are."""
     posterior, _, _ = ragged
     guide = grouped(inputs=lambda group, y: Segments({"y": y}, group, NUM_GROUPS))
-    again = Posterior(guide, posterior.params)
-    expected = posterior.encode((GROUP, Y), batch_axes=None)["theta"]
-    found = again.encode((GROUP, Y), batch_axes=None)["theta"]
+    again = Posterior(guide, posterior.params, batch_axes=None)
+    expected = posterior.encode((GROUP, Y))["theta"]
+    found = again.encode((GROUP, Y))["theta"]
     np.testing.assert_array_equal(found.loc, expected.loc)
 
 
@@ -149,8 +148,8 @@ def test_varying_intercepts_are_those_of_nuts(nuts, condition_on):
         inputs=lambda group, floor, y: Segments({"floor": floor, "y": y}, group, NUM_GROUPS),
         condition_on=condition_on,
     )
-    posterior = train(guide, *data, steps=1500)
-    found = posterior.sample(jax.random.key(2), data, 2000, batch_axes=None)
+    posterior = train(guide, *data, steps=1500, batch_axes=None)
+    found = posterior.sample(jax.random.key(2), data, 2000)
     loc, scale = expected["theta"].mean(0), expected["theta"].std(0)
     shift = np.abs(found["theta"].mean(0) - loc) / scale
     ratio = found["theta"].std(0) / scale
@@ -212,7 +211,7 @@ def test_observations_in_another_plate_need_segments():
     guide = AutoAmortizedNormal(
         conjugate, SMALL, plate="groups", inputs=lambda group, y: Segments(y, group, NUM_GROUPS)
     )
-    posterior = train(guide, GROUP, Y, steps=2)
+    posterior = train(guide, GROUP, Y, steps=2, batch_axes=None)
     message = r"observed site 'y' lies in the plates \['houses'\] and depends on.*\['theta'\]"
     with pytest.raises(ValueError, match=message):
-        posterior.sample(jax.random.key(0), (GROUP, Y), 2, batch_axes=None)
+        posterior.sample(jax.random.key(0), (GROUP, Y), 2)

@@ -112,7 +112,5 @@ def test_new_people_need_no_training(plain):
     answers = jnp.array([[0.0] * NUM_ITEMS, [1.0] * NUM_ITEMS])
     low, high = plain.encode(answers)["ability"].loc
     assert low < -0.8 < 0.8 < high
-    found = plain.check(
-        jax.random.key(2), CORRECT, num_samples=1000, checks=("importance", "collapse")
-    )
+    found = plain.check(jax.random.key(2), CORRECT, checks=("importance", "collapse"))
     assert (found.verdict == 0).mean() > 0.95

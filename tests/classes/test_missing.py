@@ -71,9 +71,7 @@ def test_the_posterior_is_the_one_without_those_entries(trained):
 
 
 def test_the_evidence_is_the_one_without_those_entries(trained):
-    found = trained.check(
-        jax.random.key(1), (X, MASK), num_samples=1000, checks=("importance", "collapse")
-    )
+    found = trained.check(jax.random.key(1), (X, MASK), checks=("importance", "collapse"))
     assert np.abs(found.dataset["log_evidence"].values - evidence()).max() <= 0.02
 
 
@@ -153,9 +151,7 @@ def test_masked_rows_of_a_multivariate_family():
     x = RNG.normal(size=(NUM_DATA, 2)).astype(np.float32)
     guide = AutoAmortizedMultivariateNormal(model, ENCODER)
     posterior = train(guide, x, there, steps=1500, rate=1e-2, loss=Trace_ELBO)
-    found = posterior.check(
-        jax.random.key(1), (x, there), num_samples=1000, checks=("importance", "collapse")
-    )
+    found = posterior.check(jax.random.key(1), (x, there), checks=("importance", "collapse"))
     evidence = found.dataset["log_evidence"].values
     part = exact(x[::2, :1], loadings[:1], NOISE)
     np.testing.assert_allclose(evidence[::2], part.log_evidence, atol=0.02)

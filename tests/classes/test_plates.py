@@ -13,7 +13,13 @@ from flax import nnx
 from linear_gaussian import LINEAR, elbo, exact, train
 from numpyro.infer import SVI, Trace_ELBO
 
-from numpyro_vae import AutoAmortizedMultivariateNormal, AutoAmortizedNormal, Posterior, fit
+from numpyro_vae import (
+    AutoAmortizedMultivariateNormal,
+    AutoAmortizedNormal,
+    Importance,
+    Posterior,
+    fit,
+)
 
 NUM_GROUPS, NUM_ITEMS, NOISE = 64, 3, 0.7
 RNG = np.random.default_rng(0)
@@ -52,9 +58,7 @@ def test_both_levels_have_the_exact_posterior(full_rank):
     encoded = full_rank.encode(X)
     loc = np.concatenate([np.reshape(encoded[name].loc, (NUM_GROUPS, -1)) for name in "uv"], 1)
     assert np.abs((loc - NESTED.mean) / NESTED.sd).max() <= 0.1
-    found = full_rank.check(
-        jax.random.key(1), X, num_samples=500, checks=("importance", "collapse")
-    )
+    found = full_rank.check(jax.random.key(1), X, checks=(Importance(num_samples=500), "collapse"))
     assert np.abs(found.dataset["log_evidence"].values - NESTED.log_evidence).max() <= 0.02
 
 

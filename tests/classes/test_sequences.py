@@ -19,6 +19,7 @@ from numpyro_vae import (
     RNN,
     AutoAmortizedMultivariateNormal,
     AutoAmortizedNormal,
+    Importance,
     Posterior,
     fit,
 )
@@ -164,7 +165,7 @@ def test_scales_are_those_of_each_step_given_the_others(posterior):
 
 def test_the_evidence_is_made_up_for_by_the_weights(posterior):
     found = posterior.check(
-        jax.random.key(1), (X, LENGTHS), num_samples=1000, checks=("importance", "collapse")
+        jax.random.key(1), (X, LENGTHS), checks=("importance", "collapse")
     ).dataset
     exact = np.array([smoothed.log_evidence for smoothed in EXACT])
     short = LENGTHS <= 3  # of more steps some weights have no finite variance
@@ -264,9 +265,7 @@ def test_a_joint_normal_over_all_steps_is_exact():
     error = (loc - np.array([smoothed.mean for smoothed in exact])) / exact[0].sd
     assert np.abs(error).max() <= 0.1
     assert np.abs(scale / exact[0].sd - 1).max() <= 0.05
-    found = posterior.check(
-        jax.random.key(1), x, num_samples=500, checks=("importance", "collapse")
-    )
+    found = posterior.check(jax.random.key(1), x, checks=(Importance(num_samples=500), "collapse"))
     log_evidence = np.array([smoothed.log_evidence for smoothed in exact])
     assert np.abs(found.dataset["elbo"].values - log_evidence).max() <= 0.05
     assert (found.verdict == 0).all()

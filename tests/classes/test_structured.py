@@ -16,6 +16,7 @@ from numpyro_vae import (
     AutoAmortizedLowRankMultivariateNormal,
     AutoAmortizedMultivariateNormal,
     AutoAmortizedNormal,
+    Importance,
 )
 
 NUM_DATA = 128
@@ -87,9 +88,7 @@ def test_dependencies_reach_the_evidence(dependent):
 
 
 def test_dependencies_reach_the_evidence_of_each_datum(dependent):
-    found = dependent.check(
-        jax.random.key(2), X, num_samples=500, checks=("importance", "collapse")
-    )
+    found = dependent.check(jax.random.key(2), X, checks=(Importance(num_samples=500), "collapse"))
     assert np.abs(found.dataset["log_evidence"].values - CHAIN.log_evidence).max() <= 0.02
     assert (found.dataset["ess"] >= 0.98 * 500).all()
 

@@ -13,7 +13,13 @@ from numpyro.infer import Trace_ELBO
 from scipy import stats
 from scipy.special import logsumexp
 
-from numpyro_vae import MLP, AutoAmortizedMultivariateNormal, AutoAmortizedNormal, Posterior
+from numpyro_vae import (
+    MLP,
+    AutoAmortizedMultivariateNormal,
+    AutoAmortizedNormal,
+    Importance,
+    Posterior,
+)
 
 NUM_DATA = 32
 RNG = np.random.default_rng(0)
@@ -158,7 +164,7 @@ def test_evidence_is_that_of_quadrature(name):
     widths = np.gradient(nodes)
     expected = logsumexp(log_joint, b=widths, axis=1)
     found = posterior.check(
-        jax.random.key(1), x, num_samples=20_000, checks=("importance", "collapse")
+        jax.random.key(1), x, checks=(Importance(num_samples=20_000), "collapse")
     )
     error = found.dataset["log_evidence"].values - expected
     # A Normal has lighter tails than the logarithm of a Gamma, so a few draws weigh much.

@@ -119,8 +119,8 @@ def test_keyword_and_static_arguments():
     data = {"x": np.asarray(X), "shift": 0.1}
     axes = {"x": 0, "shift": None}
     fitted = fit(svi, jax.random.key(0), data, batch_axes=axes, num_epochs=2, progress_bar=False)
-    posterior = Posterior(guide, fitted, **static)
-    assert posterior.sample(jax.random.key(1), data, 4, batch_axes=axes)["z"].shape == (4, 12, 3)
+    posterior = Posterior(guide, fitted)
+    assert posterior.sample(jax.random.key(1), data, 4)["z"].shape == (4, 12, 3)
 
 
 def test_a_model_bound_with_partial_and_a_method():

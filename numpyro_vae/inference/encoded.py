@@ -1,0 +1,130 @@
+"""A batch of rows inside compiled code: drawn from, and scored by the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.scipy.special import logsumexp
+from jaxtyping import Array
+from numpyro import handlers
+from numpyro.primitives import Messenger
+
+from numpyro_vae.data.batch import Batch
+from numpyro_vae.data.shapes import explained
+from numpyro_vae.guides.base import AmortizedGuide
+from numpyro_vae.guides.encoding import Encoding
+from numpyro_vae.model.densities import observed_densities, row_densities, trace_rows
+from numpyro_vae.model.enumeration import Enumeration
+from numpyro_vae.model.plates import all_rows, minibatch
+
+PAIRS = 8192  # pairs of a row and a draw that pass through the model at once
+
+
+@dataclass(frozen=True)
+class EncodedBatch:
+    """A batch of rows, and what a trained guide says of them, inside a compiled function.
+
+    Attributes:
+        guide: the guide.
+        params: its parameters and the model's.
+        batch: the rows.
+        hold_rows: the handler that lets the plates hold them.
+        args: the model's arguments.
+        kwargs: its keyword arguments.
+        encoding: what the guide says of them.
+    """
+
+    guide: AmortizedGuide
+    params: dict[str, Any]
+    batch: Batch
+    hold_rows: Messenger
+    args: tuple
+    kwargs: dict[str, Any]
+    encoding: Encoding
+
+    @classmethod
+    def encode(
+        cls,
+        guide: AmortizedGuide,
+        params: dict[str, Any],
+        batch: Batch,
+        static_kwargs: dict[str, Any],
+    ) -> EncodedBatch:
+        """Encode the rows of a batch."""
+        hold: Messenger = all_rows()
+        if batch.fills_plate:
+            hold = minibatch(plate=batch.plate, num_data=batch.num_data, indices=batch.indices)
+        layout = batch.layout
+        with explained(guide.argument_shapes, *layout.whole(batch.arrays), layout.axes):
+            args, kwargs = batch.arguments()
+            kwargs = {**kwargs, **static_kwargs}
+            encoding = guide.encode_rows(hold, params, args, kwargs)
+        return cls(guide, params, batch, hold, args, kwargs, encoding)
+
+    @property
+    def indices(self) -> Array:
+        """The numbers of the rows."""
+        return self.batch.indices
+
+    def draw(self, rng_key: Array, num_samples: int, globals_: dict[str, Array]) -> Array:
+        """Draw packed latents, ``(num_samples, batch, size)``, each given a draw of the globals."""
+        row_keys = jax.vmap(partial(jax.random.fold_in, rng_key))(self.indices)
+        return self.encoding.condition(globals_).sample(row_keys, num_samples)
+
+    @property
+    def enumeration(self) -> Enumeration:
+        """The discrete latents that are summed over."""
+        return Enumeration.read(self.encoding.run)
+
+    def over_draws(self, fn: Callable[..., Any], *draws: Any, per_draw: int = 1) -> Any:
+        """Map a function over the leading axis of draws, as many at once as memory likes."""
+        pairs = len(self.indices) * per_draw * self.enumeration.num_combinations
+        at_once = max(1, PAIRS // pairs)
+        return jax.lax.map(lambda args: fn(*args), draws, batch_size=at_once)
+
+    def trace(self, values: dict[str, Array], rng_key: Array, *, observed: bool = True) -> dict:
+        """Run the model on the rows, with their observations or without."""
+        model = self.guide.model if observed else handlers.uncondition(self.guide.model)
+        values = {**self.params, **values}
+        return trace_rows(model, values, self.hold_rows, rng_key, self.args, self.kwargs)
+
+    def log_joint(self, packed: Array, globals_: dict[str, Array], rng_key: Array) -> Array:
+        """Return each row's log joint density with a draw, ``(num_combinations, batch)``.
+
+        The density is that of the data, the unconstrained latents and each combination of values
+        of the discrete ones.
+        """
+        return self.log_densities(packed, globals_, rng_key)[0]
+
+    def log_densities(
+        self, packed: Array, globals_: dict[str, Array], rng_key: Array
+    ) -> tuple[Array, Array]:
+        """Return what `log_joint` does, and the part of it that is the prior's."""
+        values, log_det = self.encoding.constrain(packed)
+
+        def one(combination: Array) -> tuple[Array, Array]:
+            discrete = self.enumeration.assign(jnp.full(len(self.indices), combination))
+            trace = self.trace(values | globals_ | discrete, rng_key)
+            log_joint = row_densities(trace, self.encoding.run) + log_det
+            return log_joint, log_joint - observed_densities(trace, self.encoding.run)
+
+        return jax.vmap(one)(jnp.arange(self.enumeration.num_combinations))
+
+    def log_weight(self, packed: Array, globals_: dict[str, Array], rng_key: Array) -> Array:
+        """Return the log importance weight of a draw of each row."""
+        log_q = self.encoding.condition(globals_).log_prob(packed)
+        return logsumexp(self.log_joint(packed, globals_, rng_key), axis=0) - log_q
+
+    def complete(self, packed: Array, globals_: dict[str, Array], rng_key: Array) -> dict:
+        """Return the values of all latents of a draw, with the discrete ones drawn given it."""
+        values, _ = self.encoding.constrain(packed)
+        if self.enumeration.sites:
+            key, rng_key = jax.random.split(rng_key)
+            log_joint = self.log_joint(packed, globals_, rng_key)
+            values |= self.enumeration.assign(jax.random.categorical(key, log_joint, axis=0))
+        return values | globals_

@@ -1,0 +1,224 @@
+"""What the library takes for granted of NumPyro, and NumPyro does not promise."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import optax
+import pytest
+from flax import nnx
+from numpyro import handlers
+from numpyro.contrib.module import nnx_module
+from numpyro.distributions import constraints
+from numpyro.infer import (
+    SVI,
+    Predictive,
+    RenyiELBO,
+    Trace_ELBO,
+    TraceEnum_ELBO,
+    TraceGraph_ELBO,
+    TraceMeanField_ELBO,
+)
+from numpyro.infer.autoguide import AutoNormal
+from numpyro.infer.hmc import hmc
+
+from numpyro_vae import numpyro_internals as internals
+
+X = jnp.linspace(-1.0, 1.0, 8)
+KEY = jax.random.key(3)
+
+
+def model(x):
+    scale = numpyro.param("scale", 1.5, constraint=constraints.positive)
+    with numpyro.plate("data", len(x)):
+        z = numpyro.sample("z", dist.Normal(0.0, scale))
+        numpyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+
+def guide(x):
+    loc = numpyro.param("loc", jnp.zeros(()))
+    with numpyro.plate("data", len(x)):
+        numpyro.sample("z", dist.Normal(loc, 1.0))
+
+
+def test_the_mask_of_a_masked_distribution():
+    mask = jnp.arange(8) < 5
+    np.testing.assert_array_equal(internals.mask_of_masked(dist.Normal(X, 1.0).mask(mask)), mask)
+    assert internals.mask_of_masked(dist.MaskedDistribution(dist.Normal(X, 1.0), True)) is True
+
+
+def test_a_declared_plate_is_numpyros():
+    """The same draw of its rows from the same seed, and the same effect of handlers."""
+    with handlers.seed(rng_seed=0), numpyro.plate("data", 100, subsample_size=5) as expected:
+        pass
+    with handlers.seed(rng_seed=0):
+        size, indices, is_given = internals.declare_plate("data", 100, 5)
+    np.testing.assert_array_equal(indices, expected)
+    assert (size, is_given) == (100, True)
+    size, indices, is_given = internals.declare_plate("data", 4, 4)
+    np.testing.assert_array_equal(indices, jnp.arange(4))
+    assert (size, is_given) == (4, False)
+    with handlers.substitute(data={"data": jnp.array([2, 0, 1, 3])}):
+        size, indices, is_given = internals.declare_plate("data", 4, 4)
+    np.testing.assert_array_equal(indices, [2, 0, 1, 3])
+    assert is_given
+
+
+def test_the_size_of_a_declared_plate_is_what_handlers_make_of_it():
+    class Resize(numpyro.primitives.Messenger):
+        def process_message(self, msg):
+            msg["args"] = (50, msg["args"][1])
+
+    with Resize():
+        size, _, is_given = internals.declare_plate("data", 4, 4)
+    assert (size, is_given) == (50, False)
+
+
+def test_plate_indices():
+    np.testing.assert_array_equal(internals.plate_indices(numpyro.plate("data", 3)), [0, 1, 2])
+
+
+def test_a_site_knows_that_it_was_observed():
+    seeded = handlers.seed(model, 0)
+    for fn in (seeded, handlers.uncondition(seeded)):
+        trace = handlers.trace(fn).get_trace(X)
+        assert internals.was_observed(trace["x"])
+        assert not internals.was_observed(trace["z"])
+
+
+def test_an_improper_prior_is_drawn_from():
+    def improper():
+        prior = dist.ImproperUniform(constraints.positive, (), (3,))
+        return numpyro.sample("a", dist.Independent(prior.expand([2]), 1))
+
+    draw = handlers.substitute(improper, substitute_fn=internals.draw_improper)
+    with pytest.raises(NotImplementedError):
+        handlers.seed(improper, 0)()
+    assert internals.is_improper(
+        dist.Independent(dist.ImproperUniform(constraints.real, (2,), ()), 1)
+    )
+    values = handlers.seed(draw, 0)()
+    assert values.shape == (2, 3)
+    assert (values > 0).all()
+
+
+def test_predictive_runs_a_guide_under_a_mask():
+    seen = []
+
+    def watched(x):
+        seen.append(internals.is_training())
+        guide(x)
+
+    svi = SVI(model, watched, optax.adam(1e-2), Trace_ELBO())
+    state = svi.init(KEY, X)
+    svi.update(state, X)
+    assert all(seen)
+    seen.clear()
+    Predictive(watched, params=svi.get_params(state), num_samples=2)(KEY, X)
+    assert seen
+    assert not any(seen)
+
+
+def test_an_automatic_guide_is_set_up_by_its_first_call():
+    auto = AutoNormal(model)
+    assert not internals.is_set_up(auto)
+    internals.set_up(auto, {}, (X,), {})
+    assert internals.is_set_up(auto)
+    params = {"z_auto_loc": X, "z_auto_scale": jnp.ones(8)}
+    assert auto.sample_posterior(KEY, params)["z"].shape == (8,)
+
+
+def test_an_svi_keeps_the_transforms_of_its_parameters():
+    svi = SVI(model, guide, optax.adam(1e-2), Trace_ELBO())
+    state = svi.init(KEY, X)
+    transforms = internals.param_transforms(svi)
+    assert set(transforms) == {"scale", "loc"}
+    copied = internals.with_param_transforms(
+        SVI(model, guide, optax.adam(1e-2), Trace_ELBO()), transforms
+    )
+    assert copied.get_params(state)["scale"] == pytest.approx(1.5)
+    assert isinstance(jax.tree.leaves(transforms), list)  # a pytree, to go through jit
+
+
+def test_the_key_that_init_gives_the_model():
+    def random_param(x):
+        numpyro.param("a", lambda key: jax.random.normal(key))
+
+    svi = SVI(random_param, lambda x: None, optax.adam(1e-2), Trace_ELBO())
+    found = svi.get_params(svi.init(KEY, X))["a"]
+    seeded = handlers.seed(random_param, internals.init_model_key(KEY))
+    assert handlers.trace(seeded).get_trace(X)["a"]["value"] == found
+
+
+@pytest.mark.parametrize(
+    ("loss", "enumerates", "weights"),
+    [
+        (Trace_ELBO(), False, True),
+        (TraceMeanField_ELBO(), False, True),
+        (RenyiELBO(num_particles=2), False, True),
+        (TraceGraph_ELBO(), False, False),
+        (TraceEnum_ELBO(), True, False),
+    ],
+)
+def test_which_objectives_enumerate(loss, enumerates, weights):
+    assert internals.enumerates(loss) == enumerates
+    assert internals.takes_row_weights(loss) == weights
+
+
+def stateful(x):
+    norm = nnx_module("norm", nnx.BatchNorm(1, rngs=nnx.Rngs(0)))
+    with numpyro.plate("data", len(x)):
+        z = numpyro.sample("z", dist.Normal(0.0, 1.0))
+        numpyro.sample("x", dist.Normal(z + norm(x[:, None])[:, 0], 1.0), obs=x)
+
+
+@pytest.mark.parametrize(
+    "loss", [Trace_ELBO(), Trace_ELBO(num_particles=3), TraceMeanField_ELBO(), TraceGraph_ELBO()]
+)
+def test_which_objectives_return_mutable_state(loss):
+    svi = SVI(stateful, guide, optax.adam(1e-2), loss)
+    state = svi.init(KEY, X)
+    held = state.mutable_state
+    assert held is not None
+    if internals.returns_mutable_state(loss):
+        assert svi.update(state, X)[0].mutable_state.keys() == held.keys()
+        return
+    svi.model = internals.with_hidden_state(stateful, held)
+    updated, value = svi.update(state._replace(mutable_state=None), X)
+    assert jnp.isfinite(value)
+    assert updated.mutable_state is None
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [Trace_ELBO(), Trace_ELBO(num_particles=3), TraceMeanField_ELBO(num_particles=2)],
+)
+def test_the_keys_of_the_particles_of_a_step(loss):
+    """With them the loss of a step is put together by hand."""
+    svi = SVI(model, guide, optax.adam(1e-2), loss)
+    state = svi.init(KEY, X)
+    params, found = svi.get_params(state), []
+    for model_key, guide_key in internals.particle_keys(state.rng_key, loss.num_particles):
+        seeded = handlers.substitute(handlers.seed(guide, guide_key), params)
+        z = handlers.trace(seeded).get_trace(X)["z"]
+        replayed = handlers.substitute(handlers.seed(model, model_key), {**params, "z": z["value"]})
+        trace = handlers.trace(replayed).get_trace(X)
+        log_p = trace["x"]["fn"].log_prob(X)
+        if isinstance(loss, TraceMeanField_ELBO):
+            ratio = -dist.kl_divergence(z["fn"], trace["z"]["fn"])
+        else:
+            ratio = trace["z"]["fn"].log_prob(z["value"]) - z["fn"].log_prob(z["value"])
+        found.append((log_p + ratio).sum())
+    np.testing.assert_allclose(svi.update(state, X)[1], -np.mean(found), rtol=1e-5)
+
+
+def test_past_its_warmup_a_chain_does_not_adapt():
+    init, step = hmc(potential_fn=lambda z: (z**2).sum() / 2, algo="NUTS")
+    started = init(jnp.zeros(2), 50, rng_key=KEY)
+    ended = internals.end_adaptation(started, 50, jnp.array(False))
+    going = internals.end_adaptation(started, 50, jnp.array(True))
+    for state, adapts in ((ended, False), (going, True)):
+        moved = step(step(state))
+        changed = moved.adapt_state.step_size != state.adapt_state.step_size
+        assert bool(changed) == adapts
