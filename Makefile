@@ -16,7 +16,7 @@ BENCH_ARGS ?=
 # Most of a test is compiling, which uses one core; a file's tests share what they have trained.
 WORKERS ?= -n 2 --dist loadfile
 
-.PHONY: help demo test lint format bench docs test-lowest clean
+.PHONY: help demo test lint format bench bench-smoke docs test-lowest clean
 .DELETE_ON_ERROR:
 
 help:
@@ -26,6 +26,7 @@ help:
 	@echo "make format       rewrite the code in the project's style"
 	@echo "make docs         build the documentation into docs/_build/html"
 	@echo "make bench        run the benchmarks"
+	@echo "make bench-smoke  run the benchmarks at tiny sizes, to see that they run"
 	@echo "make test-lowest  run the tests with the oldest versions allowed, on Python 3.12"
 	@echo "make clean        remove the environments, caches and builds"
 
@@ -46,6 +47,10 @@ format: $(VENV)/.installed-lint
 
 bench: $(VENV)/.installed-benchmarks
 	@$(BIN)/python benchmarks/run.py $(BENCH_ARGS)
+
+# In the tests' environment, which has no TensorFlow: the comparison with it is left out there.
+bench-smoke: $(VENV)/.installed-tests
+	@$(BIN)/python benchmarks/run.py --smoke
 
 docs: $(VENV)/.installed-docs
 	@$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html

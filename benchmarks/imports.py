@@ -4,40 +4,31 @@ python benchmarks/imports.py
 """
 
 import argparse
-import statistics
 import subprocess
 import sys
-import time
+from functools import partial
+
+from timing import interleave, report
+
+BASE = "import numpyro"
+ALL = "from numpyro_vae import *"
+DEPENDENCIES = "import numpyro, optax, flax.nnx, numpyro.infer.autoguide"
 
 
-def seconds(module: str) -> float:
-    start = time.perf_counter()
-    subprocess.run([sys.executable, "-c", module], check=True)
-    return time.perf_counter() - start
+def run(code: str) -> None:
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--smoke", action="store_true", help="two imports: does it run?")
     args = parser.parse_args()
-    base_module = "import numpyro"
-    modules = (
-        base_module,
-        "import numpyro_vae",
-        "from numpyro_vae import *",
-        "import numpyro, optax, flax.nnx, numpyro.infer.autoguide",
-    )
-    found = {module: [] for module in modules}
-    for repeat in range(args.repeats + 1):
-        for module in modules:
-            taken = seconds(module)
-            if repeat:  # the first fills the disk cache
-                found[module].append(taken)
-    print("\nimport, in a fresh process")
-    base = statistics.median(found[base_module])
-    for module in modules:
-        median = statistics.median(found[module])
-        print(f"  {module:<60}{median:7.3f} s  {median / base:6.3f}x")
+    codes = (BASE, ALL) if args.smoke else (BASE, "import numpyro_vae", ALL, DEPENDENCIES)
+    runs = {code: partial(run, code) for code in codes}
+    # The first run of each, which interleave does not count, fills the disk cache.
+    seconds = interleave(runs, 1 if args.smoke else args.repeats)
+    report("import, in a fresh process", seconds, BASE)
 
 
 if __name__ == "__main__":

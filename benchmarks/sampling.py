@@ -11,12 +11,14 @@ import resource
 import statistics
 import subprocess
 import sys
-import time
 
-ROWS, DRAWS, LATENTS, PIXELS = 10_000, 1_000, 50, 64
+from timing import seconds_of
+
+FULL, TINY = (10_000, 1_000), (200, 20)  # rows, draws
+LATENTS, PIXELS = 50, 64
 
 
-def library():
+def library(rows, draws):
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -30,56 +32,63 @@ def library():
     def model(x):
         with numpyro.plate("data", len(x)):
             z = numpyro.sample("z", dist.Normal(0, 1).expand([LATENTS]).to_event(1))
-            numpyro.sample("x", dist.Normal(z.sum(-1, keepdims=True), 1).to_event(1), obs=x)
+            pixels = dist.Normal(z.sum(-1, keepdims=True), jnp.ones(PIXELS))
+            numpyro.sample("x", pixels.to_event(1), obs=x)
 
-    x = np.random.default_rng(0).normal(size=(ROWS, PIXELS)).astype(np.float32)
+    x = np.random.default_rng(0).normal(size=(rows, PIXELS)).astype(np.float32)
     guide = AutoAmortizedNormal(model)
     svi = SVI(model, guide, optax.adam(1e-3), Trace_ELBO())
     params = svi.get_params(svi.init(jax.random.key(0), jnp.asarray(x[:8])))
     posterior = Posterior(guide, params)
-    posterior.sample(jax.random.key(1), x[:200], DRAWS)  # compiles
-    return lambda: posterior.sample(jax.random.key(1), x, DRAWS)["z"]
+    posterior.sample(jax.random.key(1), x[:200], draws)  # compiles
+    return lambda: posterior.sample(jax.random.key(1), x, draws)["z"]
 
 
-def by_hand():
+def by_hand(rows, draws):
     import jax
     import numpy as np
 
     rng = np.random.default_rng(0)
-    loc, log_scale = rng.normal(size=(2, ROWS, LATENTS)).astype(np.float32)
+    loc, log_scale = rng.normal(size=(2, rows, LATENTS)).astype(np.float32)
 
     @jax.jit
     def draw(rng_key, loc, log_scale):
-        noise = jax.random.normal(rng_key, (DRAWS, *loc.shape))
+        noise = jax.random.normal(rng_key, (draws, *loc.shape))
         return loc + jax.numpy.exp(log_scale) * noise
 
     draw.lower(jax.random.key(0), loc, log_scale).compile()
     return lambda: np.asarray(draw(jax.random.key(0), loc, log_scale))
 
 
-def measure(way: str) -> None:
-    run = {"library": library, "by_hand": by_hand}[way]()
+def measure(way, rows, draws):
+    run = {"library": library, "by_hand": by_hand}[way](rows, draws)
+    kept = []  # the draws are in memory when its peak is read
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    start = time.perf_counter()
-    draws = run()
-    seconds = time.perf_counter() - start
+    seconds = seconds_of(lambda: kept.append(run()))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    print(json.dumps({"seconds": seconds, "memory": peak * 1024 / draws.nbytes}))
+    print(json.dumps({"seconds": seconds, "memory": peak * 1024 / kept[0].nbytes}))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--way", choices=["library", "by_hand"])
+    parser.add_argument("--smoke", action="store_true", help="tiny sizes: does it run?")
+    parser.add_argument("--way", choices=["library", "by_hand"], help="measure it, print JSON")
     args = parser.parse_args()
+    rows, draws = TINY if args.smoke else FULL
     if args.way:
-        return measure(args.way)
+        return measure(args.way, rows, draws)
+    command = [sys.executable, __file__, *["--smoke"] * args.smoke, "--way"]
     found = {"by_hand": [], "library": []}
-    for _ in range(args.repeats):
+    for _ in range(1 if args.smoke else args.repeats):
         for way, results in found.items():
-            command = [sys.executable, __file__, "--way", way]
-            results.append(json.loads(subprocess.check_output(command).splitlines()[-1]))
-    print(f"\n{ROWS:,} rows x {DRAWS:,} draws x {LATENTS} latents")
+            output = subprocess.check_output([*command, way])
+            results.append(json.loads(output.splitlines()[-1]))
+    report(f"{rows:,} rows x {draws:,} draws x {LATENTS} latents", found)
+
+
+def report(title, found):
+    print(f"\n{title}")
     medians = {
         way: [statistics.median(r[key] for r in results) for key in ("seconds", "memory")]
         for way, results in found.items()
