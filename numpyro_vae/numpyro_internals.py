@@ -29,7 +29,7 @@ def mask_of_masked(fn: dist.MaskedDistribution) -> Any:
     return fn._mask
 
 
-def plate_indices(plate: numpyro.plate) -> Array:
+def plate_indices(plate: Any) -> Array:
     """Return the rows that a plate holds."""
     return plate._indices
 
@@ -43,21 +43,22 @@ def declare_plate(name: str, size: int, length: int) -> tuple[int, Array, bool]:
     """
     watch = _Watch()
     with watch:
-        indices = plate_indices(numpyro.plate(name, size, length))
-    return watch.size, indices, indices is not watch.value
+        numpyro.plate(name, size, length)
+    return watch.size, watch.after, watch.after is not watch.before
 
 
 class _Watch(Messenger):
-    """Remembers the value that a message comes with, and the size that it leaves with."""
+    """Remembers what a message comes with, and what it leaves with."""
 
-    value: Any = None
+    before: Any = None
+    after: Any = None
     size: int = 0
 
     def process_message(self, msg: Any) -> None:
-        self.value = msg["value"]
+        self.before = msg["value"]
 
     def postprocess_message(self, msg: Any) -> None:
-        self.size = msg["args"][0]
+        self.after, self.size = msg["value"], msg["args"][0]
 
 
 def was_observed(site: dict[str, Any]) -> bool:

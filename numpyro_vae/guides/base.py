@@ -122,6 +122,10 @@ class AmortizedGuide(AutoGuide):
         self.plan: GuidePlan | None = None
         self.compiled: dict[Any, Callable[..., Any]] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return all but what is compiled, which cannot be pickled."""
+        return {**super().__getstate__(), "compiled": {}}
+
     def setup(self, *args: Any, **kwargs: Any) -> None:
         """Read the model, once: nothing is computed, no likelihood evaluated, at any size.
 

@@ -121,6 +121,13 @@ class ModelReader:
         self.model = model
         self._compiled = jax.jit(self._read, static_argnums=(0, 1))
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the model alone: what is compiled cannot be pickled."""
+        return {"model": self.model}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)
+
     def read(
         self,
         args: tuple,
@@ -177,7 +184,7 @@ class ModelReader:
         layout: Layout,
         sizes: tuple[tuple[str, int], ...],
         rng_key: Array,
-        arrays: list[Array],
+        arrays: list[Any],
         indices: list[Array],
     ) -> Reading:
         args, kwargs = layout.whole(arrays)
