@@ -1,4 +1,4 @@
-"""Repair: better draws for the data whose posterior cannot be trusted, and only for those."""
+"""What a repair returns: better draws of some rows, and diagnostics by row."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ __all__ = ["Repair"]
 
 @dataclass(frozen=True)
 class Repair:
-    """What `Posterior.repair` made of the rows that it was asked for.
+    """Repaired draws of the rows given to `Posterior.repair`, and diagnostics by row.
 
     Attributes:
-        dataset: on the plate's dimension, whose coordinates are the rows' numbers: ``method``,
-            which made the draws; ``passed``, whether they can be trusted; and, NaN where the
-            method has none, ``khat``, ``log_evidence``, ``converged``, ``rhat`` and ``ess``.
+        dataset: along the plate's dimension, with the row numbers as coordinate: ``method``, which
+            made the draws; ``passed``, whether they can be trusted; and ``khat``,
+            ``log_evidence``, ``converged``, ``rhat`` and ``ess``, NaN where the method has none.
         groups: by ArviZ group and variable, draws ``(num_samples, rows, ...)``.
     """
 
@@ -42,66 +42,79 @@ class Repair:
 
     @property
     def remaining(self) -> np.ndarray:
-        """The numbers of the rows that no method could mend."""
+        """The numbers of the rows that failed with every method that was tried."""
         return self.rows[~self.dataset["passed"].values]
 
     def __str__(self) -> str:
-        """Return what was done, as plain text."""
+        """Return how many rows each method repaired, as plain text."""
         method, passed = self.dataset["method"].values, self.dataset["passed"].values
         lines = [f"{len(self.rows)} rows"]
         for name in METHODS:
-            lines.append(f"  mended by {name:<12}{(passed & (method == name)).sum():6d}")
-        lines.append(f"  not mended            {len(self.remaining):6d}")
+            lines.append(f"  repaired by {name:<12}{(passed & (method == name)).sum():6d}")
+        lines.append(f"  not repaired            {len(self.remaining):6d}")
         return "\n".join(lines)
 
     def add_to(self, tree: DataTree) -> DataTree:
-        """Return the DataTree with the repaired rows in place of the guide's.
+        """Return the DataTree with the repaired draws of these rows in place of the guide's.
 
-        Its groups ``posterior`` and ``posterior_predictive`` get other draws for these rows, whose
-        ``log_weights`` in ``sample_stats`` become zero, as the new draws count alike. The group
-        ``repair`` says of every row of the tree by which method its draws were made, ``amortized``
-        if by the guide.
+        They replace draws in the groups ``posterior`` and ``posterior_predictive``. Their
+        ``log_weights`` in ``sample_stats`` become zero, as repaired draws have equal weights. The
+        group ``repair`` has the variables of `dataset` for every row of the tree; ``method`` is
+        ``amortized`` where the draws are the guide's. The tree that is given does not change.
 
         Args:
-            tree: from `Posterior.to_datatree` on the same data, with as many draws.
+            tree: from `Posterior.to_datatree` on the same data, with as many draws; in memory, or
+                opened from a file.
 
         Raises:
             ValueError: if the tree has fewer rows than were repaired, or another number of draws.
         """
-        groups = {name: tree[name].to_dataset().copy(deep=True) for name in tree.children}
-        if "posterior" not in groups:
+        posterior = self._posterior_of(tree)
+        equal = np.zeros((posterior.sizes["draw"], len(self.rows)))
+        repaired = {**self.groups, "sample_stats": {"log_weights": equal}}
+        groups = {
+            name: self._replace(tree[name].to_dataset(), variables)
+            for name, variables in repaired.items()
+            if name in tree.children
+        }
+        groups["repair"] = self._of_all(posterior[self.plate])
+        return tree.assign({name: type(tree)(dataset) for name, dataset in groups.items()})
+
+    def _posterior_of(self, tree: DataTree) -> Dataset:
+        """Return the tree's posterior, which must have all repaired rows and as many draws."""
+        if "posterior" not in tree.children:
             raise ValueError(
-                f"The tree has no group 'posterior', only {list(groups)}. Pass the tree of "
+                f"The tree has no group 'posterior', only {list(tree.children)}. Pass the tree of "
                 "Posterior.to_datatree on the same data."
             )
-        posterior = groups["posterior"]
-        drawn = [len(x) for group in self.groups.values() for x in group.values()]
-        number = drawn[0] if drawn else posterior.sizes["draw"]
-        sizes = posterior.sizes
-        if sizes.get(self.plate, 0) <= self.rows.max(initial=-1) or sizes["draw"] != number:
+        posterior = tree["posterior"].to_dataset()
+        num_rows, num_draws = posterior.sizes.get(self.plate, 0), posterior.sizes["draw"]
+        repaired = [len(x) for group in self.groups.values() for x in group.values()]
+        last = self.rows.max(initial=-1)
+        if num_rows <= last or {num_draws, *repaired} != {num_draws}:
             raise ValueError(
-                f"The tree has {sizes.get(self.plate, 0)} rows in plate {self.plate!r} and "
-                f"{sizes['draw']} draws, but {number} draws were repaired of rows up to "
-                f"{self.rows.max(initial=-1)}. Pass the tree of the same data, with as many draws."
+                f"The tree has {num_rows} rows in plate {self.plate!r} and {num_draws} draws, but "
+                f"{repaired[0]} draws were repaired of rows up to {last}. Pass the tree of the "
+                "same data, with as many draws."
             )
-        for group, variables in self.groups.items():
-            for name, values in variables.items():
-                if name in groups.get(group, {}):
-                    self._write(groups[group][name], values)
-        if "sample_stats" in groups:
-            weights = groups["sample_stats"]["log_weights"]
-            self._write(weights, np.zeros((number, len(self.rows)), weights.dtype))
-        groups["repair"] = self._of_all(posterior[self.plate])
-        return type(tree).from_dict(groups)
+        return posterior
 
-    def _write(self, variable: Any, values: np.ndarray) -> None:
-        """Write draws of the repaired rows over those of a variable of the tree."""
-        order = [dim for dim in variable.dims if dim not in ("chain", self.plate)]
-        view = variable.isel(chain=0).transpose(self.plate, *order).values  # shares its memory
-        view[self.rows] = np.moveaxis(values, 1, 0)
+    def _replace(self, dataset: Dataset, variables: dict[str, np.ndarray]) -> Dataset:
+        """Return a group of a tree with other draws of the repaired rows.
+
+        Whole variables are assigned: of a tree that is opened from a file, ``values`` is a new
+        array each time, and what is written into it is lost.
+        """
+        new = {}
+        for name in variables.keys() & dataset.keys():
+            rows_first = dataset[name].transpose("chain", self.plate, ...)
+            values = np.array(rows_first.values)
+            values[0, self.rows] = np.moveaxis(variables[name], 1, 0)
+            new[name] = rows_first.copy(data=values).transpose(*dataset[name].dims)
+        return dataset.assign(new)
 
     def _of_all(self, coord: Any) -> Dataset:
-        """Return the dataset with a row for each row of the tree."""
+        """Return `dataset` with every row of the tree; what was not measured is NaN."""
         blank: dict[str, Any] = {"method": "amortized", "passed": True}
         found = {}
         for name, column in self.dataset.items():
@@ -113,9 +126,9 @@ class Repair:
 
 
 def columns(
-    plate: str, rows: np.ndarray, found: dict[str, np.ndarray], rung: np.ndarray
+    plate: str, rows: np.ndarray, found: dict[str, np.ndarray], methods: np.ndarray
 ) -> Dataset:
-    """Return what was measured of rows, and by which method their draws were made."""
-    variables = {"method": (plate, np.array(METHODS)[rung])}
+    """Return diagnostics by row, and the method that made the row's draws, by its number."""
+    variables = {"method": (plate, np.array(METHODS)[methods])}
     variables |= {name: (plate, values) for name, values in found.items()}
     return xr.Dataset(variables, coords={plate: rows})
