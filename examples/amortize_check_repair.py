@@ -44,6 +44,7 @@ from numpyro.infer.reparam import LocScaleReparam, Reparam
 
 from numpyro_vae import (
     AutoAmortizedNormal,
+    Calibration,
     Masked,
     Posterior,
     Repair,
@@ -301,13 +302,9 @@ def main() -> None:
     print(f"Amortized: {len(data.names)} counties, {time.perf_counter() - start:.0f} s")
 
     start = time.perf_counter()
-    checked = posterior.check(
-        jax.random.key(1),
-        data.houses,
-        num_samples=1000,
-        num_simulations=100 if args.quick else 500,
-        coords={"county": data.names},
-    )
+    calibration = Calibration(num_simulations=100 if args.quick else 500)
+    checks = ("importance", "gap", calibration, "collapse", "predictive")
+    checked = posterior.check(jax.random.key(1), data.houses, checks, coords={"county": data.names})
     print(f"\nChecked, {time.perf_counter() - start:.0f} s: {checked}")
 
     start = time.perf_counter()

@@ -1,5 +1,4 @@
-from .checks import Finding
-from .checks.report import Report
+from .checks import Calibration, Collapse, Gap, Importance, Novelty, Predictive, Report
 from .data.ragged import Masked, Segments
 from .encoders import (
     MLP,
@@ -30,7 +29,6 @@ from .guides.auto import (
 )
 from .guides.base import AmortizedGuide, GuideOptions
 from .guides.encoding import Encoding
-from .inference.psis import khat_threshold, pareto_khat
 from .layers.convolution import Conv, ConvTranspose
 from .plots.figures import (
     plot_collapse,
@@ -40,7 +38,6 @@ from .plots.figures import (
     plot_reconstructions,
     plot_training,
 )
-from .plots.page import save_report
 from .posterior import Posterior, SiteEncoding
 from .repair.result import Repair
 from .scales.log_scale_normal import LogScaleNormal
@@ -68,24 +65,29 @@ __all__ = [
     "AutoAmortizedLowRankMultivariateNormal",
     "AutoAmortizedMultivariateNormal",
     "AutoAmortizedNormal",
+    "Calibration",
+    "Collapse",
     "Conv",
     "ConvNet",
     "ConvTranspose",
     "DiagonalNormal",
     "Encoding",
-    "Finding",
     "FitResult",
     "Flow",
     "FullRankNormal",
     "Fusion",
+    "Gap",
     "GuideOptions",
+    "Importance",
     "LogScale",
     "LogScaleNormal",
     "LogVariance",
     "LowRankNormal",
     "Masked",
+    "Novelty",
     "PointEstimate",
     "Posterior",
+    "Predictive",
     "Repair",
     "Report",
     "ResidualMLP",
@@ -98,8 +100,6 @@ __all__ = [
     "fit",
     "flatten_inputs",
     "get_parameterization",
-    "khat_threshold",
-    "pareto_khat",
     "plot_collapse",
     "plot_khat",
     "plot_latents",
@@ -107,5 +107,4 @@ __all__ = [
     "plot_reconstructions",
     "plot_training",
     "reparameterize",
-    "save_report",
 ]

@@ -1,8 +1,30 @@
-"""Checks, datum by datum, of whether a posterior can be trusted; one to a file.
+"""Checks, row by row, of whether a posterior can be trusted; one to a file.
 
 `numpyro_vae.checks.base` says what a check is; `numpyro_vae.Posterior.check` runs them.
 """
 
-from numpyro_vae.checks.base import Finding
+from numpyro_vae.checks.base import AbstractCheck, Finding, NotApplicableError, Subject
+from numpyro_vae.checks.calibration import Calibration
+from numpyro_vae.checks.collapse import Collapse
+from numpyro_vae.checks.gap import Gap
+from numpyro_vae.checks.importance import Importance
+from numpyro_vae.checks.novelty import Novelty
+from numpyro_vae.checks.predictive import Predictive
+from numpyro_vae.checks.report import Report
+from numpyro_vae.inference.psis import khat_threshold, pareto_khat
 
-__all__ = ["Finding"]
+__all__ = [
+    "AbstractCheck",
+    "Calibration",
+    "Collapse",
+    "Finding",
+    "Gap",
+    "Importance",
+    "NotApplicableError",
+    "Novelty",
+    "Predictive",
+    "Report",
+    "Subject",
+    "khat_threshold",
+    "pareto_khat",
+]

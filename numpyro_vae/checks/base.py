@@ -1,32 +1,42 @@
 """What a check is, on one page.
 
-A **check** is a module with two functions:
+A **check** is a frozen dataclass of its options, with a name and three methods:
 
-* one, of the module's name, that computes: from a `Subject` and options it returns variables,
-  ``name -> (dims, values)`` as xarray takes them. What is of one datum lies along the local
-  plate's dimension, and is NaN for a datum that was not looked at.
-* ``find``, that judges: from the dataset of all variables, and its attributes, it yields what a
-  person should know, a `Finding` each, those included that all is well.
+* `AbstractCheck.compute` measures: a `Subject`, the posterior and the rows, becomes a dataset.
+* `AbstractCheck.find` judges: it reads that dataset, and yields a `Finding` for each thing that a
+  person should know, also where all is well.
+* `AbstractCheck.draw` pictures the same dataset.
+
+Only the first needs the posterior; a dataset that was saved can be judged and drawn again. To add
+a check to the library, write one file beside this one, and add its class to ``CHECKS`` in
+``run.py``. A check of your own needs neither: `Posterior.check` takes its instance.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax
 import numpy as np
+import xarray as xr
 from jaxtyping import Array
 
 from numpyro_vae.inference.rows import Rows
-from numpyro_vae.inference.runner import Rowwise
+from numpyro_vae.inference.runner import Runner
 
-__all__ = ["Finding"]
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = ["AbstractCheck", "Finding", "NotApplicableError", "Subject"]
+
+COLOURS = ("#0072B2", "#E69F00", "#D55E00")  # of Okabe and Ito, for colour-blind readers too
 
 
 class NotApplicableError(ValueError):
-    """A check cannot be made of this model or these data; its message says why, and what to do."""
+    """A check does not apply to this model or these data; its message says why, and what to do."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +44,7 @@ class Finding:
     """One sentence of a report.
 
     Attributes:
-        check: which check found it.
+        check: the name of the check that found it.
         ok: whether all is well.
         text: what was found.
         advice: what to do about it; empty if all is well.
@@ -52,35 +62,73 @@ class Finding:
 Findings = Iterator[Finding]
 
 
+class AbstractCheck(ABC):
+    """The contract of a check; see the module's docstring.
+
+    Attributes:
+        name: what it is called in ``checks=`` and in a report, different from all others.
+    """
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def compute(self, subject: Subject) -> xr.Dataset:
+        """Return what the check measures.
+
+        A variable with a value for each row lies along `Subject.plate`, and is NaN for a row that
+        was not looked at. No other check has variables of these names. Numbers that `find` needs
+        and that are not measured, such as thresholds, are the dataset's attributes.
+
+        Args:
+            subject: the posterior, the rows, and the random key of this check.
+
+        Raises:
+            NotApplicableError: if the check does not apply to this model or these data.
+        """
+
+    @abstractmethod
+    def find(self, dataset: xr.Dataset) -> Findings:
+        """Yield what a person should know.
+
+        Args:
+            dataset: what all checks computed, with the attribute ``num_data``.
+        """
+
+    @abstractmethod
+    def draw(self, dataset: xr.Dataset, ax: Axes) -> None:
+        """Draw the picture of this check; one without a picture says ``draw = None``.
+
+        Args:
+            dataset: as for `find`.
+            ax: where to draw.
+        """
+
+
 @dataclass(frozen=True)
 class Subject:
     """What is checked: a posterior, and the rows of data.
 
     Attributes:
-        rowwise: the trained guide.
+        runner: the trained guide.
         rows: the data.
         rng_key: the random key of this check.
-        data: the data as they were given.
-        batch_axes: likewise.
     """
 
-    rowwise: Rowwise
+    runner: Runner
     rows: Rows
     rng_key: Array
-    data: Any
-    batch_axes: Any
 
     @property
     def plate(self) -> str:
-        """The local plate's name, the dimension of what is of one datum."""
-        return self.rowwise.guide.plate.name
+        """The local plate's name, the dimension of variables with a value for each row."""
+        return self.runner.guide.plate.name
 
     def with_key(self, number: int) -> Subject:
-        """Return the same subject with a random key of its own."""
+        """Return the same subject with the random key of check ``number``."""
         return replace(self, rng_key=jax.random.fold_in(self.rng_key, number))
 
     def choose(self, at_most: int) -> np.ndarray:
-        """Return the numbers of some rows, evenly spread over the data, or of all."""
+        """Return the numbers of ``at_most`` rows, evenly spread over the data."""
         size = len(self.rows.chosen)
         places = np.linspace(0, size - 1, min(size, at_most)).round().astype(int)
         return self.rows.chosen[places]
@@ -91,3 +139,19 @@ class Subject:
         column = np.full((self.rows.num_rows, *values.shape[1:]), np.nan)
         column[rows] = values
         return column
+
+
+def require_at_least(minimum: int, **options: int) -> None:
+    """Raise ValueError if an option of a check is too small."""
+    for name, value in options.items():
+        if value < minimum:
+            raise ValueError(f"{name} is {value}, expected at least {minimum}.")
+
+
+def require_variable(dataset: xr.Dataset, variable: str, check: str) -> None:
+    """Raise ValueError if a dataset lacks what a check computes, as the check was not run."""
+    if not any(str(name).startswith(variable) for name in dataset.data_vars):
+        raise ValueError(
+            f"The {check} check was not run, so the report has no {variable}. "
+            f"Pass checks={check!r}, or add it to the checks."
+        )

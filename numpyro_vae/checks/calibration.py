@@ -1,32 +1,52 @@
-"""Calibration: whether intervals hold what they say, on data simulated from the model itself."""
+"""Calibration: whether credible intervals have their coverage, on data simulated from the model."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import xarray as xr
+from jaxtyping import Array
 from scipy.stats import kstest
 
-from numpyro_vae.checks.base import Finding, Findings, NotApplicableError, Subject
-from numpyro_vae.inference.quantities import View, observed, sample
+from numpyro_vae.checks.base import (
+    COLOURS,
+    AbstractCheck,
+    Finding,
+    Findings,
+    NotApplicableError,
+    Subject,
+    require_at_least,
+)
+from numpyro_vae.inference.encoded import EncodedBatch
+from numpyro_vae.inference.quantities import observed, sample
 from numpyro_vae.inference.rows import Rows
 from numpyro_vae.model.densities import predicted_rows
-from numpyro_vae.model.sites import is_improper
+from numpyro_vae.model.sites import ModelSites
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = ["Calibration"]
 
 NUM_SAMPLES = 250
 REPLICATES = 20  # draws of the global sites, if there are any, that data are simulated with
 INTERVALS = (0.5, 0.8, 0.95)
 LEVEL = 0.001  # of a test of uniformity, divided by how many there are
 DEVIATION = 0.1  # of an ECDF from the uniform, below which it is nothing to act on
+ADVICE = "credible intervals are miscalibrated: see coverage_* and the gap check"
+
+ToData = Callable[[dict], Any]
+ByName = dict[str, np.ndarray]
 
 
-def calibration(
-    subject: Subject, *, num_simulations: int, to_data: Callable[[dict], Any] | None
-) -> dict[str, Any]:
-    """Simulate latents and data, encode the data, and rank the latents among the guide's draws.
+@dataclass(frozen=True)
+class Calibration(AbstractCheck):
+    """The ranks of simulated latents among the guide's draws given their simulated data.
 
     If the guide is right, ranks are uniform; one fit serves all simulations, as the guide is
     amortized. Global sites are drawn from their posterior, and so are those of the guide's draws.
@@ -38,75 +58,127 @@ def calibration(
     central intervals; and ``tarp`` ranks the distance from a random point, for all latents together
     (Lemos et al., *Sampling-Based Accuracy Testing of Posterior Estimators*, ICML 2023).
 
+    Args:
+        num_simulations: how many rows are simulated, at least.
+        to_data: from simulated values by observed site to data as `fit` takes them, for a model
+            whose observed values are not one of its arguments as it stands.
+
     Reference:
         Talts, Betancourt, Simpson, Vehtari and Gelman, *Validating Bayesian Inference Algorithms
         with Simulation-Based Calibration*, 2018.
 
     Raises:
-        ValueError: if the model cannot be simulated from, or simulated data not be put in place of
-            the observed ones.
+        ValueError: if there are too few simulations.
     """
-    truths, draws = _simulate_and_sample(subject, num_simulations, to_data)
-    rng = np.random.default_rng(0)
-    found: dict[str, Any] = {"tarp": (["simulation"], _tarp(truths, draws, rng))}
-    for name, truth in truths.items():
-        dims = [f"{name}_dim_{axis}" for axis in range(truth.ndim - 1)]
-        drawn = draws[name]
-        pit = _rank(drawn < truth[:, None], drawn == truth[:, None], rng)
-        mean, sd = drawn.mean(1), drawn.std(1)
-        inside = [(np.abs(pit - 0.5) < level / 2).mean(0) for level in INTERVALS]
-        found |= {
-            f"pit_{name}": (["simulation", *dims], pit),
-            f"z_score_{name}": (["simulation", *dims], (mean - truth) / np.maximum(sd, 1e-12)),
-            f"contraction_{name}": (dims, 1 - (sd**2).mean(0) / truth.var(0)),
-            f"coverage_{name}": (["interval", *dims], np.stack(inside)),
-        }
-    return found
+
+    name: ClassVar[str] = "calibration"
+    num_simulations: int = 500
+    to_data: ToData | None = None
+
+    def __post_init__(self) -> None:
+        require_at_least(2, num_simulations=self.num_simulations)
+
+    def compute(self, subject: Subject) -> xr.Dataset:
+        """Return the ranks, and what else compares the guide's draws with the simulated latents.
+
+        Raises:
+            NotApplicableError: if the model cannot be simulated from, or simulated data cannot
+                replace the observed ones.
+        """
+        truths, draws = _simulate_and_sample(subject, self.num_simulations, self.to_data)
+        rng = np.random.default_rng(0)
+        found: dict[str, Any] = {"tarp": (["simulation"], _tarp(truths, draws, rng))}
+        for name, truth in truths.items():
+            found |= _compared(name, truth, draws[name], rng)
+        return xr.Dataset(found, coords={"interval": list(INTERVALS)})
+
+    def find(self, dataset: xr.Dataset) -> Findings:
+        """Yield which ranks are not uniform: shifted, or too many or too few in the middle."""
+        pits = dict(_pits(dataset))
+        level = LEVEL / sum(2 * pit.shape[1] for pit in pits.values())
+        for name, pit in pits.items():
+            tests = [[kstest(x, "uniform") for x in (u, abs(2 * u - 1))] for u in pit.T]
+            bad = sum(
+                any(test.pvalue < level and test.statistic > DEVIATION for test in pair)
+                for pair in tests
+            )
+            worst = max(test.statistic for pair in tests for test in pair)
+            text = (
+                f"{bad} of {pit.shape[1]} dimensions of site {name[4:]!r} have non-uniform ranks "
+                f"(largest deviation {worst:.2f}, {len(pit):,} simulations)"
+            )
+            if name == "tarp":
+                text = f"joint ranks deviate from uniform by up to {worst:.2f} (TARP)"
+            yield Finding(self.name, not bad, text, ADVICE if bad else "")
+
+    def draw(self, dataset: xr.Dataset, ax: Axes) -> None:
+        """Draw how far the ranks of each dimension are from uniform, and the limits of that."""
+        grid = np.linspace(0, 1, 201)
+        for pit in (pit for name, pits in _pits(dataset) if name != "tarp" for pit in pits.T):
+            below = np.searchsorted(np.sort(pit), grid, side="right") / len(pit)
+            ax.plot(grid, below - grid, color=COLOURS[0], linewidth=0.8, alpha=0.7)
+        for bound in (-DEVIATION, DEVIATION):
+            ax.axhline(bound, color="grey", linestyle="--", linewidth=0.8)
+        ax.set(xlabel="rank", ylabel="ECDF minus uniform", title="Calibration, by dimension")
+        ax.set_ylim(-max(2 * DEVIATION, -ax.get_ylim()[0]), max(2 * DEVIATION, ax.get_ylim()[1]))
 
 
-def _require_simulable(trace: dict[str, Any], given: dict[str, Any]) -> None:
-    """Raise if the model cannot draw one of its sites."""
-    for name, site in trace.items():
-        if site["type"] != "sample" or name in given:
-            continue
-        if not site["is_observed"] and is_improper(site["fn"]):
-            raise NotApplicableError(
-                f"Site {name!r} has an improper prior, so data cannot be simulated from the model. "
-                "Give it a proper prior, or leave the calibration check out."
-            )
-        if site["is_observed"] and not jnp.size(site["value"]):
-            raise NotApplicableError(
-                f"Site {name!r} is a numpyro.factor, of which nothing can be simulated. Write the "
-                "likelihood as a distribution, or leave the calibration check out."
-            )
+def _pits(dataset: xr.Dataset) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield the ranks of all latents together, then those of each site, ``(simulations, size)``."""
+    for key, ranks in dataset.data_vars.items():
+        if (name := str(key)) == "tarp" or name.startswith("pit_"):
+            yield name, ranks.values.reshape(dataset.sizes["simulation"], -1)
+
+
+def _compared(
+    name: str, truth: np.ndarray, drawn: np.ndarray, rng: np.random.Generator
+) -> dict[str, Any]:
+    """Return the variables of one site, from simulated values and the guide's draws."""
+    dims = [f"{name}_dim_{axis}" for axis in range(truth.ndim - 1)]
+    pit = _rank(drawn < truth[:, None], drawn == truth[:, None], rng)
+    mean, sd = drawn.mean(1), drawn.std(1)
+    inside = [(np.abs(pit - 0.5) < level / 2).mean(0) for level in INTERVALS]
+    return {
+        f"pit_{name}": (["simulation", *dims], pit),
+        f"z_score_{name}": (["simulation", *dims], (mean - truth) / np.maximum(sd, 1e-12)),
+        f"contraction_{name}": (dims, 1 - (sd**2).mean(0) / truth.var(0)),
+        f"coverage_{name}": (["interval", *dims], np.stack(inside)),
+    }
 
 
 def _simulate_and_sample(
-    subject: Subject, num_simulations: int, to_data: Callable[[dict], Any] | None
-) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    subject: Subject, num_simulations: int, to_data: ToData | None
+) -> tuple[ByName, ByName]:
     """Return simulated latents, and draws of the guide given their data, rows in front."""
-    rowwise, names = subject.rowwise, [site.name for site in subject.rowwise.guide.local_sites]
-    replicates = REPLICATES if rowwise.guide.global_names else 1
+    runner = subject.runner
+    replicates = REPLICATES if runner.guide.global_names else 1
     rows = _templates(subject, -(-num_simulations // replicates))
-    seen = {name: np.asarray(x) for name, x in rowwise.apply(observed, rows).items()}
+    seen = {name: np.asarray(x) for name, x in runner.per_batch(observed, rows).items()}
     repeats = max(replicates, -(-num_simulations // len(rows.chosen)))
-    truths: list[dict] = []
-    draws: list[dict] = []
-    for number in range(repeats):
-        key, data_key, draw_key = jax.random.split(jax.random.fold_in(subject.rng_key, number), 3)
-        held = {k: x[0] for k, x in rowwise.draw_globals(key, rows, 1).items()}
-        made = rowwise.apply(_simulate, rows, data_key, held)
-        replaced = _replace(subject, rows, seen, made["observed"], to_data)
-        globals_ = rowwise.draw_globals(draw_key, rows, NUM_SAMPLES)
-        sizes = {"num_samples": NUM_SAMPLES, "num_draws": NUM_SAMPLES, "row_axis": 1}
-        drawn = rowwise.apply(sample, replaced, draw_key, globals_, names=tuple(names), **sizes)
-        truths.append({name: made["latent"][name] for name in names})
-        draws.append({name: np.moveaxis(x, 0, 1) for name, x in drawn.items()})
-    joined = [
-        {name: np.concatenate([part[name] for part in parts]) for name in names}
-        for parts in (truths, draws)
-    ]
-    return joined[0], joined[1]
+    keys = [jax.random.fold_in(subject.rng_key, number) for number in range(repeats)]
+    parts = [_replicate(subject, key, rows, seen, to_data) for key in keys]
+    names = parts[0][0]
+    truths, draws = (
+        {name: np.concatenate([part[name] for part in found]) for name in names}
+        for found in zip(*parts, strict=True)
+    )
+    return truths, draws
+
+
+def _replicate(
+    subject: Subject, rng_key: Array, rows: Rows, seen: ByName, to_data: ToData | None
+) -> tuple[ByName, ByName]:
+    """Simulate latents and data of each row once, and draw latents given these data."""
+    runner, names = subject.runner, tuple(site.name for site in subject.runner.guide.local_sites)
+    key, data_key, draw_key = jax.random.split(rng_key, 3)
+    held = {name: x[0] for name, x in runner.draw_globals(key, rows, 1).items()}
+    made = runner.per_batch(_simulate, rows, data_key, held)
+    replaced = _replace(subject, rows, seen, made["observed"], to_data)
+    globals_ = runner.draw_globals(draw_key, rows, NUM_SAMPLES)
+    sizes = {"num_samples": NUM_SAMPLES, "num_draws": NUM_SAMPLES, "row_axis": 1}
+    drawn = runner.per_batch(sample, replaced, draw_key, globals_, names=names, **sizes)
+    truths = {name: made["latent"][name] for name in names}
+    return truths, {name: np.moveaxis(x, 0, 1) for name, x in drawn.items()}
 
 
 def _templates(subject: Subject, at_most: int) -> Rows:
@@ -117,37 +189,55 @@ def _templates(subject: Subject, at_most: int) -> Rows:
     return rows.cut(subject.choose(at_most))
 
 
-def _simulate(view: View, rng_key: Any, globals_: dict) -> dict[str, dict]:
+def _simulate(batch: EncodedBatch, rng_key: Any, globals_: dict) -> dict[str, dict]:
     """Return latents from the prior and data from the likelihood, rows in front."""
-    _require_simulable(view.encoding.run.trace, globals_)
-    trace = view.trace(globals_, jax.random.fold_in(rng_key, view.indices[0]), observed=False)
-    run = view.encoding.run
+    _require_simulable(batch.encoding.run.sites, globals_)
+    trace = batch.trace(globals_, jax.random.fold_in(rng_key, batch.indices[0]), observed=False)
+    run = batch.encoding.run
     latent = {
         site.name: jnp.moveaxis(trace[site.name]["value"], site.axis(run.plate), 0)
-        for site in view.encoding.sites
+        for site in batch.encoding.sites
     }
     return {"latent": latent, "observed": predicted_rows(trace, run)}
+
+
+def _require_simulable(sites: ModelSites, given: dict[str, Any]) -> None:
+    """Raise if the model cannot draw one of its sites."""
+    for name, site in sites.sites.items():
+        if name in given:
+            continue
+        if not site.is_observed and site.is_improper:
+            raise NotApplicableError(
+                f"Site {name!r} has an improper prior, so data cannot be simulated from the model. "
+                "Give it a proper prior, or leave the calibration check out."
+            )
+        if site.is_observed and not site.size:
+            raise NotApplicableError(
+                f"Site {name!r} is a numpyro.factor, of which nothing can be simulated. Write the "
+                "likelihood as a distribution, or leave the calibration check out."
+            )
 
 
 def _replace(
     subject: Subject,
     rows: Rows,
-    seen: dict[str, np.ndarray],
-    made: dict[str, np.ndarray],
-    to_data: Callable[[dict], Any] | None,
+    seen: ByName,
+    made: ByName,
+    to_data: ToData | None,
 ) -> Rows:
     """Return the rows with data that were simulated in place of the observed ones."""
     if to_data is not None:
         data = to_data({name: made[name] for name in seen})
-        return subject.rowwise.read(data, subject.batch_axes)
+        return subject.runner.read(data)
     arrays = list(rows.data.arrays)
     for name, value in seen.items():
         places = list(_places(rows, value))
         if not places:
             raise NotApplicableError(
                 f"The observed values of site {name!r} are not one of the model's arguments as it "
-                "stands, so simulated ones cannot be put in its place. Pass to_data=, a function "
-                "from simulated values by site to data as fit takes them."
+                "stands, so simulated ones cannot be put in its place. Pass "
+                "Calibration(to_data=...), a function from simulated values by site to data as fit "
+                "takes them."
             )
         for number, axis in places:
             arrays[number] = jnp.moveaxis(
@@ -172,9 +262,7 @@ def _rank(below: np.ndarray, same: np.ndarray, rng: np.random.Generator) -> np.n
     return (below.sum(1) + rng.uniform(size=ties.shape) * ties) / (below.shape[1] + 1)
 
 
-def _tarp(
-    truths: dict[str, np.ndarray], draws: dict[str, np.ndarray], rng: np.random.Generator
-) -> np.ndarray:
+def _tarp(truths: ByName, draws: ByName, rng: np.random.Generator) -> np.ndarray:
     """Return the share of draws nearer to a random point than the simulated latents are."""
     number = len(next(iter(truths.values())))
     point = rng.permutation(number)
@@ -185,23 +273,3 @@ def _tarp(
         distance += (((flat - flat[point]) / scale) ** 2).sum(-1)
         nearer += (((drawn - flat[point][:, None]) / scale) ** 2).sum(-1)
     return _rank(nearer < distance[:, None], nearer == distance[:, None], rng)
-
-
-def find(dataset: Any, attrs: dict[str, Any]) -> Findings:
-    """Return which ranks are not uniform: shifted, or too many or too few of them in the middle."""
-    names = [str(x) for x in dataset.data_vars if str(x) == "tarp" or str(x).startswith("pit_")]
-    pits = {name: dataset[name].values.reshape(len(dataset["simulation"]), -1) for name in names}
-    level = LEVEL / sum(2 * pit.shape[1] for pit in pits.values())
-    for name, pit in pits.items():
-        tests = [[kstest(x, "uniform") for x in (u, abs(2 * u - 1))] for u in pit.T]
-        bad = sum(
-            any(test.pvalue < level and test.statistic > DEVIATION for test in pair)
-            for pair in tests
-        )
-        worst = max(test.statistic for pair in tests for test in pair)
-        which = f"{bad} of {pit.shape[1]} dimensions of site {name[4:]!r} have ranks that are not"
-        if name == "tarp":
-            which = f"ranks of all latents together are{' not' if bad else ''}"
-        text = f"{which} uniform (at most {worst:.2f} from it, {len(pit):,} simulations)"
-        advice = "intervals do not hold what they say: see coverage_*, and the gap check"
-        yield Finding("calibration", not bad, text, advice if bad else "")

@@ -1,27 +1,125 @@
-"""Importance: what the weights of a datum's draws say of its posterior."""
+"""Importance: what the importance weights of a row's draws say about its posterior."""
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import xarray as xr
 from jaxtyping import Array, Float
 
-from numpyro_vae.checks.base import Finding, Findings, Subject
-from numpyro_vae.inference.psis import khat_of_tail, require_draws, require_finite, tail_length
-from numpyro_vae.inference.quantities import View, weigh
+from numpyro_vae.checks.base import (
+    COLOURS,
+    AbstractCheck,
+    Finding,
+    Findings,
+    Subject,
+    require_variable,
+)
+from numpyro_vae.inference.encoded import EncodedBatch
+from numpyro_vae.inference.psis import (
+    UNTRUSTWORTHY,
+    khat_of_tail,
+    khat_threshold,
+    require_draws,
+    require_finite,
+    tail_length,
+)
+from numpyro_vae.inference.quantities import weigh
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = ["Importance"]
 
 CHUNK = 1000  # draws at once, so that any number of them fits in memory
+VERDICTS = ("fine", "borderline", "not to be trusted")
+
+
+@dataclass(frozen=True)
+class Importance(AbstractCheck):
+    r"""The ELBO, log evidence, k-hat and effective sample size of each row.
+
+    They come from the importance weights :math:`w_s = p(x, z_s) / q(z_s \mid x)` of a row's draws.
+    The ELBO is the mean of :math:`\log w_s`, the log evidence
+    :math:`\log \frac1S \sum_s w_s`, and the effective sample size
+    :math:`(\sum_s w_s)^2 / \sum_s w_s^2`. Draws are added up as they come, and of their weights
+    only the tail is kept, so that memory grows by the square root of their number.
+
+    Args:
+        num_samples: draws of each row, at least 100.
+
+    Reference:
+        Yao, Vehtari, Simpson and Gelman, *Yes, but Did It Work?*, ICML 2018; Burda, Grosse and
+        Salakhutdinov, *Importance Weighted Autoencoders*, ICLR 2016.
+
+    Raises:
+        ValueError: if there are too few draws for a k-hat.
+    """
+
+    name: ClassVar[str] = "importance"
+    num_samples: int = 1000
+
+    def __post_init__(self) -> None:
+        require_draws(self.num_samples)
+
+    def compute(self, subject: Subject) -> xr.Dataset:
+        """Return the summaries of each row's weights.
+
+        Raises:
+            ValueError: if a row's weights are not finite.
+        """
+        found = summarize(_sums_of_all(subject, self.num_samples))
+        threshold = khat_threshold(self.num_samples)
+        attrs = {"num_samples": self.num_samples, "khat_threshold": threshold}
+        return xr.Dataset({name: ([subject.plate], x) for name, x in found.items()}, attrs=attrs)
+
+    def find(self, dataset: xr.Dataset) -> Findings:
+        """Yield how many rows have a posterior that is not fine."""
+        bad, threshold = int((verdicts(dataset) > 0).sum()), dataset.attrs["khat_threshold"]
+        text = f"{bad:,} of {dataset['khat'].size:,} rows have k-hat > {threshold:.2f}"
+        advice = "repair them: posterior.repair(rng_key, data, report)" if bad else ""
+        yield Finding(self.name, not bad, text, advice)
+
+    def draw(self, dataset: xr.Dataset, ax: Axes) -> None:
+        """Draw the k-hat of every row, sorted, coloured and counted by its verdict.
+
+        A k-hat of minus infinity (weights without a tail) is drawn at the bottom.
+        """
+        verdict, khat = verdicts(dataset), dataset["khat"].values
+        order = np.argsort(khat)
+        bottom = np.min(khat[np.isfinite(khat)], initial=0.0)
+        heights, verdict = np.maximum(khat, bottom)[order], verdict[order]
+        for value, (label, colour) in enumerate(zip(VERDICTS, COLOURS, strict=True)):
+            places = np.flatnonzero(verdict == value)
+            label = f"{label}: {len(places)} ({len(places) / len(khat):.0%})"
+            ax.scatter(places + 1, heights[places], s=8, linewidths=0, color=colour, label=label)
+        for threshold in (dataset.attrs["khat_threshold"], UNTRUSTWORTHY):
+            ax.axhline(threshold, color="grey", linestyle="--", linewidth=0.8, zorder=0)
+        ax.set(xlabel="row, sorted", ylabel="Pareto k-hat", title="Can each posterior be trusted?")
+        ax.legend(frameon=False, markerscale=2)
+
+
+def verdicts(dataset: xr.Dataset) -> np.ndarray:
+    """Return for each row the index of its posterior's verdict in ``VERDICTS``.
+
+    Raises:
+        ValueError: if the importance check was not run.
+    """
+    require_variable(dataset, "khat", Importance.name)
+    khat = dataset["khat"].values
+    fine = khat < dataset.attrs["khat_threshold"]  # NaN, of a tail of ties, is not
+    return (~fine).astype(int) + (khat > UNTRUSTWORTHY)
 
 
 class Sums(NamedTuple):
-    """What is kept of the log weights drawn so far, by row: enough for all that is reported.
+    """Running sums of the log weights of each row, enough for all that is reported.
 
-    Log weights are counted from a ``reference``, the highest at first, as the log density of an
-    image is in the thousands and what matters of it in the hundredths.
+    Log weights are stored less a ``reference``, the highest of the first draws, as the log density
+    of an image is in the thousands and what matters of it in the hundredths.
     """
 
     reference: Float[Array, "batch"]
@@ -64,45 +162,22 @@ class Sums(NamedTuple):
 
 
 def _accumulate(
-    view: View, sums: Sums, rng_key: Array, globals_: dict, *, num_samples: int
+    batch: EncodedBatch, sums: Sums, rng_key: Array, globals_: dict, *, num_samples: int
 ) -> Sums:
-    return sums.add(weigh(view, rng_key, globals_, num_samples=num_samples)["log_weights"])
+    return sums.add(weigh(batch, rng_key, globals_, num_samples=num_samples)["log_weights"])
 
 
-def importance(subject: Subject, *, num_samples: int) -> dict[str, Any]:
-    r"""Return by row what the weights :math:`w_s = p(x, z_s) / q(z_s \mid x)` say.
-
-    The ELBO is the mean of :math:`\log w_s`, the log evidence
-    :math:`\log \frac1S \sum_s w_s`, and the effective sample size
-    :math:`(\sum_s w_s)^2 / \sum_s w_s^2`. Draws are added up as they come, and of their weights
-    only the tail is kept, so that memory does not grow with their number but by its square root.
-
-    Reference:
-        Yao, Vehtari, Simpson and Gelman, *Yes, but Did It Work?*, ICML 2018; Burda, Grosse and
-        Salakhutdinov, *Importance Weighted Autoencoders*, ICLR 2016.
-
-    Raises:
-        ValueError: if there are too few draws for a k-hat, or a row's weights are not finite.
-    """
-    require_draws(num_samples)
-    rowwise, rows = subject.rowwise, subject.rows
-    sizes = [min(CHUNK, num_samples - start) for start in range(0, num_samples, CHUNK)]
-    keys = [jax.random.fold_in(subject.rng_key, number) for number in range(len(sizes))]
-    chunks = [
-        (key, rowwise.draw_globals(key, rows, size), size)
-        for key, size in zip(keys, sizes, strict=True)
-    ]
-    tail = tail_length(num_samples) + 1
-
-    def of_batch(arrays: Any, indices: Array, **how: Any) -> Sums:
-        sums = Sums.start(len(indices), tail)
-        for key, globals_, size in chunks:
-            add = partial(rowwise.run, _accumulate, sums, key, globals_)
-            sums = add(arrays, indices, num_samples=size, **how)
-        return sums
-
-    found = rows.collect(of_batch, rowwise.rows_at_once(min(CHUNK, num_samples)))
-    return {name: ([subject.plate], values) for name, values in summarize(found).items()}
+def _sums_of_all(subject: Subject, num_samples: int) -> Sums:
+    """Return the sums of all draws of every row, which are added up chunk by chunk."""
+    runner, rows = subject.runner, subject.rows
+    start = Sums.start(len(rows.chosen), tail_length(num_samples) + 1)
+    sums = jax.tree.map(np.asarray, start)
+    for number, done in enumerate(range(0, num_samples, CHUNK)):
+        size, key = min(CHUNK, num_samples - done), jax.random.fold_in(subject.rng_key, number)
+        globals_ = runner.draw_globals(key, rows, size)
+        sizes = {"num_draws": size, "num_samples": size}
+        sums = runner.per_batch(_accumulate, rows, key, globals_, by_row=sums, **sizes)
+    return sums
 
 
 def summarize(sums: Sums) -> dict[str, np.ndarray]:
@@ -129,12 +204,3 @@ def summarize(sums: Sums) -> dict[str, np.ndarray]:
         ),
         "ess": ess,
     }
-
-
-def find(dataset: Any, attrs: dict[str, Any]) -> Findings:
-    """Return how many rows have a posterior that cannot be trusted."""
-    khat, threshold = dataset["khat"].values, attrs["khat_threshold"]
-    bad = int((~(khat < threshold)).sum())  # NaN, of a tail of ties, is no good sign
-    text = f"{bad:,} of {khat.size:,} rows have k-hat > {threshold:.2f}"
-    advice = "repair them: posterior.repair(rng_key, data, report)" if bad else ""
-    yield Finding("importance", not bad, text, advice)

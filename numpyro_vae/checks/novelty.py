@@ -1,80 +1,119 @@
-"""Novelty: which data are unlike those that the encoder was trained on."""
+"""Novelty: which rows are unlike those that the encoder was trained on."""
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import xarray as xr
 from jaxtyping import Array
 from scipy.spatial import KDTree
 from scipy.stats import binom
 
-from numpyro_vae.checks.base import Finding, Findings, NotApplicableError, Subject
-from numpyro_vae.inference.quantities import View, evidence
+from numpyro_vae.checks.base import (
+    COLOURS,
+    AbstractCheck,
+    Finding,
+    Findings,
+    NotApplicableError,
+    Subject,
+)
+from numpyro_vae.inference.encoded import EncodedBatch
+from numpyro_vae.inference.quantities import evidence
 from numpyro_vae.inference.rows import Rows
-from numpyro_vae.inference.runner import Rowwise
 
-LEVEL = 0.01  # the share of ordinary data that is called novel
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = ["Novelty"]
+
+LEVEL = 0.01  # the share of ordinary rows that is called novel
 NEIGHBOURS = 5
 PARTICLES = 64
 MIN_REFERENCE = 2 * int(2 / LEVEL)  # rows: half of them calibrate the distances, of two scores
 
 
-def novelty(subject: Subject, reference: Rows | None) -> dict[str, Any]:
-    """Return for each datum how probable it is that an ordinary datum is as strange as it.
+@dataclass(frozen=True, eq=False)  # arrays have no truth value to compare by
+class Novelty(AbstractCheck):
+    """How probable it is that an ordinary row is as unusual as each row.
 
-    There are two scores: the distance of the encoder's features from those of the nearest data of
+    There are two scores: the distance of the encoder's features from those of the nearest rows of
     reference (Sun et al., *Out-of-Distribution Detection with Deep Nearest Neighbors*, ICML 2022),
-    and the negative log evidence. Each is compared with the scores of reference data which it
-    was not fitted to, so that ``novelty``, twice the smaller share of these that are stranger, is a
+    and the negative log evidence. Each is compared with the scores of reference rows which it
+    was not fitted to, so that ``novelty``, twice the smaller share of these that score higher, is a
     valid p-value for data like the reference (Bates et al., *Testing for outliers with conformal
     p-values*, Annals of Statistics, 2023).
 
     Args:
-        subject: what is checked.
-        reference: data like those of the training, preferably held out from it.
-
-    Raises:
-        NotApplicableError: if there are none.
+        reference: data like the training data, as `fit` takes them, preferably held out from it;
+            at least 400 rows.
     """
-    if reference is None:
-        raise NotApplicableError(
-            "it compares data with others; pass reference=, rows like those of the training, "
-            "preferably held out from it"
+
+    name: ClassVar[str] = "novelty"
+    reference: Any = field(default=None, repr=False)
+
+    def compute(self, subject: Subject) -> xr.Dataset:
+        """Return the p-value of each row, and the scores that it comes from.
+
+        Raises:
+            NotApplicableError: if there is no reference.
+            ValueError: if the reference has too few rows.
+        """
+        reference = self._read_reference(subject)
+        scores = {
+            "features": _distances(subject, reference),
+            "evidence": _negative_log_evidence(subject, reference),
+        }
+        shares = [_share_above(new, known) for new, known in scores.values()]
+        plate = [subject.plate]
+        found: dict[str, Any] = {"novelty": (plate, np.minimum(1, 2 * np.minimum(*shares)))}
+        for name, (new, _) in scores.items():
+            found[f"novelty_{name}"] = (plate, new)
+        return xr.Dataset(found)
+
+    def find(self, dataset: xr.Dataset) -> Findings:
+        """Yield how many rows are novel, too many if chance would hardly give as many."""
+        found = dataset["novelty"].values
+        novel, total = int((found <= LEVEL).sum()), found.size
+        ok = bool(binom.sf(novel - 1, total, LEVEL) > 0.001)
+        text = (
+            f"{novel:,} of {total:,} rows are unlike the reference data "
+            f"({LEVEL * total:.0f} expected by chance)"
         )
-    scores = {"features": _distances(subject, reference), "evidence": _surprise(subject, reference)}
-    strange = {name: _share_above(new, known) for name, (new, known) in scores.items()}
-    combined = np.minimum(1, 2 * np.minimum(*strange.values()))
-    plate = [subject.plate]
-    found: dict[str, Any] = {"novelty": (plate, combined)}
-    for name, (new, _) in scores.items():
-        found[f"novelty_{name}"] = (plate, new)
-    return found
+        advice = "do not trust their posteriors before a refit on such rows"
+        yield Finding(self.name, ok, text, "" if ok else advice)
 
+    def draw(self, dataset: xr.Dataset, ax: Axes) -> None:
+        """Draw the distribution of the p-values, and the uniform one."""
+        p = np.sort(dataset["novelty"].values)
+        ax.plot(p, np.arange(1, len(p) + 1) / len(p), color=COLOURS[0])
+        ax.plot([0, 1], [0, 1], color="grey", linewidth=0.8)
+        ax.axvline(LEVEL, color="grey", linestyle="--", linewidth=0.8)
+        ax.set(xlabel="p-value", ylabel="share of the rows below", title="Novelty")
 
-def read_reference(rowwise: Rowwise, reference: Any, batch_axes: Any) -> Rows | None:
-    """Return the rows of reference; None if there are none.
-
-    Raises:
-        ValueError: if they are too few.
-    """
-    if reference is None:
-        return None
-    rows = rowwise.read(reference, batch_axes)
-    if rows.num_rows < MIN_REFERENCE:
-        raise ValueError(
-            f"The novelty check needs at least {MIN_REFERENCE} rows of reference to tell one datum "
-            f"in {1 / LEVEL:.0f}, found {rows.num_rows}. Give it more, or leave it out."
-        )
-    return rows
+    def _read_reference(self, subject: Subject) -> Rows:
+        """Return the rows of reference."""
+        if self.reference is None:
+            raise NotApplicableError(
+                "it needs reference data; pass Novelty(reference), rows like the training data, "
+                "preferably held out from it"
+            )
+        rows = subject.runner.read(self.reference)
+        if rows.num_rows < MIN_REFERENCE:
+            raise ValueError(
+                f"The novelty check needs at least {MIN_REFERENCE} rows of reference to tell one "
+                f"row in {1 / LEVEL:.0f}, found {rows.num_rows}. Pass more, or leave it out."
+            )
+        return rows
 
 
 def _distances(subject: Subject, reference: Rows) -> tuple[np.ndarray, np.ndarray]:
-    """Return the distances of new data, and of every second of reference, from the others."""
-    known = subject.rowwise.apply(_features, reference)
-    new = subject.rowwise.apply(_features, subject.rows)
+    """Return the distances of new rows, and of every second of reference, from the others."""
+    known = subject.runner.per_batch(_features, reference)
+    new = subject.runner.per_batch(_features, subject.rows)
     spread = known.std(0)
     kept = spread > 1e-6 * (1 + np.abs(known).max(0))
     fitted, calibrating = known[::2], known[1::2]
@@ -83,19 +122,19 @@ def _distances(subject: Subject, reference: Rows) -> tuple[np.ndarray, np.ndarra
     return near[0].mean(1), near[1].mean(1)
 
 
-def _features(view: View) -> Array:
-    """Return what the encoder says of each datum, as one vector."""
-    leaves = [x.reshape(x.shape[0], -1) for x in jax.tree.leaves(dict(view.encoding.features))]
+def _features(batch: EncodedBatch) -> Array:
+    """Return the encoder's features of each row, as one vector."""
+    leaves = [x.reshape(x.shape[0], -1) for x in jax.tree.leaves(dict(batch.encoding.features))]
     return jnp.concatenate(leaves, axis=1)
 
 
-def _surprise(subject: Subject, reference: Rows) -> tuple[np.ndarray, np.ndarray]:
-    """Return the negative log evidence of new data and of the reference."""
-    rowwise, key = subject.rowwise, subject.rng_key
-    globals_ = rowwise.draw_globals(key, subject.rows, 1)
+def _negative_log_evidence(subject: Subject, reference: Rows) -> tuple[np.ndarray, np.ndarray]:
+    """Return the negative log evidence of new rows and of the reference."""
+    runner, key = subject.runner, subject.rng_key
+    globals_ = runner.draw_globals(key, subject.rows, 1)
     sizes = {"num_samples": 1, "particles": PARTICLES, "row_axis": 1, "num_draws": PARTICLES}
     found = [
-        -rowwise.apply(evidence, rows, key, globals_, **sizes)["log_evidence"][0]
+        -runner.per_batch(evidence, rows, key, globals_, **sizes)["log_evidence"][0]
         for rows in (subject.rows, reference)
     ]
     return found[0], found[1]
@@ -105,12 +144,3 @@ def _share_above(new: np.ndarray, known: np.ndarray) -> np.ndarray:
     """Return each new score's conformal p-value: the share of the known as high, itself too."""
     below = np.searchsorted(np.sort(known), new, side="left")
     return (len(known) - below + 1) / (len(known) + 1)
-
-
-def find(dataset: Any, attrs: dict[str, Any]) -> Findings:
-    """Return how many data are novel, which is a matter of concern if more are than by chance."""
-    found = dataset["novelty"].values
-    novel, total = int((found <= LEVEL).sum()), found.size
-    ok = binom.sf(novel - 1, total, LEVEL) > 0.001
-    text = f"{novel:,} of {total:,} rows are unlike the reference, where {LEVEL * total:.0f} may be"
-    yield Finding("novelty", bool(ok), text, "" if ok else "do not trust them before a refit")

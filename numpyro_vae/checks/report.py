@@ -1,16 +1,19 @@
-"""A report: what the checks found, as data and for a person to read."""
+"""A report: what the checks found, as a dataset, in sentences and in pictures."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from numpyro_vae.checks.base import Finding
+from numpyro_vae.checks.base import AbstractCheck, Finding
 from numpyro_vae.checks.collapse import count_collapsed
+from numpyro_vae.checks.importance import VERDICTS, verdicts
+from numpyro_vae.checks.page import draw_checks, write_page
 from numpyro_vae.inference.psis import UNTRUSTWORTHY
 
 if TYPE_CHECKING:
@@ -18,8 +21,6 @@ if TYPE_CHECKING:
     from xarray import Dataset, DataTree
 
 __all__ = ["Report"]
-
-VERDICTS = ("fine", "borderline", "not to be trusted")
 
 
 @dataclass(frozen=True)
@@ -30,10 +31,11 @@ class Report:
     shows it as a table.
 
     Attributes:
-        dataset: all that was computed, on the plate's dimension where it is of one datum; see the
-            page on checks for each variable. In nats where not said otherwise.
+        dataset: all that was computed, along the plate's dimension where there is a value for each
+            row; the page on checks explains each variable. In nats where not said otherwise.
         findings: what a person should know, in sentences.
         skipped: by check that was not run, why.
+        checks: those that were run, with their options.
 
     Example:
         >>> import xarray as xr
@@ -50,26 +52,20 @@ class Report:
     dataset: Dataset
     findings: tuple[Finding, ...] = ()
     skipped: Mapping[str, str] | None = None
-
-    def to_dataset(self) -> Dataset:
-        """Return all that was computed as an xarray Dataset."""
-        return self.dataset
+    checks: tuple[AbstractCheck, ...] = ()
 
     @property
     def verdict(self) -> np.ndarray:
-        """For each datum 0 if its posterior is fine, 1 if borderline, 2 if not to be trusted."""
-        if "khat" not in self.dataset:
-            raise ValueError(
-                "The importance check was not run, so nothing is known of single posteriors. "
-                "Leave checks= out, or name 'importance' among them."
-            )
-        khat = self.dataset["khat"].values
-        fine = khat < self.dataset.attrs["khat_threshold"]  # NaN, of a tail of ties, is not
-        return (~fine).astype(int) + (khat > UNTRUSTWORTHY)
+        """For each row 0 if its posterior is fine, 1 if borderline, 2 if not to be trusted.
+
+        Raises:
+            ValueError: if the importance check was not run.
+        """
+        return verdicts(self.dataset)
 
     @property
     def flagged(self) -> np.ndarray:
-        """The numbers of the data whose posterior is not fine, for `Posterior.repair`."""
+        """The numbers of the rows whose posterior is not fine, for `Posterior.repair`."""
         return np.flatnonzero(self.verdict)
 
     def flagged_of(self, num_rows: int) -> np.ndarray:
@@ -86,23 +82,38 @@ class Report:
         return self.flagged
 
     def collapsed(self) -> dict[str, tuple[int, int]]:
-        """Return by site how many latent dimensions say nothing of the data, and of how many."""
+        """Return by site how many latent dimensions have collapsed, and of how many."""
         return count_collapsed(self.dataset)
 
     def isel(self, **indexers: Any) -> Report:
-        """Return what was computed of some data only, chosen as by `xarray.Dataset.isel`.
+        """Return what was computed of some rows only, chosen as by `xarray.Dataset.isel`.
 
-        The findings, which are about all data, are left out.
+        The findings, which are about all rows, are left out.
         """
         dataset = self.dataset.isel(**indexers)
         (dim,) = indexers
-        dataset.attrs["num_data"] = dataset.sizes[dim]
-        return Report(dataset)
+        return Report(dataset.assign_attrs(num_data=dataset.sizes[dim]), checks=self.checks)
+
+    def save(self, path: str | Path) -> None:
+        """Write the report to a file, with a picture of every check that was run.
+
+        Args:
+            path: where to. A name that ends in ``.html`` is written as a page; any other as the
+                pictures alone, in the format of its ending, which matplotlib must know.
+
+        Raises:
+            ValueError: if no check was run that has a picture.
+        """
+        figure = draw_checks(self.checks, self.dataset)
+        if Path(path).suffix.lower() == ".html":
+            write_page(Path(path), self._repr_html_(), figure, f"Pictures of {self._title()}")
+        else:
+            figure.savefig(path, dpi=110)
 
     def add_to(self, tree: DataTree) -> DataTree:
         """Return the DataTree with these checks as its group ``checks``.
 
-        Ranks of simulations, if there are any, become the group ``prior_sbc``, which
+        The ranks of the calibration check, if it was run, become the group ``prior_sbc``, which
         `arviz.plot_ecdf_pit` reads.
         """
         groups = {"checks": type(tree)(self.dataset)}

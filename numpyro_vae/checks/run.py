@@ -1,102 +1,118 @@
-"""The checks, one after another, and the report on them."""
+"""Runs the checks one after another, and makes the report."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from functools import partial
-from types import ModuleType
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 import xarray as xr
 from jaxtyping import Array
+from tqdm.auto import tqdm
 
-from numpyro_vae.checks import calibration, collapse, gap, importance, novelty, predictive
-from numpyro_vae.checks.base import NotApplicableError, Subject
+from numpyro_vae.checks.base import AbstractCheck, NotApplicableError, Subject
+from numpyro_vae.checks.calibration import Calibration
+from numpyro_vae.checks.collapse import Collapse
+from numpyro_vae.checks.gap import Gap
+from numpyro_vae.checks.importance import Importance
+from numpyro_vae.checks.novelty import Novelty
+from numpyro_vae.checks.predictive import Predictive
 from numpyro_vae.checks.report import Report
-from numpyro_vae.inference.psis import khat_threshold
-from numpyro_vae.inference.runner import Rowwise
+from numpyro_vae.inference.runner import Runner
 
-MODULES: Mapping[str, ModuleType] = {
-    "importance": importance,
-    "gap": gap,
-    "calibration": calibration,
-    "collapse": collapse,
-    "novelty": novelty,
-    "predictive": predictive,
+Checks = str | AbstractCheck | Iterable[str | AbstractCheck] | None  # as `Posterior.check` takes
+
+# In the order in which they run. A check's place gives it its random key, so that its numbers do
+# not depend on which others run: a new check goes to the end.
+CHECKS: Mapping[str, type[AbstractCheck]] = {
+    check.name: check for check in (Importance, Gap, Calibration, Collapse, Novelty, Predictive)
 }
+QUICK = ("importance", "collapse", "predictive")
 
 
 def run_checks(
-    rowwise: Rowwise,
+    runner: Runner,
     rng_key: Array,
     data: Any,
+    checks: Checks,
     *,
-    checks: Iterable[str] | None,
-    num_samples: int,
-    max_rows: int,
-    num_simulations: int,
-    reference: Any,
-    to_data: Callable[[dict], Any] | None,
-    batch_axes: Any,
+    progress_bar: bool,
     coords: Mapping[str, Any] | None,
 ) -> Report:
-    """Run the checks named, or all that apply; see `Posterior.check`."""
-    rowwise.require_density()
-    names = _names(checks)
-    for name, number in (("max_rows", max_rows), ("num_simulations", num_simulations)):
-        if number < 1:
-            raise ValueError(f"{name} is {number}, expected at least 1.")
-    subject = Subject(rowwise, rowwise.read(data, batch_axes), rng_key, data, batch_axes)
-    calls: dict[str, Callable[[Subject], dict[str, Any]]] = {
-        "importance": partial(importance.importance, num_samples=num_samples),
-        "gap": partial(gap.gap, num_samples=num_samples, max_rows=max_rows),
-        "calibration": partial(
-            calibration.calibration, num_simulations=num_simulations, to_data=to_data
-        ),
-        "collapse": collapse.collapse,
-        "novelty": partial(
-            novelty.novelty, reference=novelty.read_reference(rowwise, reference, batch_axes)
-        ),
-        "predictive": partial(predictive.predictive, max_rows=max_rows),
-    }
-    found: dict[str, Any] = {}
-    skipped: dict[str, str] = {}
-    for number, name in enumerate(MODULES):
-        if name not in names:
-            continue
-        try:
-            found |= calls[name](subject.with_key(number))
-        except NotApplicableError as reason:
-            if checks is not None:
-                raise
-            skipped[name] = str(reason)
-    attrs: dict[str, Any] = {"num_data": subject.rows.num_rows}
-    if "importance" in names:
-        threshold = khat_threshold(num_samples)
-        attrs |= {"num_samples": num_samples, "khat_threshold": threshold}
-    dataset = _dataset(found, attrs, coords or {})
-    done = [name for name in MODULES if name in names and name not in skipped]
-    findings = (finding for name in done for finding in MODULES[name].find(dataset, attrs))
-    return Report(dataset, tuple(findings), skipped)
+    """Run checks; see `Posterior.check`."""
+    chosen = choose_checks(checks)
+    runner.require_density()
+    subject = Subject(runner, runner.read(data), rng_key)
+    named = checks not in (None, "all")
+    dataset, done, skipped = _compute(chosen, subject, progress_bar, named)
+    dataset = _with_coords(dataset, coords or {})
+    findings = [finding for check in done for finding in check.find(dataset)]
+    return Report(dataset, tuple(findings), skipped, tuple(done))
 
 
-def _names(checks: Iterable[str] | None) -> list[str]:
-    """Return the names of the checks to run.
+def _compute(
+    chosen: dict[int, AbstractCheck], subject: Subject, progress_bar: bool, named: bool
+) -> tuple[xr.Dataset, list[AbstractCheck], dict[str, str]]:
+    """Return what the checks compute, which did, and why others do not apply.
 
     Raises:
-        ValueError: if one does not exist.
+        NotApplicableError: if a check does not apply and was ``named``.
     """
-    names = [checks] if isinstance(checks, str) else list(MODULES if checks is None else checks)
-    unknown = sorted(set(names) - set(MODULES))
-    if unknown:
-        raise ValueError(f"There are no checks {unknown}, choose from {list(MODULES)}.")
-    return names
+    dataset = xr.Dataset(attrs={"num_data": subject.rows.num_rows})
+    done, skipped = [], {}
+    with tqdm(chosen.items(), disable=not progress_bar, unit="check") as bar:
+        for place, check in bar:
+            bar.set_description(f"check: {check.name}")
+            try:
+                found = check.compute(subject.with_key(place))
+            except NotApplicableError as reason:
+                if named:
+                    raise
+                skipped[check.name] = str(reason)
+                continue
+            dataset = dataset.assign(found.variables).assign_attrs(found.attrs)
+            done.append(check)
+    return dataset, done, skipped
 
 
-def _dataset(found: dict[str, Any], attrs: dict[str, Any], coords: Mapping[str, Any]) -> xr.Dataset:
-    """Return all variables with coordinates for every dimension."""
-    dataset = xr.Dataset(found, attrs=attrs)
-    known = {"interval": list(calibration.INTERVALS), **coords}
-    indexed = {dim: known.get(str(dim), np.arange(n)) for dim, n in dataset.sizes.items()}
-    return dataset.assign_coords(indexed)
+def choose_checks(checks: Checks) -> dict[int, AbstractCheck]:
+    """Return the checks to run by their place in ``CHECKS``; those it does not list come after it.
+
+    Raises:
+        ValueError: if a name is unknown, or a check is there twice.
+        TypeError: if an entry is neither a name nor a check.
+    """
+    entries: Iterable[Any]
+    if checks is None:
+        entries = QUICK
+    elif isinstance(checks, str) and checks == "all":
+        entries = CHECKS
+    else:
+        entries = (checks,) if isinstance(checks, str | AbstractCheck | type) else checks
+    chosen: dict[str, AbstractCheck] = {}
+    for check in map(make_check, entries):
+        if check.name in chosen:
+            raise ValueError(f"checks has {check.name!r} twice. Leave one of the two out.")
+        chosen[check.name] = check
+    places = dict.fromkeys((*CHECKS, *chosen))
+    return {place: chosen[name] for place, name in enumerate(places) if name in chosen}
+
+
+def make_check(entry: Any) -> AbstractCheck:
+    """Return the check that an entry of ``checks=`` means; see `choose_checks`."""
+    if isinstance(entry, AbstractCheck):
+        return entry
+    if isinstance(entry, str) and entry in CHECKS:
+        return CHECKS[entry]()
+    wrong = f"checks has {entry!r}, expected 'all' alone, one or more of {list(CHECKS)}"
+    if isinstance(entry, str):
+        raise ValueError(f"{wrong}, or checks with options such as Gap(max_rows=64).")
+    raise TypeError(f"{wrong}, or an object such as Gap(max_rows=64).")
+
+
+def _with_coords(dataset: xr.Dataset, coords: Mapping[str, Any]) -> xr.Dataset:
+    """Return the dataset with coordinates for every dimension, by default numbers."""
+    known = {dim: np.arange(size) for dim, size in dataset.sizes.items()}
+    known |= {dim: coord for dim, coord in dataset.coords.items() if dim in known}
+    known |= {dim: coord for dim, coord in coords.items() if dim in known}
+    return dataset.assign_coords(known)

@@ -17,12 +17,13 @@ import numpy as np
 from jaxtyping import Array
 from numpyro import handlers
 
-from numpyro_vae.checks.collapse import COLLAPSED, mean_divergences
-from numpyro_vae.checks.report import VERDICTS, Report
+from numpyro_vae.checks.collapse import Collapse
+from numpyro_vae.checks.importance import Importance
+from numpyro_vae.checks.report import Report
 from numpyro_vae.data.arrays import ArrayData
-from numpyro_vae.inference.psis import UNTRUSTWORTHY
 from numpyro_vae.model.plates import all_rows
-from numpyro_vae.model.sites import Site, sites_of_trace, trace_model
+from numpyro_vae.model.sites import Site
+from numpyro_vae.model.trace import sites_of_trace, trace_model
 from numpyro_vae.posterior import Posterior
 from numpyro_vae.training.fit import FitResult
 
@@ -38,7 +39,6 @@ __all__ = [
     "plot_training",
 ]
 
-COLOURS = ("#0072B2", "#E69F00", "#D55E00")  # of Okabe and Ito, which everyone can tell apart
 MAX_LABELS = 20  # more distinct labels than this are taken as values on a scale
 
 
@@ -197,9 +197,12 @@ def plot_latents(
 
 
 def plot_khat(report: Report, *, ax: Axes | None = None) -> Axes:
-    """Plot the k-hat of every datum, sorted, coloured and counted by what it means.
+    """Plot the k-hat of every row, sorted, coloured and counted by its verdict.
 
     A k-hat of minus infinity (weights without a tail) is drawn at the bottom.
+
+    Raises:
+        ValueError: if the importance check was not run.
 
     Example:
         >>> import xarray as xr
@@ -208,25 +211,18 @@ def plot_khat(report: Report, *, ax: Axes | None = None) -> Axes:
         >>> [text.get_text() for text in ax.get_legend().get_texts()]
         ['fine: 2 (67%)', 'borderline: 0 (0%)', 'not to be trusted: 1 (33%)']
     """
-    khat = report.dataset["khat"].values
-    order = np.argsort(khat)
-    bottom = np.min(khat[np.isfinite(khat)], initial=0.0)
-    heights, verdict, ax = np.maximum(khat, bottom)[order], report.verdict[order], _axes(ax)
-    for value, (label, colour) in enumerate(zip(VERDICTS, COLOURS, strict=True)):
-        places = np.flatnonzero(verdict == value)
-        label = f"{label}: {len(places)} ({len(places) / len(khat):.0%})"
-        ax.scatter(places + 1, heights[places], s=8, linewidths=0, color=colour, label=label)
-    for threshold in (report.dataset.attrs["khat_threshold"], UNTRUSTWORTHY):
-        ax.axhline(threshold, color="grey", linestyle="--", linewidth=0.8, zorder=0)
-    ax.set(xlabel="datum, sorted", ylabel="Pareto k-hat", title="Can each posterior be trusted?")
-    ax.legend(frameon=False, markerscale=2)
+    ax = _axes(ax)
+    Importance().draw(report.dataset, ax)
     return ax
 
 
 def plot_collapse(report: Report, *, ax: Axes | None = None) -> Axes:
-    """Plot the mean KL divergence from the prior of each latent dimension, and what is collapsed.
+    """Plot the mean KL divergence from the prior of each latent dimension, sorted.
 
-    Bars are sorted; one below the axis says that a dimension is practically the prior.
+    A dimension below the dashed line has collapsed to the prior.
+
+    Raises:
+        ValueError: if the collapse check was not run.
 
     Example:
         >>> import xarray as xr
@@ -234,21 +230,8 @@ def plot_collapse(report: Report, *, ax: Axes | None = None) -> Axes:
         >>> [label.get_text() for label in plot_collapse(Report(kl)).get_xticklabels()]
         ['z[0]', 'z[1]']
     """
-    means = {}
-    for name, kl in mean_divergences(report.dataset):
-        for index, value in np.ndenumerate(kl):
-            means[f"{name}[{', '.join(map(str, index))}]".removesuffix("[]")] = value
-    names = sorted(means, key=lambda name: -means[name])
-    heights, ax = np.array([means[name] for name in names]), _axes(ax)
-    collapsed = heights < COLLAPSED
-    colours = [COLOURS[2] if low else COLOURS[0] for low in collapsed]
-    ax.bar(names, np.maximum(heights, COLLAPSED / 10), color=colours)
-    label = f"collapsed below {COLLAPSED} nats: {collapsed.sum()} of {len(names)}"
-    ax.axhline(COLLAPSED, color="grey", linestyle="--", linewidth=0.8, label=label)
-    ax.set(yscale="log", ylabel="KL from the prior (nats)", title="Latent dimensions")
-    ax.set_ylim(COLLAPSED / 10, 5 * max(heights.max(), COLLAPSED))
-    ax.tick_params("x", rotation=90 if len(names) > 8 else 0)
-    ax.legend(frameon=False, loc="upper right")
+    ax = _axes(ax)
+    Collapse().draw(report.dataset, ax)
     return ax
 
 

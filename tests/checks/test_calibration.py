@@ -7,9 +7,12 @@ import numpyro
 import numpyro.distributions as dist
 import planted
 import pytest
-from scipy.stats import kstest
+from numpyro.infer import Trace_ELBO
+from numpyro.infer.autoguide import AutoNormal
+from numpyro.infer.calibration import vsbc_diagnostic
+from scipy.stats import ks_2samp, kstest
 
-from numpyro_vae import AutoAmortizedMultivariateNormal, AutoAmortizedNormal
+from numpyro_vae import AutoAmortizedMultivariateNormal, AutoAmortizedNormal, Calibration
 
 KEY = jax.random.key(1)
 NUM_TRAIN, NUM_SIMULATIONS = 2000, 1000
@@ -35,9 +38,7 @@ POSITIVE = positive, of_logs(NUM_TRAIN), {"inputs": jnp.log}
 def uniformity(guide, model, data, options):
     """p-values of the ranks, and of how far they are from the middle."""
     posterior = planted.trained(model, planted.SMALL, (data,), 1500, guide=guide, **options)
-    report = posterior.check(
-        KEY, data[:500], checks=("calibration",), num_simulations=NUM_SIMULATIONS
-    )
+    report = posterior.check(KEY, data[:500], Calibration(num_simulations=NUM_SIMULATIONS))
     pits = report.dataset["pit_z"].values.reshape(NUM_SIMULATIONS, -1).T
     ranks = [report.dataset["tarp"].values, *pits]
     tests = [kstest(x, "uniform").pvalue for u in ranks for x in (u, abs(2 * u - 1))]
@@ -60,3 +61,26 @@ def test_ranks_are_not_uniform_if_it_has_not():
     report, tests = uniformity(AutoAmortizedNormal, *CORRELATED)
     assert tests.min() < 1e-6
     assert not all(finding.ok for finding in report.findings)
+
+
+@pytest.mark.slow
+def test_ranks_are_those_of_numpyro_which_fits_every_simulation():
+    """The best diagonal Normal of a datum is the same, amortized or found by its own SVI."""
+    weights, noise = 1.3 * WEIGHTS, 0.7
+
+    def model(x=None):
+        with numpyro.plate("data", 1):
+            z = numpyro.sample("z", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
+            numpyro.sample("x", dist.Normal(z @ weights.T, noise).to_event(1), obs=x)
+
+    settings = {"num_simulations": 300, "num_svi_steps": 400, "num_samples": 250}
+    optimizer, loss = numpyro.optim.Adam(0.05), Trace_ELBO(num_particles=4)
+    guide, how = AutoNormal(model), {"observed_sites": ["x"], "chain_method": "vectorized"}
+    old_key = jax.random.PRNGKey(0)  # it takes no other
+    theirs = vsbc_diagnostic(old_key, model, guide, optimizer, loss, **how, **settings)
+    case = planted.exact(weights, noise)
+    ours = case.posterior.check(KEY, case.data, Calibration(num_simulations=1000)).dataset["pit_z"]
+    for u, v in zip(ours.values.T, theirs.probabilities["z"].reshape(-1, 2).T, strict=True):
+        for ranks, others in ((u, v), (abs(2 * u - 1), abs(2 * v - 1))):
+            assert ks_2samp(ranks, others).pvalue > 1e-3
+        assert max(kstest(abs(2 * x - 1), "uniform").pvalue for x in (u, v)) < 1e-4

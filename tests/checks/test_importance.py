@@ -14,17 +14,17 @@ import xarray as xr
 from flax import nnx
 from models import normal_model
 from numpyro import handlers
-from numpyro.infer import SVI, Trace_ELBO
+from numpyro.infer import SVI, Trace_ELBO, psis_diagnostic
 
 from numpyro_vae import (
     MLP,
     AutoAmortizedDelta,
     AutoAmortizedNormal,
+    Importance,
     Posterior,
     fit,
-    khat_threshold,
-    pareto_khat,
 )
+from numpyro_vae.inference.psis import khat_threshold, pareto_khat
 
 X = np.linspace(-2, 2, 64, dtype=np.float32)
 KEY = jax.random.key(0)
@@ -52,7 +52,7 @@ def posterior_with(factor):
 
 
 def test_the_exact_posterior_has_equal_weights():
-    found = posterior_with(1.0).check(KEY, X, checks=("importance", "collapse"))
+    found = posterior_with(1.0).check(KEY, X, ("importance", "collapse"))
     exact = dist.Normal(0, np.sqrt(1.25)).log_prob(X)
     np.testing.assert_allclose(found.dataset["elbo"], exact, atol=1e-4)
     np.testing.assert_allclose(found.dataset["log_evidence"], exact, atol=1e-4)
@@ -61,7 +61,7 @@ def test_the_exact_posterior_has_equal_weights():
 
 
 def test_too_wide_a_guide_is_fine_but_not_tight():
-    found = posterior_with(2.0).check(KEY, X, num_samples=20_000, checks=("importance", "collapse"))
+    found = posterior_with(2.0).check(KEY, X, Importance(num_samples=20_000))
     exact = np.asarray(dist.Normal(0, np.sqrt(1.25)).log_prob(X))
     gap = np.log(2.0)  # KL(q | p) is (factor^2 - 1) / 2 - log(factor)
     np.testing.assert_allclose(exact - found.dataset["elbo"], 1.5 - gap, atol=0.1)
@@ -73,9 +73,7 @@ def test_too_wide_a_guide_is_fine_but_not_tight():
 @pytest.mark.parametrize(("factor", "verdict"), [(0.8, 0), (0.25, 2)])
 def test_too_narrow_a_guide_is_flagged(factor, verdict):
     r"""For a Normal of relative scale ``r < 1`` the weights' tail has shape ``1 - r^2``."""
-    found = posterior_with(factor).check(
-        KEY, X, num_samples=20_000, checks=("importance", "collapse")
-    )
+    found = posterior_with(factor).check(KEY, X, Importance(num_samples=20_000))
     khat = found.dataset["khat"].values
     assert np.median(khat) == pytest.approx(1 - factor**2, abs=0.25)
     if verdict == 0:
@@ -95,6 +93,28 @@ def test_khat_of_known_tails():
     assert (pareto_khat(np.zeros((200, 2))) == -np.inf).all()
 
 
+def khats_by_numpyro(posterior, x, num_samples, number):
+    """Pareto k-hats of all data together, as NumPyro has them, by several keys."""
+    args = posterior.params, posterior.guide.model, posterior.guide, x
+    keys = jax.random.split(KEY, number)
+    return np.array([psis_diagnostic(key, *args, num_particles=num_samples) for key in keys])
+
+
+def test_khat_of_one_row_is_that_of_numpyro():
+    posterior, number, keys = posterior_with(0.5), 20_000, 6
+    theirs = khats_by_numpyro(posterior, X[:1], number, keys).mean()
+    # The weights of this model have the same distribution in every row.
+    ours = posterior.check(KEY, X, Importance(num_samples=number)).dataset["khat"].mean()
+    standard_error = (1 + ours) / np.sqrt(3 * np.sqrt(number))
+    assert abs(ours - theirs) <= 3 * standard_error * np.sqrt(1 / keys + 1 / len(X))
+
+
+def test_all_rows_together_have_a_bad_khat_though_each_is_fine():
+    posterior = posterior_with(0.8)
+    assert khats_by_numpyro(posterior, np.tile(X, 8), 2000, 1) > 0.7
+    assert (posterior.check(KEY, X).verdict == 0).mean() > 0.95
+
+
 def test_threshold_is_the_published_one():
     assert khat_threshold(100) == pytest.approx(0.5)
     assert khat_threshold(1000) == pytest.approx(2 / 3)
@@ -109,19 +129,17 @@ def test_a_silent_dimension_has_collapsed():
 
     guide = AutoAmortizedNormal(model, Affine(1.0, size=2))
     posterior = Posterior(guide, {"auto$params": {}})
-    found = posterior.check(
-        KEY, X, coords={"data": np.arange(100, 164)}, checks=("importance", "collapse")
-    )
+    found = posterior.check(KEY, X, "collapse", coords={"data": np.arange(100, 164)})
     assert found.collapsed() == {"z": (1, 2)}
     assert found.dataset["kl_z"].dims == ("data", "z_dim_0")
     assert found.dataset["data"].values[0] == 100
 
 
 def test_summary_is_for_a_person():
-    found = posterior_with(0.5).check(KEY, X, checks=("importance", "collapse"))
+    found = posterior_with(0.5).check(KEY, X, ("importance", "collapse"))
     text = str(found)
     assert "64 data, 1000 draws of each" in text
-    assert "0 of 1 dimensions of site 'z' are inactive" in text
+    assert "0 of 1 dimensions of site 'z' have collapsed to the prior" in text
     for verdict, label in enumerate(("fine", "borderline", "not to be trusted")):
         (count,) = re.findall(rf"{label} +(\d+)", text)
         assert int(count) == (found.verdict == verdict).sum()
@@ -131,7 +149,7 @@ def test_summary_is_for_a_person():
 
 def test_as_a_group_of_the_datatree(tmp_path):
     posterior = posterior_with(1.0)
-    found = posterior.check(KEY, X, checks=("importance", "collapse"))
+    found = posterior.check(KEY, X, ("importance", "collapse"))
     found.add_to(posterior.to_datatree(KEY, X, 100)).to_netcdf(tmp_path / "tree.nc")
     with xr.open_datatree(tmp_path / "tree.nc") as tree:
         assert {"posterior", "checks"} <= set(tree.children)
@@ -152,7 +170,7 @@ def test_a_point_has_no_weights():
     result = fit(svi, jax.random.key(0), x, num_epochs=2, progress_bar=False)
     posterior = Posterior(guide, result)
     with pytest.raises(ValueError, match="PointEstimate has no density"):
-        posterior.check(jax.random.key(1), x, num_samples=100, checks=("importance", "collapse"))
+        posterior.check(jax.random.key(1), x)
     tree = posterior.to_datatree(jax.random.key(1), x, 10)
     assert set(tree.children) == {"posterior", "posterior_predictive", "observed_data"}
     assert np.ptp(tree.posterior["z"].values, axis=1).max() == 0

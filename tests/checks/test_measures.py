@@ -8,9 +8,10 @@ import pytest
 from scipy.special import logsumexp
 from scipy.stats import kstest, norm
 
-from numpyro_vae import khat_threshold, pareto_khat
+from numpyro_vae import Calibration, Gap, Importance, Novelty
 from numpyro_vae.checks import importance
 from numpyro_vae.inference import psis
+from numpyro_vae.inference.psis import khat_threshold, pareto_khat
 
 KEY = jax.random.key(1)
 NOISE = 0.7
@@ -24,9 +25,8 @@ def narrow(factor):
 @pytest.fixture(scope="module", params=[1.0, 0.8])
 def checked(request):
     case = narrow(request.param)
-    checks = ("gap", "calibration", "collapse")
-    sizes = {"num_samples": 4000, "num_simulations": 2000}
-    return request.param, case.posterior.check(KEY, case.data, checks=checks, **sizes).dataset
+    checks = (Gap(num_samples=4000), Calibration(num_simulations=2000), "collapse")
+    return request.param, case.posterior.check(KEY, case.data, checks).dataset
 
 
 def test_the_gap_of_a_wrong_scale_is_the_network_s(checked):
@@ -79,7 +79,7 @@ def test_information_is_that_of_a_linear_channel(checked):
 def test_novelty_is_a_valid_p_value():
     case = planted.healthy()
     new = planted.simulate(planted.ORTHOGONAL, NOISE, 1000)
-    found = case.posterior.check(KEY, new, checks=("novelty",), reference=case.reference)
+    found = case.posterior.check(KEY, new, Novelty(case.reference))
     p = found.dataset["novelty"].values
     for level in (0.01, 0.05, 0.2):
         error = np.sqrt(level / len(new)) + np.sqrt(level / (len(case.reference) / 2))
@@ -89,7 +89,7 @@ def test_novelty_is_a_valid_p_value():
 
 def test_predictive_p_values_are_in_the_middle_if_the_model_is_right():
     case = planted.healthy()
-    found = case.posterior.check(KEY, case.data, checks=("predictive",)).dataset["predictive_p"]
+    found = case.posterior.check(KEY, case.data, "predictive").dataset["predictive_p"]
     p = found.values[np.isfinite(found.values)]
     assert p.size == 256
     assert abs(p.mean() - 0.5) <= 0.05
@@ -133,7 +133,7 @@ def test_khat_of_the_tail_is_that_of_arviz_for_all_weights():
 
 def test_a_hundred_thousand_draws_are_kept_as_their_tail():
     case = planted.healthy()
-    found = case.posterior.check(KEY, case.data[:3], checks=("importance",), num_samples=100_000)
+    found = case.posterior.check(KEY, case.data[:3], Importance(num_samples=100_000))
     assert found.dataset["ess"].values.min() > 99_000
     assert found.dataset.attrs["khat_threshold"] == khat_threshold(100_000)
     assert psis.tail_length(100_000) == 948

@@ -1,4 +1,4 @@
-"""The report: what a person reads, what ArviZ reads, and what is refused."""
+"""The report: what a person reads, what ArviZ reads, and models and data that are refused."""
 
 import base64
 import html
@@ -20,8 +20,16 @@ import xarray as xr
 from flax import nnx
 from numpyro.infer import SVI, Trace_ELBO
 
-from numpyro_vae import AutoAmortizedDelta, AutoAmortizedNormal, Posterior, Report, save_report
-from numpyro_vae.checks.base import Finding
+from numpyro_vae import (
+    AutoAmortizedDelta,
+    AutoAmortizedNormal,
+    Calibration,
+    Posterior,
+    Report,
+    plot_collapse,
+    plot_khat,
+)
+from numpyro_vae.checks import Finding
 
 KEY = jax.random.key(1)
 
@@ -34,7 +42,8 @@ def case():
 @pytest.fixture(scope="module")
 def report(case):
     coords = {"data": np.arange(100, 140)}
-    return case.posterior.check(KEY, case.data[:40], num_simulations=200, coords=coords)
+    checks = ("importance", "gap", Calibration(num_simulations=200), "collapse", "predictive")
+    return case.posterior.check(KEY, case.data[:40], checks, coords=coords)
 
 
 def test_a_person_reads_one_sentence_for_each_finding(report):
@@ -42,8 +51,7 @@ def test_a_person_reads_one_sentence_for_each_finding(report):
     number = len(report.flagged)
     assert 0 < number <= 40
     assert f"! {number} of 40 rows have k-hat > 0.67; repair them: posterior.repair" in text
-    assert "0 of 2 dimensions of site 'z' are inactive" in text
-    assert "not run: it compares data with others; pass reference=" in text
+    assert "0 of 2 dimensions of site 'z' have collapsed to the prior" in text
     assert {finding.check for finding in report.findings} == {
         "importance",
         "gap",
@@ -79,7 +87,7 @@ def test_the_terminal_gets_a_table_and_a_pipe_plain_text(report):
     rich.console.Console(file=out, width=200, force_terminal=True).print(report)
     assert "\x1b" in out.getvalue()
     page = report._repr_html_()
-    assert page.count("<tr>") == len(report.findings) + 1
+    assert page.count("<tr>") == len(report.findings)
     assert "k-hat &gt;" in page
 
 
@@ -87,14 +95,14 @@ def test_arviz_opens_it_again_and_draws_the_ranks(case, report, tmp_path):
     tree = case.posterior.to_datatree(KEY, case.data[:40], 50, coords={"data": np.arange(100, 140)})
     report.add_to(tree).to_netcdf(tmp_path / "tree.nc")
     with az.from_netcdf(tmp_path / "tree.nc") as tree:
-        xr.testing.assert_equal(tree.checks.to_dataset(), report.to_dataset())
+        xr.testing.assert_equal(tree.checks.to_dataset(), report.dataset)
         assert tree.checks["data"].values[0] == 100
         assert tree.prior_sbc["z"].dims == ("chain", "draw", "z_dim_0")
         az.plot_ecdf_pit(tree, var_names=["z"], backend="none")
 
 
 def test_a_page_has_the_words_and_the_pictures(report, tmp_path):
-    save_report(report, tmp_path / "report.html")
+    report.save(tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     encoded = re.search(r"data:image/png;base64,([^']+)'", page)
     assert encoded
@@ -102,43 +110,43 @@ def test_a_page_has_the_words_and_the_pictures(report, tmp_path):
     assert min(pixels.shape[:2]) > 500
     for finding in report.findings:
         assert html.escape(finding.text) in page
-    save_report(report, tmp_path / "report.png")
+    report.save(str(tmp_path / "report.png"))
     assert matplotlib.image.imread(tmp_path / "report.png").shape == pixels.shape
-    with pytest.raises(ValueError, match=r"no check to draw, only the variables \['elbo'\]"):
-        save_report(Report(report.dataset[["elbo"]]), tmp_path / "report.png")
+    with pytest.raises(ValueError, match=r"no check with a picture"):
+        Report(report.dataset).save(tmp_path / "report.png")
 
 
-def test_a_part_of_a_report_is_one(report):
+def test_a_part_of_a_report_is_one(report, tmp_path):
     part = report.isel(data=slice(10))
     assert str(part).startswith("10 data, 1000 draws of each")
     assert not part.findings  # they are about all
     np.testing.assert_array_equal(part.verdict, report.verdict[:10])
+    part.save(tmp_path / "part.png")
+
+
+def test_a_part_of_a_report_leaves_the_whole_as_it_was(report):
+    report.isel(data=slice(10))
+    assert report.dataset.attrs["num_data"] == 40
+    np.testing.assert_array_equal(report.flagged_of(40), report.flagged)  # `repair` asks for it
 
 
 def test_verdicts_need_the_importance_check(case):
-    report = case.posterior.check(KEY, case.data, checks=("collapse",))
+    report = case.posterior.check(KEY, case.data, "collapse")
     assert str(report).startswith("300 data")
     with pytest.raises(ValueError, match="The importance check was not run"):
         case.posterior.repair(KEY, case.data, report)
 
 
-# -- what is refused ------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"checks": ("importanc",)}, r"There are no checks \['importanc'\], choose from"),
-        ({"checks": ("novelty",)}, r"it compares data with others; pass reference="),
-        ({"max_rows": 0}, r"max_rows is 0, expected at least 1"),
-        ({"num_simulations": 0}, r"num_simulations is 0, expected at least 1"),
-        ({"num_samples": 99}, r"needs at least 100 draws of each datum, found 99"),
-        ({"reference": np.zeros((20, 4), np.float32)}, r"at least 400 rows of reference.*found 20"),
-    ],
+    ("plot", "message"),
+    [(plot_khat, r"importance check was not run"), (plot_collapse, r"collapse check was not run")],
 )
-def test_options_that_make_no_sense_are_refused(case, options, message):
+def test_a_picture_needs_its_check(report, plot, message):
     with pytest.raises(ValueError, match=message):
-        case.posterior.check(KEY, case.data, **options)
+        plot(Report(report.dataset[["tarp"]]))
+
+
+# -- what is refused ------------------------------------------------------------------------------
 
 
 def own_network(inputs, *, rngs):
@@ -211,8 +219,8 @@ def test_an_improper_prior_cannot_be_simulated_from():
     posterior = trained(model, X)
     message = r"Site 'z' has an improper prior, so data cannot be simulated.*Give it a proper prior"
     with pytest.raises(ValueError, match=message):
-        posterior.check(KEY, X, checks=("calibration",))
-    report = posterior.check(KEY, X, checks=None, max_rows=10)
+        posterior.check(KEY, X, "calibration")
+    report = posterior.check(KEY, X, "all")
     assert "improper prior" in report.skipped["calibration"]
 
 
@@ -224,11 +232,10 @@ def test_data_that_the_model_transforms_need_to_be_made_again():
 
     x = np.exp(X)
     posterior = trained(model, x)
-    with pytest.raises(ValueError, match=r"site 'x' are not one of the model's arg.*Pass to_data="):
-        posterior.check(KEY, x, checks=("calibration",))
-    found = posterior.check(
-        KEY, x, checks=("calibration",), num_simulations=50, to_data=lambda made: np.exp(made["x"])
-    )
+    with pytest.raises(ValueError, match=r"site 'x' are not one of the model's arg.*Pass Calib"):
+        posterior.check(KEY, x, "calibration")
+    remade = Calibration(num_simulations=50, to_data=lambda made: np.exp(made["x"]))
+    found = posterior.check(KEY, x, remade)
     assert found.dataset.sizes["simulation"] >= 50
 
 
@@ -253,4 +260,4 @@ def test_rows_without_weights_are_refused(likelihood, message):
     with numpyro.validation_enabled(is_validate=False):
         posterior = Posterior(guide, params.get_params(params.init(KEY, X)))
         with pytest.raises(ValueError, match=message):
-            posterior.check(KEY, X, checks=("importance",))
+            posterior.check(KEY, X, "importance")
