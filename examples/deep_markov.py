@@ -37,6 +37,7 @@ from numpyro_vae import (
     RNN,
     AutoAmortizedNormal,
     FitResult,
+    Importance,
     Masked,
     Posterior,
     Report,
@@ -239,8 +240,7 @@ def main() -> None:
     found = posterior.check(
         jax.random.key(1),
         tuple(test),
-        num_samples=100 if args.quick else 500,
-        checks=("importance", "collapse"),
+        checks=(Importance(num_samples=100 if args.quick else 500), "collapse"),
     )
     print(f"\nHeld out, of each chorale as a whole: {found}\n\nNats a step, held out:")
     print(f"  every key at its own rate  {log_density_without_latents(train, test):8.3f}")

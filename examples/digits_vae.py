@@ -34,6 +34,7 @@ from numpyro_vae import (
     AutoAmortizedNormal,
     ConvNet,
     FitResult,
+    Importance,
     Posterior,
     Report,
     fit,
@@ -189,7 +190,7 @@ def main() -> None:
 
     posterior = Posterior(guide, result)
     found = posterior.check(
-        jax.random.key(1), data.test, num_samples=num_samples, checks=("importance", "collapse")
+        jax.random.key(1), data.test, checks=(Importance(num_samples=num_samples), "collapse")
     )
     print(f"\nHeld out: {found}")
     draw(posterior, result, found, data, args.output / f"{args.dataset}_vae.png")

@@ -41,6 +41,7 @@ from sklearn.neighbors import KNeighborsRegressor
 from numpyro_vae import (
     MLP,
     AutoAmortizedMultivariateNormal,
+    Importance,
     Posterior,
     Report,
     fit,
@@ -220,8 +221,7 @@ def main() -> None:
     checked = posterior.check(
         jax.random.key(2),
         upper_half(data.test),
-        num_samples=num_samples,
-        checks=("importance", "collapse"),
+        checks=(Importance(num_samples=num_samples), "collapse"),
     )
     print(f"\nGiven the upper halves: {checked}")
     history = {name: values for name, values in result.history.items() if len(values)}

@@ -29,7 +29,7 @@ from matplotlib.figure import Figure
 from numpyro.infer import MCMC, NUTS, SVI, Trace_ELBO
 from numpyro.infer.autoguide import AutoMultivariateNormal
 
-from numpyro_vae import MLP, AutoAmortizedNormal, Posterior, Report, plot_khat
+from numpyro_vae import MLP, AutoAmortizedNormal, Importance, Posterior, Report, plot_khat
 
 SITES = ("ability", "intercept", "slope")
 ITEMS = SITES[1:]
@@ -187,7 +187,7 @@ def main() -> None:
 
     best = posteriors["with dependencies"]
     checked = best.check(
-        jax.random.key(2), correct, num_samples=num_samples, checks=("importance", "collapse")
+        jax.random.key(2), correct, checks=(Importance(num_samples=num_samples), "collapse")
     )
     print(f"\n{checked}")
     picture(by_guide, checked, correct, args.output / "item_response.png")

@@ -31,6 +31,7 @@ from numpyro.infer.autoguide import AutoMultivariateNormal
 
 from numpyro_vae import (
     AutoAmortizedNormal,
+    Importance,
     Posterior,
     Report,
     Segments,
@@ -159,7 +160,7 @@ def draw(
 def save(posterior: Posterior, checked: Report, data: Data, num_samples: int, path: Path) -> None:
     """Write what ArviZ reads, with the checks, then open it again and ask ArviZ."""
     tree = posterior.to_datatree(
-        jax.random.key(3), data.houses, num_samples, coords={"county": data.names}, batch_axes=None
+        jax.random.key(3), data.houses, num_samples, coords={"county": data.names}
     )
     checked.add_to(tree).to_netcdf(path)
     with az.from_netcdf(path) as tree:
@@ -184,7 +185,7 @@ def main() -> None:
     svi = SVI(model, guide, optimizer, TraceMeanField_ELBO(num_particles=4))
     result = svi.run(jax.random.key(0), num_steps, *data.houses, progress_bar=False)
     posterior = Posterior(guide, result)
-    found = posterior.sample(jax.random.key(1), data.houses, num_samples, batch_axes=None)
+    found = posterior.sample(jax.random.key(1), data.houses, num_samples)
 
     mcmc = MCMC(
         NUTS(model), num_warmup=num_samples // 4, num_samples=num_samples, progress_bar=False
@@ -196,9 +197,7 @@ def main() -> None:
     checked = posterior.check(
         jax.random.key(2),
         data.houses,
-        num_samples=num_samples,
-        batch_axes=None,
-        checks=("importance", "collapse"),
+        checks=(Importance(num_samples=num_samples), "collapse"),
     )
     print(f"\n{checked}")
     draw(data, found, nuts, np.asarray(result.losses), checked, args.output / "radon.png")

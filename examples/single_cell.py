@@ -43,6 +43,7 @@ from numpyro_vae import (
     MLP,
     AutoAmortizedNormal,
     FitResult,
+    Importance,
     Posterior,
     Report,
     fit,
@@ -206,7 +207,7 @@ def main() -> None:
     held_out = (test.counts, test.library)
     num_samples = 100 if args.quick else 500
     found = posterior.check(
-        jax.random.key(1), held_out, num_samples=num_samples, checks=("importance", "collapse")
+        jax.random.key(1), held_out, checks=(Importance(num_samples=num_samples), "collapse")
     )
     alike = held_out_without_latents(train, test, steps)
     gain = found.dataset["elbo"].values - alike

@@ -38,6 +38,7 @@ from numpyro_vae import (
     MLP,
     AutoAmortizedNormal,
     FitResult,
+    Importance,
     Posterior,
     Report,
     fit,
@@ -183,7 +184,7 @@ def main() -> None:
     posterior = Posterior(guide, result)
     num_samples = 100 if args.quick else 500
     found = posterior.check(
-        jax.random.key(1), test, num_samples=num_samples, checks=("importance", "collapse")
+        jax.random.key(1), test, checks=(Importance(num_samples=num_samples), "collapse")
     )
     theirs = LatentDirichletAllocation(
         TOPICS, max_iter=2 if args.quick else 30, learning_method="online", random_state=0

@@ -86,7 +86,7 @@ from numpyro import handlers
 from numpyro.contrib.module import nnx_module
 from numpyro.infer import SVI, RenyiELBO, Trace_ELBO, TraceMeanField_ELBO
 
-from numpyro_vae import MLP, AutoAmortizedNormal, Posterior, fit, pareto_khat
+from numpyro_vae import MLP, AutoAmortizedNormal, Importance, Posterior, fit, pareto_khat
 
 X = np.asarray(jax.random.normal(jax.random.key(7), (40,)) + 1)
 SMALL = partial(MLP, hidden_sizes=(4,))
@@ -129,7 +129,7 @@ def test_the_log_likelihood_is_that_of_the_trained_model():
     svi = SVI(model, guide, optax.adam(5e-2), Trace_ELBO(), kind="laplace")
     result = fit(svi, jax.random.key(0), X, num_epochs=60, progress_bar=False)
     assert abs(result.params["sigma"] - 5.0) > 1.0
-    tree = Posterior(guide, result, kind="laplace").to_datatree(KEY, X, 50, num_particles=400)
+    tree = Posterior(guide, result).to_datatree(KEY, X, 50, num_particles=400)
     params, z = result.params["decoder$params"], np.linspace(-6, 6, 2001)[:, None]
     mean = z * np.asarray(params["kernel"])[0, 0] + np.asarray(params["bias"])[0]
     log_joint = dist.Normal(0, 1).log_prob(z) + dist.Laplace(mean, result.params["sigma"]).log_prob(
@@ -151,7 +151,7 @@ def test_khats_of_single_data_do_not_grow_with_their_number():
     guide = AutoAmortizedNormal(normal_model, TooNarrow())
     posterior = Posterior(guide, {"auto$params": {"encoder": {}, "blocks": {}}})
     x = np.asarray(jax.random.normal(jax.random.key(3), (100,)))
-    found = posterior.check(KEY, x, num_samples=2000, checks=("importance", "collapse"))
+    found = posterior.check(KEY, x, checks=(Importance(num_samples=2000), "collapse"))
     assert (found.verdict == 0).mean() > 0.95
     joint = posterior.log_weights(KEY, x, 2000).sum(1, keepdims=True)
     assert pareto_khat(joint)[0] > 0.7 > np.quantile(found.dataset["khat"], 0.95)

@@ -301,6 +301,11 @@ class AmortizedGuide(AutoGuide):
             draws |= predictive(model_key, *args, **kwargs)
         return draws
 
+    def set_up_globals(self, params: dict[str, Any], args: tuple, kwargs: dict[str, Any]) -> None:
+        """Let an automatic guide of the global sites read the model, as compiled code may not."""
+        if isinstance(self.globals, AutoGuide):
+            set_up(self.globals, params, args, kwargs)
+
     def sample_globals(
         self,
         rng_key: Array,
@@ -312,8 +317,8 @@ class AmortizedGuide(AutoGuide):
         """Draw the global sites; see `sample_posterior`."""
         if self.globals is None:
             return {}
+        self.set_up_globals(params, args, kwargs)
         if isinstance(self.globals, AutoGuide):
-            set_up(self.globals, params, args, kwargs)
             return self.globals.sample_posterior(
                 rng_key, params, *args, sample_shape=sample_shape, **kwargs
             )
@@ -364,7 +369,7 @@ class AmortizedGuide(AutoGuide):
         self, params: dict[str, Any], quantiles: Any, args: tuple, kwargs: dict[str, Any]
     ) -> dict[str, Array]:
         guide: Any = self.globals
-        set_up(guide, params, args, kwargs)
+        self.set_up_globals(params, args, kwargs)
         if isinstance(guide, AmortizedGuide):
             return guide.quantiles(params, quantiles, *args, **kwargs)
         return guide.quantiles(params, quantiles)

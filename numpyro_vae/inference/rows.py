@@ -133,6 +133,10 @@ class Rows:
         """Return all rows in one batch, or the first where one is enough for what all share."""
         return self.batch(jnp.arange(self.num_rows if self.data.is_whole else 1))
 
+    def everything(self) -> Batch:
+        """Return a batch whose arguments are all the data."""
+        return replace(self.whole(), cuts=False)
+
     def collect(self, fn: Callable[[Batch], Any], batch_size: int, row_axis: int = 0) -> Any:
         """Apply a compiled function to batches of the chosen rows, and join what it returns.
 

@@ -62,8 +62,11 @@ class Runner:
         """
         if num_samples < 1:
             raise ValueError(f"num_samples is {num_samples}, expected at least 1.")
+        self.guide.set_up_globals(self.params, rows.args, rows.kwargs)
+        draw = partial(_draw_globals, self.guide, self.static_kwargs, num_samples)
+        compiled = self._compiled((_draw_globals, num_samples), draw)
         key = jax.random.fold_in(rng_key, 2**32 - 1)  # of no row
-        return self.guide.sample_globals(key, self.params, (num_samples,), rows.args, rows.kwargs)
+        return compiled(self.params, rows.everything(), key)
 
     def require_density(self) -> None:
         """Raise ValueError if the guide is of points."""
@@ -98,7 +101,7 @@ class Runner:
             row_axis: the axis of the rows in all that it returns.
             static: its keyword arguments.
         """
-        compiled = self._compiled(_of_batch, quantity, static)
+        compiled = self._compiled_quantity(_of_batch, quantity, static)
 
         def run(batch: Batch) -> Any:
             mine = () if by_row is None else (_cut(by_row, rows, batch),)
@@ -108,7 +111,8 @@ class Runner:
 
     def once(self, quantity: Quantity, rows: Rows, *args: Any, **static: Any) -> Any:
         """Run a quantity that is the same for all rows; see `per_batch`."""
-        found = self._compiled(_of_batch, quantity, static)(self.params, rows.whole(), *args)
+        compiled = self._compiled_quantity(_of_batch, quantity, static)
+        found = compiled(self.params, rows.whole(), *args)
         return jax.tree.map(np.asarray, found)
 
     def per_row(
@@ -130,7 +134,7 @@ class Runner:
         places = np.minimum(np.arange(rounded(size)), size - 1)
         by_row = jax.tree.map(lambda x: x[places], by_row)
         chosen = jnp.asarray(rows.chosen[places])
-        compiled = self._compiled(_of_rows, quantity, static)
+        compiled = self._compiled_quantity(_of_rows, quantity, static)
         found = compiled(self.params, rows.whole(), chosen, by_row, *args)
         return jax.tree.map(lambda x: np.asarray(x)[:size], found)
 
@@ -140,15 +144,30 @@ class Runner:
         given = max((leaf[0].size for leaf in jax.tree.leaves(by_row)), default=1)
         return int(np.clip(DRAWS // max(num_draws * size, given, 1), 1, ROWS))
 
-    def _compiled(self, of: Callable[..., Any], quantity: Quantity, static: dict) -> Callable:
+    def _compiled_quantity(self, of: Callable, quantity: Quantity, static: dict) -> Callable:
+        encode = partial(_encode, self.guide, self.static_kwargs)
+        fn = partial(of, encode, partial(quantity, **static))
+        return self._compiled((of, quantity, *sorted(static.items())), fn)
+
+    def _compiled(self, key: tuple, fn: Callable[..., Any]) -> Callable[..., Any]:
         """Return a compiled function, the same for all runners with these static arguments."""
-        kwargs = tuple((name, _identity(value)) for name, value in self.static_kwargs.items())
-        key = (of, quantity, tuple(sorted(static.items())), kwargs)
-        if key not in self.guide.compiled:
-            encode = partial(_encode, self.guide, self.static_kwargs)
-            fn = partial(of, encode, partial(quantity, **static))
-            self.guide.compiled[key] = jax.jit(fn)
-        return self.guide.compiled[key]
+        kwargs = ((name, _identity(value)) for name, value in self.static_kwargs.items())
+        compiled, key = self.guide.compiled, (*key, *kwargs)
+        if key not in compiled:
+            compiled[key] = jax.jit(fn)
+        return compiled[key]
+
+
+def _draw_globals(
+    guide: AmortizedGuide,
+    static_kwargs: dict[str, Any],
+    num_samples: int,
+    params: dict[str, Any],
+    batch: Batch,
+    rng_key: Array,
+) -> dict[str, Array]:
+    args, kwargs = batch.arguments()
+    return guide.sample_globals(rng_key, params, (num_samples,), args, {**kwargs, **static_kwargs})
 
 
 def _encode(
