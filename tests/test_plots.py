@@ -1,5 +1,8 @@
 """What is drawn, on results of tiny fits."""
 
+import pathlib
+import sys
+
 import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
@@ -14,6 +17,7 @@ from numpyro.infer import SVI, Trace_ELBO
 from numpyro_vae import (
     AutoAmortizedNormal,
     FitResult,
+    Importance,
     Posterior,
     Report,
     fit,
@@ -135,6 +139,56 @@ def test_reconstructions_are_predictive_means(fitted, x, key):
     np.testing.assert_array_less(np.abs(means - draws.mean(0)), 5 * error)
 
 
+def images(x, subsample_size=None):
+    """The same model without the global level; its plate may select rows."""
+    with numpyro.plate("data", len(x), subsample_size=subsample_size) as rows:
+        z = numpyro.sample("z", dist.Normal(0.0, 1.0).expand([3]).to_event(1))
+        mean = jnp.tensordot(z, PATTERN, 1)
+        numpyro.sample("x", dist.Normal(mean, NOISE).to_event(2), obs=x[rows])
+
+
+@pytest.mark.parametrize("form", ["rows", "whole", "subsampled"])
+def test_many_images_are_computed_in_batches(form, x, key):
+    """Each row has the draws that it has in any batch, however the model takes the data."""
+    options = {"batch_axes": None} if form == "whole" else {}
+    if form == "subsampled":
+        options["static_kwargs"] = {"subsample_size": 20}
+    guide, many = AutoAmortizedNormal(images), np.tile(x, (8, 1, 1))
+    svi = SVI(images, guide, optax.adam(1e-2), Trace_ELBO())
+    posterior = Posterior(guide, svi.get_params(svi.init(jax.random.key(0), x)), **options)
+    data, means = tiles(plot_reconstructions(posterior, key, many, num_samples=50))
+    np.testing.assert_array_equal(data, many)
+    expected = posterior.predict(key, many, 50)["x"].mean(0)
+    error = NOISE / np.sqrt(50)
+    np.testing.assert_array_less(np.abs(means - expected), 6 * error)
+    assert np.std(means - expected) == pytest.approx(error, rel=0.05)
+    draws = tiles(plot_prior_samples(posterior, key, many)).reshape(-1, HEIGHT * WIDTH)[:320]
+    assert len(np.unique(draws.round(4), axis=0)) == len(many)  # none is drawn twice
+
+
+def memory(name):
+    """Megabytes of this process: `VmRSS` now, `VmHWM` at the most."""
+    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(name)) / 1024
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_does_not_grow_with_the_draws(key):
+    """The means of 200 draws of every row, held at once, would be 800 MB."""
+
+    def photographs(x):
+        with numpyro.plate("data", len(x)):
+            z = numpyro.sample("z", dist.Normal(0.0, 1.0))
+            numpyro.sample("x", dist.Normal(z[:, None] * np.ones(1000), 1.0).to_event(1), obs=x)
+
+    x = np.ones((1000, 1000), np.float32)
+    posterior = untrained(photographs, x[:10])
+    pathlib.Path("/proc/self/clear_refs").write_text("5")  # VmHWM becomes VmRSS
+    before = memory("VmRSS")
+    plot_reconstructions(posterior, key, x, image_shape=(25, 40))
+    assert memory("VmHWM") - before < 300
+
+
 def test_gaps_between_images_are_white(fitted, x, key):
     found = picture(plot_reconstructions(fitted[1], key, x[:5]))
     white = tiles(plot_reconstructions(fitted[1], key, x[:5])).min()
@@ -223,7 +277,7 @@ def test_many_labels_are_a_scale(fitted, x):
 
 
 def test_khat_draws_and_counts_every_datum(fitted, x, key):
-    found = fitted[1].check(key, x, num_samples=200, checks=("importance", "collapse"))
+    found = fitted[1].check(key, x, checks=(Importance(num_samples=200), "collapse"))
     ax = plot_khat(found)
     points = np.concatenate([c.get_offsets() for c in ax.collections])
     np.testing.assert_array_equal(np.sort(points[:, 1]), np.sort(found.dataset["khat"]))
@@ -242,7 +296,7 @@ def test_khat_of_weights_without_a_tail_is_drawn_at_the_bottom():
 
 
 def test_collapse_draws_a_bar_for_each_dimension(fitted, x, key):
-    found = fitted[1].check(key, x, num_samples=200, checks=("importance", "collapse"))
+    found = fitted[1].check(key, x, checks=(Importance(num_samples=200), "collapse"))
     ax = plot_collapse(found)
     means = found.dataset["kl_z"].mean("data").values
     order = np.argsort(-means)

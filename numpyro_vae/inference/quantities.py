@@ -198,8 +198,8 @@ def expected(
 ) -> Array:
     """Return the posterior predictive mean of an observed site, ``(batch, ...)``.
 
-    It is averaged over draws of the latents: what the site's distribution says is its mean if that
-    is known, else a draw of it.
+    That is, averaged over draws of the latents, the mean of the site's distribution if it is known,
+    else a draw of the site.
     """
 
     def one(packed: Array, globals_: dict, rng_key: Array) -> Array:
@@ -216,7 +216,7 @@ def expected_a_priori(
 ) -> Array:
     """Return the mean of an observed site given one draw of the latents from their prior.
 
-    It is averaged over draws of the site if its distribution does not know it.
+    If the mean of its distribution is not known, draws of the site are averaged.
     """
     draw_key, *keys = _noise_keys(batch, rng_key, 1 + num_samples)
     drawn = jax.tree.map(itemgetter(0), globals_)

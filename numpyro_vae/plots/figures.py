@@ -12,18 +12,14 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import jax
 import numpy as np
 from jaxtyping import Array
-from numpyro import handlers
 
 from numpyro_vae.checks.collapse import Collapse
 from numpyro_vae.checks.importance import Importance
 from numpyro_vae.checks.report import Report
-from numpyro_vae.data.arrays import ArrayData
-from numpyro_vae.model.plates import all_rows
+from numpyro_vae.inference import quantities
 from numpyro_vae.model.sites import Site
-from numpyro_vae.model.trace import sites_of_trace, trace_model
 from numpyro_vae.posterior import Posterior
 from numpyro_vae.training.fit import FitResult
 
@@ -73,32 +69,24 @@ def plot_reconstructions(
     num_samples: int = 200,
     var_name: str | None = None,
     image_shape: tuple[int, ...] | None = None,
-    batch_axes: Any = 0,
     ax: Axes | None = None,
 ) -> Axes:
-    """Plot the images of all rows of data, as `fit` takes them, above what the posterior predicts.
+    """Plot the images of all rows of data, as `fit` takes them, above posterior predictive means.
 
-    That is the mean of the likelihood, averaged over ``num_samples`` draws of the latents; or of as
-    many draws of the observed site, where its distribution does not know its mean.
+    These are means of the likelihood, averaged over ``num_samples`` draws of the latents. Where the
+    distribution of the observed site has no known mean, as many draws of the site are averaged.
 
     Raises:
         ValueError: if there are several observed sites to choose from, or they hold no images.
     """
-    arrays, model = ArrayData.read(data, batch_axes), posterior.guide.model
-    name = _image_site(posterior, arrays, var_name)
-    latents = posterior.sample(rng_key, data, num_samples, batch_axes=batch_axes)
-
-    @jax.jit
-    def expected(draw: dict[str, Any]) -> Array:
-        site, rows = _run(posterior, model, rng_key, arrays, name, draw)
-        return rows(site["fn"].mean)
-
-    mean = _known_or_drawn(
-        lambda: jax.vmap(expected)(latents).mean(0),
-        lambda: posterior.predict(rng_key, data, num_samples, batch_axes=batch_axes)[name].mean(0),
-    )
-    site, rows = _run(posterior, model, rng_key, arrays, name)
-    images = np.stack([_images(x, image_shape, name) for x in (rows(site["value"]), mean)])
+    runner = posterior._runner
+    rows = runner.read(data)
+    name = _image_site(posterior, var_name)
+    seen = _images(runner.per_batch(quantities.observed, rows)[name], image_shape, name)
+    globals_ = runner.draw_globals(rng_key, rows, num_samples)
+    sizes = {"num_samples": num_samples, "num_draws": num_samples, "name": name}
+    mean = partial(runner.per_batch, quantities.expected, rows, rng_key, globals_, **sizes)
+    images = np.stack([seen, _images(_known_or_drawn(mean), image_shape, name)])
     ax = _show(images, ax)
     height = images.shape[2] + 1
     ax.set_yticks([height / 2 - 1, 1.5 * height - 1], ["data", "mean"])
@@ -114,31 +102,24 @@ def plot_prior_samples(
     num_samples: int = 200,
     var_name: str | None = None,
     image_shape: tuple[int, ...] | None = None,
-    batch_axes: Any = 0,
     ax: Axes | None = None,
 ) -> Axes:
-    """Plot a grid of what the trained model expects of latents drawn from their prior.
+    """Plot a grid of means of the likelihood, given local latents drawn from their prior.
 
-    There is an image for each row of data, whose observed values are ignored. It is the mean of
-    the likelihood given one draw of the latents: exact where the distribution knows its mean, else
-    that of ``num_samples`` draws. Global sites are drawn from their posterior, once for all.
+    There is an image for each row of data, whose observed values are ignored. Where the
+    distribution of the observed site has no known mean, ``num_samples`` draws of the site are
+    averaged. Global sites are drawn from their posterior, one draw for all images.
 
     Raises:
         ValueError: if there are several observed sites to choose from, or they hold no images.
     """
-    model = handlers.uncondition(posterior.guide.model)
-    arrays = ArrayData.read(data, batch_axes)
-    name = _image_site(posterior, arrays, var_name)
-
-    @partial(jax.jit, static_argnames="known")
-    def expected(rng_key: Array, known: bool) -> Array:
-        site, rows = _run(posterior, model, rng_key, arrays, name)
-        if known:
-            return rows(site["fn"].mean)
-        return rows(site["fn"].sample(jax.random.fold_in(rng_key, 1), (num_samples,)).mean(0))
-
-    mean = _known_or_drawn(partial(expected, rng_key, True), partial(expected, rng_key, False))
-    images = _images(mean, image_shape, name)
+    runner = posterior._runner
+    rows = runner.read(data)
+    name = _image_site(posterior, var_name)
+    globals_ = runner.draw_globals(rng_key, rows, 1)
+    sizes = {"num_samples": num_samples, "name": name}
+    mean = partial(runner.per_batch, quantities.expected_a_priori, rows, rng_key, globals_, **sizes)
+    images = _images(_known_or_drawn(mean), image_shape, name)
     columns = math.ceil(math.sqrt(len(images)))
     missing = np.full((-len(images) % columns, *images.shape[1:]), _white(images, images.ndim == 4))
     grid = np.concatenate([images, missing]).reshape(-1, columns, *images.shape[1:])
@@ -154,7 +135,6 @@ def plot_latents(
     labels: Any = None,
     dims: tuple[int, int] | None = None,
     var_name: str | None = None,
-    batch_axes: Any = 0,
     ax: Axes | None = None,
 ) -> Axes:
     """Plot the guide's ``loc`` of every datum in two dimensions of a local site.
@@ -166,7 +146,6 @@ def plot_latents(
         dims: the dimensions, counted in the flattened site; by default the two along which ``loc``
             varies most from datum to datum, in units of the guide's scale.
         var_name: the local site; by default the only one.
-        batch_axes: as for `fit`.
         ax: where to draw.
 
     Raises:
@@ -174,7 +153,7 @@ def plot_latents(
     """
     from matplotlib import colormaps
 
-    encodings = posterior.encode(data, batch_axes=batch_axes)
+    encodings = posterior.encode(data)
     name = _only(posterior.guide.local_sites, var_name, "local")
     loc, scale = (part.reshape(len(part), -1) for part in encodings[name])
     if loc.shape[1] < 2:
@@ -251,45 +230,19 @@ def _only(sites: Iterable[Site], var_name: str | None, kind: str) -> str:
     raise ValueError(f"var_name is {var_name!r}; choose one of the {kind} sites {names}.")
 
 
-def _image_site(posterior: Posterior, arrays: ArrayData, var_name: str | None) -> str:
-    """Return the name of the observed site with the images, the guide being set up."""
+def _image_site(posterior: Posterior, var_name: str | None) -> str:
+    """Return the name of the observed site with the images."""
     guide = posterior.guide
-    args, kwargs = arrays.whole()
-    guide.setup(*args, **kwargs, **posterior.static_kwargs)
     return _only(guide.sites.observed(guide.plate.name), var_name, "observed")
 
 
-def _run(
-    posterior: Posterior,
-    model: Callable[..., Any],
-    rng_key: Array,
-    arrays: ArrayData,
-    name: str,
-    latents: dict[str, Any] | None = None,
-) -> tuple[dict[str, Any], Callable[[Any], Array]]:
-    """Run a trained model on all rows, with a draw of the global sites where none is given.
-
-    Returns:
-        The message of the site, and a function that puts the rows of a value of it in front.
-    """
-    args, kwargs = arrays.whole()
-    kwargs = {**kwargs, **posterior.static_kwargs}
-    drawn = posterior.guide.sample_globals(rng_key, posterior.params, (1,), args, kwargs)
-    values = posterior.params | {key: draw[0] for key, draw in drawn.items()} | (latents or {})
-    with handlers.seed(rng_seed=rng_key):
-        trace = trace_model(all_rows(handlers.substitute(model, data=values)), args, kwargs)
-    sites = sites_of_trace(trace)
-    site, plate = sites.sites[name], sites.plates[posterior.guide.plate.name]
-    return trace[name], lambda value: site.rows(value, plate)
-
-
-def _known_or_drawn(known: Callable[[], Any], drawn: Callable[[], Any]) -> np.ndarray:
-    """Return a mean: known, or drawn where the distribution has none to tell."""
+def _known_or_drawn(mean: Callable[..., np.ndarray]) -> np.ndarray:
+    """Return the mean of a site, or the average of its draws if its distribution knows none."""
     try:
-        mean = np.asarray(known())
+        found = mean(known=True)
     except NotImplementedError:
-        return np.asarray(drawn())
-    return mean if np.isfinite(mean).all() else np.asarray(drawn())
+        return mean(known=False)
+    return found if np.isfinite(found).all() else mean(known=False)
 
 
 def _images(rows: Any, image_shape: tuple[int, ...] | None, name: str) -> np.ndarray:
