@@ -1,5 +1,6 @@
 """Repaired draws against exact posteriors, and against numerical integration."""
 
+import arviz as az
 import jax
 import numpy as np
 import numpyro
@@ -9,7 +10,8 @@ import pytest
 import xarray as xr
 from numpyro.infer import SVI, Trace_ELBO
 
-from numpyro_vae import AutoAmortizedNormal, Posterior, SetEncoder
+from numpyro_vae import AutoAmortizedNormal, Calibration, Posterior, SetEncoder
+from numpyro_vae.repair import methods
 
 KEY = jax.random.key(2)
 NUM_SAMPLES, NUM_ROWS = 4000, 30
@@ -106,7 +108,7 @@ def test_every_method_finds_the_exact_posterior(wrong, method):
         assert (found.dataset["converged"] == 1).all()
 
 
-def test_what_the_guide_gets_wrong_is_flagged_and_mended(bent):
+def test_what_the_guide_gets_wrong_is_flagged_and_repaired(bent):
     model, posterior, x = bent
     report = posterior.check(jax.random.key(1), x, checks=("importance",))
     assert len(report.flagged) >= NUM_ROWS // 10
@@ -123,15 +125,31 @@ def test_what_the_guide_gets_wrong_is_flagged_and_mended(bent):
     assert np.abs(before.std(0) / exact[1] - 1)[flagged].max() > 0.3
 
 
-def test_the_ladder_is_climbed_no_further_than_needed(bent):
-    _, posterior, x = bent
+def test_the_flagged_rows_of_a_report_are_repaired(wrong):
+    posterior, x = wrong
     report = posterior.check(jax.random.key(1), x, checks=("importance",))
-    found = posterior.repair(KEY, x, report, num_samples=100)
+    found = posterior.repair(KEY, x, report, method="importance", num_samples=100)
+    assert 0 < len(report.flagged) < NUM_ROWS
     np.testing.assert_array_equal(found.rows, report.flagged)
-    methods = found.dataset["method"].values
-    assert (methods == "importance").sum() >= len(methods) / 2
-    assert (found.dataset["passed"].values | (methods == "nuts")).all()
-    assert f"{len(found.rows)} rows" in str(found)
+
+
+def test_a_method_gets_the_rows_that_fail_with_the_methods_before_it(wrong, monkeypatch):
+    posterior, x = wrong
+    monkeypatch.setattr(methods, "MIN_ESS", 8800.0)  # so many that some rows fail with each method
+    monkeypatch.setattr(methods, "ROUNDS", (1,))
+    found = posterior.repair(KEY, x, np.arange(NUM_ROWS), num_samples=100)
+    made_by, left = found.dataset["method"].values, found.rows
+    for method in ("importance", "refine"):
+        alone = posterior.repair(KEY, x, left, method=method, num_samples=100)
+        passed = alone.dataset["passed"].values
+        assert 0 < passed.sum() < len(left)
+        np.testing.assert_array_equal(made_by[left] == method, passed)
+        assert f"repaired by {method} {passed.sum():{17 - len(method)}d}\n" in str(found)
+        left = left[~passed]
+    assert (made_by[left] == "nuts").all()
+    np.testing.assert_array_equal(found.remaining, left)
+    assert str(found).startswith(f"{NUM_ROWS} rows\n")
+    assert str(found).endswith(f"not repaired {len(left):17d}")
 
 
 def test_only_the_rows_asked_for_change(bent, tmp_path):
@@ -154,6 +172,56 @@ def test_only_the_rows_asked_for_change(bent, tmp_path):
         assert (method.isel(data=others) == "amortized").all()
         assert tree["repair"]["data"].values[0] == 50
     assert (before.sample_stats["log_weights"] != 0).all()  # and the tree that was given did not
+
+
+FILES = {
+    "h5netcdf": (
+        lambda tree, path: tree.to_netcdf(path, engine="h5netcdf"),
+        lambda path: xr.open_datatree(path, engine="h5netcdf"),
+    ),
+    "netcdf4": (
+        lambda tree, path: tree.to_netcdf(path, engine="netcdf4"),
+        lambda path: xr.open_datatree(path, engine="netcdf4"),
+    ),
+    "arviz": (lambda tree, path: tree.to_netcdf(path), az.from_netcdf),
+    "zarr": (
+        lambda tree, path: tree.to_zarr(path, consolidated=False),
+        lambda path: xr.open_datatree(path, engine="zarr", consolidated=False),
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def repaired_tree(wrong):
+    posterior, x = wrong
+    tree = posterior.to_datatree(KEY, x, 50, coords={"data": np.arange(50, 50 + NUM_ROWS)})
+    return tree, posterior.repair(KEY, x, [7, 2, 11], method="importance", num_samples=50)
+
+
+@pytest.mark.parametrize(("write", "read"), FILES.values(), ids=FILES)
+def test_a_tree_from_a_file_is_repaired_as_one_in_memory(repaired_tree, write, read, tmp_path):
+    tree, repaired = repaired_tree
+    write(tree, tmp_path / "tree")
+    with read(tmp_path / "tree") as opened:
+        xr.testing.assert_identical(repaired.add_to(opened), repaired.add_to(tree))
+        xr.testing.assert_identical(opened, tree)
+
+
+def test_a_tree_in_memory_does_not_change(repaired_tree):
+    tree, repaired = repaired_tree
+    before = tree.copy(deep=True)
+    repaired.add_to(tree)
+    xr.testing.assert_identical(tree, before)
+
+
+def test_a_tree_keeps_what_else_it_holds(repaired_tree):
+    tree, repaired = repaired_tree
+    tree = tree.assign({"more": xr.DataTree(xr.Dataset({"y": 1.0}))})
+    tree.attrs["by"] = "me"
+    new = repaired.add_to(tree)
+    assert new.attrs == {"by": "me"}
+    assert list(new.children) == [*tree.children, "repair"]
+    assert new["more"]["y"] == 1.0
 
 
 def test_no_rows_are_no_work(wrong):
@@ -231,13 +299,12 @@ def test_groups_whose_data_lie_in_another_plate():
     guide = AutoAmortizedNormal(model, SetEncoder, segments={"houses": lambda group, y: group})
     svi = SVI(model, guide, optax.adam(5e-3), Trace_ELBO())
     result = svi.run(jax.random.key(0), 30, group, y, progress_bar=False)
-    posterior, data = Posterior(guide, result), (group, y)
-    tree = posterior.to_datatree(KEY, data, NUM_SAMPLES, batch_axes=None)
+    posterior, data = Posterior(guide, result, batch_axes=None), (group, y)
+    tree = posterior.to_datatree(KEY, data, NUM_SAMPLES)
     assert tree.observed_data.sizes["houses"] == 21
     assert tree.posterior_predictive.sizes["houses"] == 21
-    report = posterior.check(KEY, data, batch_axes=None, num_simulations=60)
-    assert set(report.skipped) == {"novelty"}
-    found = posterior.repair(KEY, data, [1, 4], num_samples=NUM_SAMPLES, batch_axes=None)
+    posterior.check(KEY, data, ("importance", Calibration(num_simulations=60)))
+    found = posterior.repair(KEY, data, [1, 4], num_samples=NUM_SAMPLES)
     precision = 1 + 4 * np.array([2, 5])
     mean = np.array([4 * y[group == row].sum() for row in (1, 4)]) / precision
     draws = found.groups["posterior"]["z"]
