@@ -7,18 +7,6 @@ from .encoders import (
     Fusion,
     ResidualMLP,
     SetEncoder,
-    Standardize,
-    as_module,
-    flatten_inputs,
-)
-from .families import (
-    AbstractFamily,
-    AbstractHead,
-    DiagonalNormal,
-    Flow,
-    FullRankNormal,
-    LowRankNormal,
-    PointEstimate,
 )
 from .guides.auto import (
     AutoAmortizedDelta,
@@ -27,8 +15,7 @@ from .guides.auto import (
     AutoAmortizedMultivariateNormal,
     AutoAmortizedNormal,
 )
-from .guides.base import AmortizedGuide, GuideOptions
-from .guides.encoding import Encoding
+from .guides.base import AmortizedGuide
 from .layers.convolution import Conv, ConvTranspose
 from .plots.figures import (
     plot_collapse,
@@ -38,16 +25,13 @@ from .plots.figures import (
     plot_reconstructions,
     plot_training,
 )
-from .posterior import Posterior, SiteEncoding
+from .posterior import Posterior
 from .repair.result import Repair
 from .scales.log_scale_normal import LogScaleNormal
 from .scales.parameterization import (
-    AbstractParameterization,
     LogScale,
     LogVariance,
     Softplus,
-    get_parameterization,
-    reparameterize,
 )
 from .training.fit import FitResult, fit
 
@@ -56,9 +40,6 @@ __version__: str
 __all__ = [
     "MLP",
     "RNN",
-    "AbstractFamily",
-    "AbstractHead",
-    "AbstractParameterization",
     "AmortizedGuide",
     "AutoAmortizedDelta",
     "AutoAmortizedFlow",
@@ -70,22 +51,15 @@ __all__ = [
     "Conv",
     "ConvNet",
     "ConvTranspose",
-    "DiagonalNormal",
-    "Encoding",
     "FitResult",
-    "Flow",
-    "FullRankNormal",
     "Fusion",
     "Gap",
-    "GuideOptions",
     "Importance",
     "LogScale",
     "LogScaleNormal",
     "LogVariance",
-    "LowRankNormal",
     "Masked",
     "Novelty",
-    "PointEstimate",
     "Posterior",
     "Predictive",
     "Repair",
@@ -93,18 +67,12 @@ __all__ = [
     "ResidualMLP",
     "Segments",
     "SetEncoder",
-    "SiteEncoding",
     "Softplus",
-    "Standardize",
-    "as_module",
     "fit",
-    "flatten_inputs",
-    "get_parameterization",
     "plot_collapse",
     "plot_khat",
     "plot_latents",
     "plot_prior_samples",
     "plot_reconstructions",
     "plot_training",
-    "reparameterize",
 ]

@@ -23,7 +23,7 @@ from numpyro_vae.repair.run import run_repair
 if TYPE_CHECKING:
     from xarray import DataTree
 
-__all__ = ["Posterior", "SiteEncoding"]
+__all__ = ["Posterior"]
 
 
 OF_FIT: Any = object()  # stands for the fit's own, as None is a value of batch_axes

@@ -12,21 +12,17 @@ from numpyro_vae import (
     MLP,
     RNN,
     ConvNet,
-    DiagonalNormal,
-    Flow,
-    FullRankNormal,
     Fusion,
     LogScale,
     LogVariance,
-    LowRankNormal,
     Masked,
-    PointEstimate,
     ResidualMLP,
     Segments,
     SetEncoder,
     Softplus,
-    as_module,
 )
+from numpyro_vae.encoders import as_module
+from numpyro_vae.families import DiagonalNormal, Flow, FullRankNormal, LowRankNormal, PointEstimate
 
 
 def images(batch, *shape, dtype=np.uint8):

@@ -86,7 +86,8 @@ from numpyro import handlers
 from numpyro.contrib.module import nnx_module
 from numpyro.infer import SVI, RenyiELBO, Trace_ELBO, TraceMeanField_ELBO
 
-from numpyro_vae import MLP, AutoAmortizedNormal, Importance, Posterior, fit, pareto_khat
+from numpyro_vae import MLP, AutoAmortizedNormal, Importance, Posterior, fit
+from numpyro_vae.inference.psis import pareto_khat
 
 X = np.asarray(jax.random.normal(jax.random.key(7), (40,)) + 1)
 SMALL = partial(MLP, hidden_sizes=(4,))

@@ -11,7 +11,8 @@ import pytest
 from flax import nnx
 from numpyro import handlers
 
-from numpyro_vae import MLP, AutoAmortizedNormal, flatten_inputs
+from numpyro_vae import MLP, AutoAmortizedNormal
+from numpyro_vae.encoders import flatten_inputs
 from numpyro_vae.model.plates import minibatch
 from numpyro_vae.model.reading import ModelReader
 from numpyro_vae.model.sites import choose_plate

@@ -46,7 +46,7 @@ ORDER = {
         "enumeration",
         "densities",
     ),
-    "guides": ("blocks", "network", "encoding", "local_sites", "base", "auto"),
+    "guides": ("blocks", "network", "encoding", "local_sites", "global_sites", "base", "auto"),
     "training": ("step", "sources", "callbacks", "fit"),
     "inference": (
         "psis",

@@ -6,7 +6,7 @@ import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, TypedDict
+from typing import Any, ClassVar, TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ from numpyro_vae.data.shapes import Shapes, argument_shapes
 from numpyro_vae.encoders import MLP
 from numpyro_vae.families import AbstractFamily
 from numpyro_vae.guides.encoding import Encoding
+from numpyro_vae.guides.global_sites import GlobalGuide
 from numpyro_vae.guides.local_sites import sample_local
 from numpyro_vae.guides.network import Encoder, Network, declare_network
 from numpyro_vae.model.plan import GuidePlan, plan_guide
@@ -27,13 +28,10 @@ from numpyro_vae.model.plates import all_rows
 from numpyro_vae.model.reading import ModelReader
 from numpyro_vae.model.run import Run, run_model
 from numpyro_vae.model.sites import Site
-from numpyro_vae.model.trace import own_trace
 from numpyro_vae.numpyro_internals import (
-    draw_improper,
     is_set_up,
     is_training,
     plate_indices,
-    set_up,
 )
 
 __all__ = ["AmortizedGuide", "GuideOptions"]
@@ -92,6 +90,8 @@ class AmortizedGuide(AutoGuide):
         prefix: of the guide's parameters.
     """
 
+    reads_observations: ClassVar[bool] = True  # which most guides of global sites do not
+
     def __init__(
         self,
         model: Callable[..., Any],
@@ -120,6 +120,7 @@ class AmortizedGuide(AutoGuide):
         self.training = True
         self.reader = ModelReader(model)
         self.plan: GuidePlan | None = None
+        self.globals: GlobalGuide | None = None
         self.compiled: dict[Any, Callable[..., Any]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -157,29 +158,14 @@ class AmortizedGuide(AutoGuide):
         self.plan = plan
         self.sites, self.plate = plan.sites, plan.plate
         self.local_sites, self.global_names = plan.local, plan.globals
-        self.globals = self._make_global_guide()
+        self.globals = None
+        if plan.globals:
+            self.globals = GlobalGuide(self.global_guide, self.model, plan)
         self.argument_shapes = argument_shapes(args, kwargs)
         self.prototype_trace = {
             name: {"name": name, "type": "sample", "is_observed": site.is_observed}
             for name, site in self.sites.sites.items()
         }
-
-    def _make_global_guide(self) -> Callable[..., Any] | None:
-        if not self.global_names:
-            return None
-        guide = self.global_guide(self._global_model())
-        if isinstance(guide, AmortizedGuide):  # which needs the observations
-            local = [site.name for site in self.local_sites]
-            guide = self.global_guide(handlers.block(self.model, hide=local))
-        return guide
-
-    def _global_model(self) -> Callable[..., Any]:
-        """Return the model with all but its global latent sites and their plates hidden."""
-        kept = set(self.global_names)
-        kept |= {plate for name in self.global_names for plate in self.sites.sites[name].plates}
-        hidden = partial(_is_not_among, frozenset(kept))
-        drawn = partial(_draw_if_improper, hidden)
-        return handlers.block(handlers.substitute(self.model, substitute_fn=drawn), hide_fn=hidden)
 
     def eval(self) -> AmortizedGuide:
         """Return the guide in evaluation mode: dropout off, batch statistics frozen."""
@@ -202,11 +188,7 @@ class AmortizedGuide(AutoGuide):
         return values if first else values | self._sample_globals(args, kwargs)
 
     def _sample_globals(self, args: tuple, kwargs: dict) -> dict[str, Array]:
-        if self.globals is None:
-            return {}
-        with own_trace() as trace:  # as a guide written by hand need not return its values
-            self.globals(*args, **kwargs)
-        return {name: trace[name]["value"] for name in self.global_names}
+        return {} if self.globals is None else self.globals(args, kwargs)
 
     def _run(self, args: tuple, kwargs: dict) -> Run:
         """Run the model with the plates of ``create_plates``, if there are any."""
@@ -301,11 +283,6 @@ class AmortizedGuide(AutoGuide):
             draws |= predictive(model_key, *args, **kwargs)
         return draws
 
-    def set_up_globals(self, params: dict[str, Any], args: tuple, kwargs: dict[str, Any]) -> None:
-        """Let an automatic guide of the global sites read the model, as compiled code may not."""
-        if isinstance(self.globals, AutoGuide):
-            set_up(self.globals, params, args, kwargs)
-
     def sample_globals(
         self,
         rng_key: Array,
@@ -317,21 +294,7 @@ class AmortizedGuide(AutoGuide):
         """Draw the global sites; see `sample_posterior`."""
         if self.globals is None:
             return {}
-        self.set_up_globals(params, args, kwargs)
-        if isinstance(self.globals, AutoGuide):
-            return self.globals.sample_posterior(
-                rng_key, params, *args, sample_shape=sample_shape, **kwargs
-            )
-        keys = jax.random.split(rng_key, math.prod(sample_shape))
-
-        def draw(key: Array) -> dict[str, Array]:
-            guide = handlers.substitute(handlers.seed(self.globals, key), data=params)
-            with handlers.block():
-                trace = handlers.trace(guide).get_trace(*args, **kwargs)
-            return {name: trace[name]["value"] for name in self.global_names}
-
-        draws = jax.vmap(draw)(keys)
-        return jax.tree.map(lambda x: x.reshape(*sample_shape, *x.shape[1:]), draws)
+        return self.globals.sample(rng_key, params, sample_shape, args, kwargs)
 
     def median(self, params: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Array]:
         """Return the posterior median of each latent site for every row of the arguments."""
@@ -361,18 +324,9 @@ class AmortizedGuide(AutoGuide):
         encoding = self.given_median(encoding, params, args, kwargs)
         icdf = partial(_quantile, encoding)
         values, _ = encoding.constrain(jax.vmap(icdf)(quantiles))
-        if isinstance(self.globals, AutoGuide):
-            values |= self._global_quantiles(params, quantiles, args, kwargs)
+        if self.globals is not None and self.globals.is_auto:
+            values |= self.globals.quantiles(params, quantiles, args, kwargs)
         return values
-
-    def _global_quantiles(
-        self, params: dict[str, Any], quantiles: Any, args: tuple, kwargs: dict[str, Any]
-    ) -> dict[str, Array]:
-        guide: Any = self.globals
-        self.set_up_globals(params, args, kwargs)
-        if isinstance(guide, AmortizedGuide):
-            return guide.quantiles(params, quantiles, *args, **kwargs)
-        return guide.quantiles(params, quantiles)
 
     def given_median(
         self, encoding: Encoding, params: dict[str, Any], args: tuple, kwargs: dict[str, Any]
@@ -382,24 +336,16 @@ class AmortizedGuide(AutoGuide):
         Raises:
             ValueError: if they read any, and the guide of these has no median.
         """
-        if not self.condition_on:
+        if self.globals is None or not self.condition_on:
             return encoding
-        if not isinstance(self.globals, AutoGuide):
+        if not self.globals.is_auto:
             raise ValueError(
                 f"The heads read the global sites {list(self.condition_on)}, and their guide was "
                 "written by hand and has no median. Sample from the posterior instead."
             )
-        found = self._global_quantiles(params, jnp.array([0.5]), args, kwargs)
+        found = self.globals.quantiles(params, jnp.array([0.5]), args, kwargs)
         return encoding.condition({name: found[name][0] for name in self.condition_on})
 
 
 def _quantile(encoding: Encoding, quantile: Array) -> Array:
     return encoding.marginal(lambda fn: fn.icdf(jnp.broadcast_to(quantile, fn.batch_shape)))
-
-
-def _is_not_among(names: frozenset[str], msg: Any) -> bool:
-    return "name" in msg and msg["name"] not in names
-
-
-def _draw_if_improper(hidden: Callable[[Any], bool], msg: Any) -> Any:
-    return draw_improper(msg) if hidden(msg) else None

@@ -62,7 +62,8 @@ class Runner:
         """
         if num_samples < 1:
             raise ValueError(f"num_samples is {num_samples}, expected at least 1.")
-        self.guide.set_up_globals(self.params, rows.args, rows.kwargs)
+        if self.guide.globals is not None:
+            self.guide.globals.set_up(self.params, rows.args, rows.kwargs)
         draw = partial(_draw_globals, self.guide, self.static_kwargs, num_samples)
         compiled = self._compiled((_draw_globals, num_samples), draw)
         key = jax.random.fold_in(rng_key, 2**32 - 1)  # of no row

@@ -26,12 +26,15 @@ class GuidePlan:
         plate: the local plate.
         local: the latent sites in it, each after those that its head reads.
         globals: the names of all other latent sites.
+        bounds: what the supports of these are made of, where they are computed: a guide of global
+            sites keeps the values that it has seen.
     """
 
     sites: ModelSites
     plate: Plate
     local: tuple[Site, ...]
     globals: tuple[str, ...]
+    bounds: tuple[Any, ...] = ()
 
 
 def plan_guide(
@@ -71,7 +74,8 @@ def plan_guide(
             f"condition_on= names {wrong}; the latent sites outside plate {local_plate.name!r} are "
             f"{list(globals_)}. Name these; local sites go into dependencies=."
         )
-    return GuidePlan(sites, local_plate, local, globals_)
+    bounds = reader.bounds(args, kwargs, globals_)
+    return GuidePlan(sites, local_plate, local, globals_, bounds)
 
 
 def check_observed(

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Int
 from numpyro.distributions import constraints
 
@@ -158,6 +160,23 @@ class ModelReader:
         """Return the names of the latent sites with a support that is computed."""
         return tuple(self._run(args, kwargs, {}, None, jax.eval_shape).supports)
 
+    def bounds(
+        self, args: tuple, kwargs: dict[str, Any], names: Collection[str]
+    ) -> tuple[Any, ...]:
+        """Return what the supports of latent sites are made of, to be compared with those of later.
+
+        Supports that are not computed have no bounds. Bounds that cannot be known now, in compiled
+        code, equal no others.
+        """
+        computed = [name for name in self.supports(args, kwargs) if name in names]
+        if not computed:
+            return ()
+        supports = self.read(args, kwargs).supports
+        leaves = jax.tree.leaves([supports[name] for name in computed])
+        if any(isinstance(leaf, Tracer) for leaf in leaves):
+            return (object(),)
+        return tuple(np.asarray(leaf).tobytes() for leaf in leaves)
+
     def read_all(self, args: tuple, kwargs: dict[str, Any]) -> Reading:
         """Read the model with all rows in each plate, whatever it would subsample."""
         plates = self.sites(args, kwargs).plates.values()
@@ -230,7 +249,7 @@ def reading_of(trace: dict[str, Any]) -> Reading:
 
 
 def _is_traced(tree: Any) -> bool:
-    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
+    return any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(tree))
 
 
 def _of_type(trace: dict[str, Any], kind: str) -> Iterable[tuple[str, dict[str, Any]]]:

@@ -48,6 +48,10 @@ class Trainer:
         shared = isinstance(svi.guide, AmortizedGuide) and svi.guide.model is svi.model
         self.reader = svi.guide.reader if shared else ModelReader(svi.model)
         self.transforms: dict[str, Any] = {}
+        self._compile()
+
+    def _compile(self) -> None:
+        """Forget what was compiled before."""
         self._init_compiled = jax.jit(self._init)
         self._step_compiled = jax.jit(self._step)
         self._guarded_compiled = jax.jit(self._guarded_step)
@@ -87,9 +91,11 @@ class Trainer:
         guide, compiled = self.svi.guide, False
         if isinstance(guide, AmortizedGuide):
             guide.reset()  # or the result would depend on what the guide was used for
-            args, kwargs = batch.arguments()
+            (args, kwargs), known = batch.arguments(), guide.plan
             guide.setup(*args, **kwargs, **self.svi.static_kwargs)
             compiled = guide.globals is None
+            if guide.plan != known:
+                self._compile()
         init = self._init_compiled if compiled else self._init
         state, self.transforms = init(rng_key, batch, init_params)
         return state

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from flax import linen, nnx
 
-from numpyro_vae import Segments, as_module
+from numpyro_vae import Segments
+from numpyro_vae.encoders import as_module
 
 INPUTS = np.random.default_rng(0).normal(size=(6, 3)).astype(np.float32)
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from numpyro_vae import MLP, Masked, Segments, Standardize, flatten_inputs
+from numpyro_vae import MLP, Masked, Segments
+from numpyro_vae.encoders import Standardize, flatten_inputs
 
 MASK = np.array([[True, False, True], [False, False, False]])
 IDS = np.array([2, 0, 2, 2])

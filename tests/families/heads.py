@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from numpyro_vae import PointEstimate
+from numpyro_vae.families import PointEstimate
 
 NUM_FEATURES, SIZE = 4, 3
 NUM_DRAWS = 20_000

@@ -22,7 +22,7 @@ from heads import (
 )
 from scipy import stats
 
-from numpyro_vae import DiagonalNormal, Flow, FullRankNormal, LowRankNormal
+from numpyro_vae.families import DiagonalNormal, Flow, FullRankNormal, LowRankNormal
 
 NORMALS = [name for name in FAMILIES if "diagonal" in name or "rank" in name]
 

@@ -26,7 +26,7 @@ from heads import (
     trained,
 )
 
-from numpyro_vae import DiagonalNormal, Flow, LowRankNormal
+from numpyro_vae.families import DiagonalNormal, Flow, LowRankNormal
 
 
 @pytest.fixture(params=FAMILIES)

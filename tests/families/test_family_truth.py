@@ -9,7 +9,7 @@ import optax
 import pytest
 from flax import nnx
 
-from numpyro_vae import DiagonalNormal, Flow, FullRankNormal, LowRankNormal, PointEstimate
+from numpyro_vae.families import DiagonalNormal, Flow, FullRankNormal, LowRankNormal, PointEstimate
 
 LOG_TWO_PI = np.log(2 * np.pi)
 LOC = np.array([1.0, -2.0, 0.5])

@@ -109,6 +109,40 @@ def test_the_bounds_of_a_parameter_are_those_of_this_fit():
     np.testing.assert_allclose(top, expected, rtol=1e-6)
 
 
+def test_the_support_of_a_global_site_is_that_of_this_fit():
+    """NumPyro's guide of global sites keeps the support that it has seen."""
+
+    def model(x):
+        top = numpyro.sample("top", dist.Uniform(x.min(), x.max()))
+        with numpyro.plate("data", len(x)):
+            z = numpyro.sample("z", dist.Normal(top, 1.0))
+            numpyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    svi = make(model)
+    for shift in (0.0, 10.0):
+        x = jnp.linspace(0.0, 1.0, 20) + shift
+        result = fit(svi, KEY, x, num_epochs=2, progress_bar=False)
+        top = Posterior(svi.guide, result).sample(KEY, x, 50)["top"]
+        assert (top > shift).all()
+        assert (top < 1 + shift).all()
+
+
+def test_global_sites_compile_once():
+    def model(x):
+        mu = numpyro.sample("mu", dist.Normal(0.0, 1.0))
+        with numpyro.plate("data", len(x)):
+            z = numpyro.sample("z", dist.Normal(mu, 1.0))
+            numpyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    svi, x = make(model), X[:, 0]
+    result = quick(svi, KEY, x)
+    Posterior(svi.guide, result).sample(KEY, x, 5)
+    with compilations() as compiled:
+        again = quick(svi, KEY, x)
+        Posterior(svi.guide, again).sample(KEY, x, 5)
+    assert compiled == []
+
+
 def test_a_posterior_runs_the_model_once_and_a_second_one_compiles_nothing():
     model = Counting()
     svi = make(model)
