@@ -42,7 +42,7 @@ class Rows(NamedTuple):
 FULL = Rows(10_000, 20, 100, 8)
 FULL_VAE = Sizes(num_data=60_000, pixels=784, hidden=200, latent=10, batch_size=128)
 TINY = Rows(8, 1, 2, 1)
-TINY_VAE = Sizes(num_data=256, pixels=784, hidden=8, latent=2, batch_size=128)
+TINY_VAE = Sizes(num_data=256, pixels=16, hidden=8, latent=2, batch_size=128)
 
 
 def peak_mib():
@@ -128,7 +128,7 @@ def main() -> None:
     args = parser.parse_args()
     rows, vae, epochs = (TINY, TINY_VAE, 1) if args.smoke else (FULL, FULL_VAE, 10)
     train, x = (
-        (grey.reshape(-1, vae.pixels) > 127).astype(np.float32)
+        (grey.reshape(len(grey), -1)[:, : vae.pixels] > 127).astype(np.float32)
         for grey in images.load(args.data, vae.num_data, rows.checked)
     )
     svi = make_svi(make_model(vae), vae)

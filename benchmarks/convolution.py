@@ -25,7 +25,7 @@ from timing import interleave, report
 from numpyro_vae.layers.convolution import Conv, ConvTranspose
 
 FULL = {"images": 12_800, "slow_images": 640, "batch_size": 32, "rounds": 3}
-TINY = {"images": 16, "slow_images": 8, "batch_size": 4, "rounds": 1}
+TINY = {"images": 4, "slow_images": 2, "batch_size": 2, "rounds": 1}
 
 
 def in_scan(step, carry, batches):

@@ -31,7 +31,7 @@ from vae import SMALL, epoch_by_hand, init_by_hand, make_model, make_svi, random
 
 from numpyro_vae import Posterior, fit
 
-ROWS, DRAWS = 128, 100
+ROWS, TINY_ROWS, DRAWS = 128, 8, 100
 # At most: `fit` in times of the same by hand, its calls of the model, those of another method.
 FIT_GOAL, FIT_CALLS, METHOD_CALLS = 1.25, 2, 1
 SPEEDUP_GOAL = 20  # at least, of a method's second call
@@ -97,12 +97,12 @@ def measure_fit():
     }
 
 
-def measure_methods(names):
+def measure_methods(names, num_rows):
     """Measure methods of a posterior, one after another."""
     (model, svi, run), x, key = fitting(), random_pixels(SMALL), jax.random.key(1)
     result, compilations = run(x), Compilations()
     posterior, another = (Posterior(svi.guide, result) for _ in range(2))
-    rows, others = x[:ROWS], x[ROWS : 2 * ROWS]
+    rows, others = x[:num_rows], x[num_rows : 2 * num_rows]
 
     def measure(call):
         model.calls = 0
@@ -115,15 +115,15 @@ def measure_methods(names):
     return {name: measure(METHODS[name][1]) for name in names}
 
 
-def measure(names):
+def measure(names, num_rows):
     if names == ["by hand"]:
         return measure_by_hand()
-    return measure_fit() if names == ["fit"] else measure_methods(names)
+    return measure_fit() if names == ["fit"] else measure_methods(names, num_rows)
 
 
-def in_a_process(names):
+def in_a_process(names, smoke):
     """Return what `measure` returns in a process of its own."""
-    command = [sys.executable, __file__, "--measure", *names]
+    command = [sys.executable, __file__, *["--smoke"] * smoke, "--measure", *names]
     env = os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "false"}
     return json.loads(subprocess.check_output(command, env=env).splitlines()[-1])
 
@@ -131,16 +131,16 @@ def in_a_process(names):
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--smoke", action="store_true", help="once, in few processes: does it run?")
+    parser.add_argument("--smoke", action="store_true", help="few rows and processes: does it run?")
     parser.add_argument("--measure", nargs="+", metavar="NAME", help="measure here, print JSON")
     args = parser.parse_args()
     if args.measure:
-        return print(json.dumps(measure(args.measure)))
+        return print(json.dumps(measure(args.measure, TINY_ROWS if args.smoke else ROWS)))
     methods = [list(METHODS)] if args.smoke else [[name] for name in METHODS]
     rounds: dict[str, list[dict[str, float]]] = {}
     for _ in range(1 if args.smoke else args.repeats):
         for names in (["by hand"], ["fit"], *methods):
-            for name, found in in_a_process(names).items():
+            for name, found in in_a_process(names, args.smoke).items():
                 rounds.setdefault(name, []).append(found)
     report({name: medians(founds) for name, founds in rounds.items()})
 
