@@ -1,13 +1,12 @@
 """Amortized guides for NumPyro models in which every datum has latent variables of its own.
 
-A network reads a datum and says what the posterior over its latents is; it is trained by SVI, and
-every datum's posterior is checked::
+A network reads a datum and returns the posterior over its latents. It is trained by SVI, every
+datum's posterior is checked, and those that fail are repaired::
 
-    data -> inputs -> encoder -> scale parameterization / family -> sites -> guide
-         -> fit -> posterior -> checks -> DataTree
+    amortize  ->  check  ->  repair
 
-`AutoAmortizedNormal` is the guide, `fit` trains it, `Posterior` encodes, samples and predicts for
-any rows of data and hands them to ArviZ, and `check` says which of them can be trusted.
+`AutoAmortizedNormal` is the guide, `fit` trains it, and `Posterior` encodes, samples, predicts,
+checks and repairs any rows of data, and hands the results to ArviZ.
 """
 
 import lazy_loader

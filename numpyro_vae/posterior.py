@@ -151,7 +151,7 @@ class Posterior:
         *,
         var_names: Iterable[str] | None = None,
     ) -> dict[str, np.ndarray]:
-        """Draw the observed sites anew from the posterior predictive of every row.
+        """Draw the observed sites from the posterior predictive of every row.
 
         The latents are those that `sample` draws with the same key. Draws of the observed sites
         depend on the batches.
@@ -315,7 +315,7 @@ class Posterior:
         method: str = "auto",
         num_samples: int = 500,
     ) -> Repair:
-        """Draw the latents of some rows anew, better than the guide can.
+        """Replace the guide's draws of some rows by better ones.
 
         ``"importance"`` weighs draws of the guide, and a few of the prior, and resamples them;
         ``"refine"`` does so after it has optimized the rows' own variational parameters; ``"nuts"``

@@ -1,4 +1,4 @@
-"""The common battery: what every encoder must do."""
+"""What every encoder must do."""
 
 import functools
 import pickle

@@ -167,7 +167,7 @@ class Block(nnx.Module):
         yield from self.split(self._by_step(packed))
 
     def pack(self, parts: Mapping[str, Shaped[Array, "*lead datum_size"]]) -> Shaped[Array, "..."]:
-        """Do what undoes `unpack`, ``(*lead, num_values)``."""
+        """Pack the sites' values, ``(*lead, num_values)``: the inverse of `unpack`."""
         by_step = [
             parts[site.name].reshape(*parts[site.name].shape[:-1], *self.steps, -1)
             for site in self.sites

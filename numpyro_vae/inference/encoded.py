@@ -82,7 +82,7 @@ class EncodedBatch:
         return Enumeration.read(self.encoding.run)
 
     def over_draws(self, fn: Callable[..., Any], *draws: Any, per_draw: int = 1) -> Any:
-        """Map a function over the leading axis of draws, as many at once as memory likes."""
+        """Map a function over the leading axis of draws, in chunks of at most ``PAIRS`` pairs."""
         pairs = len(self.indices) * per_draw * self.enumeration.num_combinations
         at_once = max(1, PAIRS // pairs)
         return jax.lax.map(lambda args: fn(*args), draws, batch_size=at_once)

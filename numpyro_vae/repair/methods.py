@@ -1,4 +1,4 @@
-"""The rungs of the ladder of repair: three methods, each dearer and surer than the one before."""
+"""The three methods of repair, each more expensive and more reliable than the one before."""
 
 from __future__ import annotations
 
@@ -77,7 +77,8 @@ def attempt(
         rows: the data.
         held: values of the global sites, a leading axis of them.
         number: how many draws for each of these.
-        before: what an earlier rung made of the rows, else weighted draws of the guide are.
+        before: the attempt of an earlier method at these rows; NUTS starts from its draws, or else
+            from weighted draws of the guide.
     """
     weights_key, nuts_key = jax.random.split(rng_key)
     arguments = (rows, held, number)

@@ -1,4 +1,4 @@
-"""The ladder of repair: tries one method after another on the rows that have not passed."""
+"""Runs a repair: one method after another, on the rows that have not passed."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ def run_repair(
         return Repair(columns(plate, chosen.chosen, nothing, np.zeros(0, int)), {})
     size = min(NUM_HELD, num_samples) if runner.guide.global_names else 1
     held = runner.draw_globals(rng_key, chosen, size)
-    ladder = METHODS if method == "auto" else (method,)
+    methods = METHODS if method == "auto" else (method,)
     number = -(-max(num_samples, CENTERS) // size)
-    made, rung = _climb(runner, rng_key, chosen, held, ladder, number)
+    made, by = _try_methods(runner, rng_key, chosen, held, methods, number)
     packed = spread(pooled(made.draws), num_samples)
     of_held = spread(np.arange(size * number)[None] // number, num_samples)[0]
     given = {name: np.asarray(value)[of_held] for name, value in held.items()}
     groups = runner.per_batch(_finish, chosen, rng_key, given, by_row=packed, row_axis=1)
-    return Repair(columns(plate, chosen.chosen, made.columns, rung), groups)
+    return Repair(columns(plate, chosen.chosen, made.columns, by), groups)
 
 
 def _finish(batch: EncodedBatch, packed: Array, rng_key: Array, globals_: Held) -> dict[str, dict]:
@@ -61,12 +61,12 @@ def _finish(batch: EncodedBatch, packed: Array, rng_key: Array, globals_: Held) 
     }
 
 
-def _climb(
+def _try_methods(
     runner: Runner,
     rng_key: Array,
     rows: Rows,
     held: Held,
-    ladder: tuple[str, ...],
+    methods: tuple[str, ...],
     number: int,
 ) -> tuple[Attempt, np.ndarray]:
     """Return the last draws of each row, and the number of the method that made them."""
@@ -81,12 +81,12 @@ def _climb(
         return Attempt.joined(parts)
 
     every = np.arange(len(rows.chosen))
-    made = tried(ladder[0], every, None)
-    rung = np.full(len(every), METHODS.index(ladder[0]))
-    for name in ladder[1:]:
+    made = tried(methods[0], every, None)
+    by = np.full(len(every), METHODS.index(methods[0]))
+    for name in methods[1:]:
         left = np.flatnonzero(~made.columns["passed"])
         if not left.size:
             break
         made.put(left, tried(name, left, made.at(left)))
-        rung[left] = METHODS.index(name)
-    return made, rung
+        by[left] = METHODS.index(name)
+    return made, by

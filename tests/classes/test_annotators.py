@@ -88,7 +88,7 @@ def test_probabilities_are_those_of_nuts(posterior, nuts):
     assert (found.argmax(-1) == expected.argmax(-1))[sure].all()
 
 
-def test_classes_are_found_and_the_probabilities_are_honest(posterior):
+def test_classes_are_found_and_the_probabilities_are_calibrated(posterior):
     found = posterior.probabilities(jax.random.key(1), RATINGS, 500)["truth"]
     right = found.argmax(-1) == TRUTH
     majority = (RATINGS[..., None] == np.arange(NUM_CLASSES)).sum(1).argmax(-1) == TRUTH

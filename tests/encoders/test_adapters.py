@@ -110,7 +110,7 @@ def round_trip(module):
     return nnx.merge(graphdef, params, rest, copy=True)
 
 
-# The kinds without state are in the common battery.
+# The kinds without state are in tests/cases.py.
 BUILDERS = {
     "linen": lambda example, rngs: Train(),
     "Equinox": lambda example, rngs: Dropped(rngs.params()),

@@ -1,4 +1,4 @@
-"""The common battery for families: what every distribution over a datum's latents must do."""
+"""What every family's distribution over a datum's latents must do."""
 
 import functools
 import pickle
