@@ -81,6 +81,7 @@ import optax
 import pytest
 from flax import nnx
 from flax.serialization import from_bytes, to_bytes
+from helpers import make_svi
 from models import hierarchical_model, normal_model
 from numpyro import handlers
 from numpyro.contrib.module import nnx_module
@@ -92,11 +93,6 @@ from numpyro_vae.inference.psis import pareto_khat
 X = np.asarray(jax.random.normal(jax.random.key(7), (40,)) + 1)
 SMALL = partial(MLP, hidden_sizes=(4,))
 KEY = jax.random.key(1)
-
-
-def make_svi(model, loss=None, **options):
-    guide = AutoAmortizedNormal(model, SMALL, **options)
-    return SVI(model, guide, optax.adam(1e-2), loss or Trace_ELBO())
 
 
 quick = partial(fit, num_epochs=2, progress_bar=False)
@@ -176,8 +172,8 @@ def test_a_guide_in_another_order_than_the_model():
     loss, found = TraceMeanField_ELBO(), []
     for late in (False, True):
         bound = partial(model, late=late)
-        svi = make_svi(bound)
-        params = first_params(make_svi(partial(model, late=False)), X)
+        svi = make_svi(bound, loss=Trace_ELBO())
+        params = first_params(make_svi(partial(model, late=False), loss=Trace_ELBO()), X)
         if late:
             with pytest.warns(UserWarning, match="occur in the same order"):
                 found.append(loss.loss(KEY, params, bound, svi.guide, X))
@@ -209,7 +205,7 @@ def test_what_the_model_masks_the_guide_masks(loss):
 
 def test_renyi_of_a_global_and_a_subsampled_local_latent_is_refused():
     """By NumPyro, aloud; without a global, or on all data, it is served: see `test_fit.py`."""
-    svi = make_svi(hierarchical_model, RenyiELBO(num_particles=2))
+    svi = make_svi(hierarchical_model, loss=RenyiELBO(num_particles=2))
     with pytest.raises(ValueError, match="RenyiELBO only supports subsampling"):
         quick(svi, jax.random.key(0), X, batch_size=10)
     assert np.isfinite(quick(svi, jax.random.key(0), X, batch_size=40).losses).all()
@@ -229,18 +225,20 @@ def test_weights_are_not_copied_for_every_draw():
 
 def test_a_restored_state_goes_on_in_a_fresh_svi():
     """Through plain NumPy arrays, as a file keeps them."""
-    first = quick(make_svi(hierarchical_model), jax.random.key(0), X)
-    expected = quick(make_svi(hierarchical_model), KEY, X, init_state=first.state)
+    first = quick(make_svi(hierarchical_model, loss=Trace_ELBO()), jax.random.key(0), X)
+    expected = quick(
+        make_svi(hierarchical_model, loss=Trace_ELBO()), KEY, X, init_state=first.state
+    )
     key = np.asarray(jax.random.key_data(first.state.rng_key))
     kept = jax.tree.map(np.asarray, first.state._replace(rng_key=key))
     restored = kept._replace(rng_key=jax.random.wrap_key_data(kept.rng_key))
-    found = quick(make_svi(hierarchical_model), KEY, X, init_state=restored)
+    found = quick(make_svi(hierarchical_model, loss=Trace_ELBO()), KEY, X, init_state=restored)
     np.testing.assert_array_equal(found.losses, expected.losses)
 
 
 def test_old_random_keys_are_as_good_as_typed_ones():
     typed, old = jax.random.key(3), jax.random.PRNGKey(3)
-    svi = make_svi(hierarchical_model)
+    svi = make_svi(hierarchical_model, loss=Trace_ELBO())
     first, second = (quick(svi, key, X) for key in (typed, old))
     np.testing.assert_array_equal(first.losses, second.losses)
     posterior = Posterior(svi.guide, first)
@@ -259,7 +257,7 @@ def test_messages_without_a_name_pass():
             z = numpyro.sample("z", dist.Normal(mu + noise, 1.0))
             numpyro.sample("x", dist.Normal(z, 0.5), obs=x)
 
-    svi = make_svi(model)
+    svi = make_svi(model, loss=Trace_ELBO())
     result = quick(svi, jax.random.key(0), X)
     assert np.isfinite(result.losses).all()
     assert Posterior(svi.guide, result).sample(KEY, X, 2)["mu"].shape == (2,)
@@ -267,7 +265,7 @@ def test_messages_without_a_name_pass():
 
 def test_parameters_of_lists_of_layers_survive_serialization():
     """Their trees have integers as keys."""
-    svi = make_svi(hierarchical_model)
+    svi = make_svi(hierarchical_model, loss=Trace_ELBO())
     params = dict(quick(svi, jax.random.key(0), X).params)
     assert 0 in params["auto$params"]["encoder"]["layers"]
     leaves, treedef = jax.tree.flatten(params)
@@ -279,7 +277,7 @@ def test_parameters_of_lists_of_layers_survive_serialization():
 def test_float32_parameters_under_x64():
     """A whole training and posterior, the model's numbers in double precision."""
     with jax.enable_x64(True):
-        svi = make_svi(hierarchical_model)
+        svi = make_svi(hierarchical_model, loss=Trace_ELBO())
         x = X.astype(np.float64)
         result = quick(svi, jax.random.key(0), x, validation=x[:10])
         assert result.losses.dtype == np.float64

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
-import optax
 from flax import nnx
+from helpers import train
 from numpyro import handlers
-from numpyro.infer import SVI, Trace_ELBO
+from numpyro.infer import Trace_ELBO
 
 from numpyro_vae import (
     MLP,
@@ -133,10 +133,9 @@ def small_encoder():
 
 
 def trained(model, encoder, data, num_steps, guide=AutoAmortizedNormal, **options):
-    guide = guide(model, encoder, **options)
-    optimizer = optax.adam(optax.cosine_decay_schedule(1e-2, num_steps))
-    svi = SVI(model, guide, optimizer, Trace_ELBO(num_particles=4))
-    return Posterior(guide, svi.run(jax.random.key(0), num_steps, *data, progress_bar=False))
+    return train(
+        guide(model, encoder, **options), *data, steps=num_steps, rate=1e-2, loss=Trace_ELBO
+    )
 
 
 def correlated():

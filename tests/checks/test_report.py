@@ -18,6 +18,7 @@ import pytest
 import rich.console
 import xarray as xr
 from flax import nnx
+from helpers import train
 from numpyro.infer import SVI, Trace_ELBO
 
 from numpyro_vae import (
@@ -190,12 +191,7 @@ def test_an_error_has_its_own_words_if_the_shape_is_not_to_blame(of_covariates):
         of_covariates.repair(KEY, data, [9])
 
 
-def trained(model, x, guide=AutoAmortizedNormal):
-    guide = guide(model)
-    svi = SVI(model, guide, numpyro.optim.Adam(1e-2), Trace_ELBO())
-    return Posterior(guide, svi.run(KEY, 5, x, progress_bar=False))
-
-
+FEW = {"steps": 5, "rate": 1e-2, "loss": Trace_ELBO, "particles": 1}
 X = np.linspace(-1, 1, 50).astype(np.float32)
 
 
@@ -205,7 +201,7 @@ def test_points_cannot_be_checked():
             z = numpyro.sample("z", dist.Normal(0.0, 1.0))
             numpyro.sample("x", dist.Normal(z, 0.5), obs=x)
 
-    posterior = trained(model, X, AutoAmortizedDelta)
+    posterior = train(AutoAmortizedDelta(model), X, **FEW)
     with pytest.raises(ValueError, match=r"has no density, so there are no importance weights"):
         posterior.check(KEY, X)
 
@@ -216,7 +212,7 @@ def test_an_improper_prior_cannot_be_simulated_from():
             z = numpyro.sample("z", dist.ImproperUniform(dist.constraints.real, (), ()))
             numpyro.sample("x", dist.Normal(z, 0.5), obs=x)
 
-    posterior = trained(model, X)
+    posterior = train(AutoAmortizedNormal(model), X, **FEW)
     message = r"Site 'z' has an improper prior, so data cannot be simulated.*Give it a proper prior"
     with pytest.raises(ValueError, match=message):
         posterior.check(KEY, X, "calibration")
@@ -231,7 +227,7 @@ def test_data_that_the_model_transforms_need_to_be_made_again():
             numpyro.sample("x", dist.Normal(z, 0.5), obs=jnp.log(x))
 
     x = np.exp(X)
-    posterior = trained(model, x)
+    posterior = train(AutoAmortizedNormal(model), x, **FEW)
     with pytest.raises(ValueError, match=r"site 'x' are not one of the model's arg.*Pass Calib"):
         posterior.check(KEY, x, "calibration")
     remade = Calibration(num_simulations=50, to_data=lambda made: np.exp(made["x"]))

@@ -1,15 +1,14 @@
-"""What the truth tests of model classes share: exact linear Gaussian answers, and training."""
+"""What the truth tests of model classes share: exact linear Gaussian answers."""
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
-import optax
-from numpyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
+from numpyro.infer import Trace_ELBO
 from scipy import stats
 
-from numpyro_vae import MLP, Posterior
+from numpyro_vae import MLP
 
 LINEAR = partial(MLP, hidden_sizes=(8,), activation=lambda hidden: hidden)
 
@@ -52,23 +51,6 @@ def exact(x, loadings, noise, prior_mean=0.0, prior=None) -> Gaussian:
     return Gaussian(
         mean + residual @ gain.T, prior - gain @ loadings @ prior, np.atleast_1d(evidence)
     )
-
-
-def train(
-    guide,
-    *args,
-    steps=800,
-    particles=4,
-    rate=2e-2,
-    loss: Any = TraceMeanField_ELBO,
-    seed=0,
-    batch_axes=0,
-):
-    """Train on all data at once, with a rate that falls to zero."""
-    optimizer = optax.adam(optax.cosine_decay_schedule(rate, steps))
-    svi = SVI(guide.model, guide, optimizer, loss(num_particles=particles))
-    result = svi.run(jax.random.key(seed), steps, *args, progress_bar=False)
-    return Posterior(guide, result, batch_axes=batch_axes)
 
 
 def elbo(posterior, *args, particles=100, seed=1):

@@ -7,7 +7,8 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import pytest
-from linear_gaussian import LINEAR, elbo, exact, train
+from helpers import train
+from linear_gaussian import LINEAR, elbo, exact
 from numpyro.infer import Trace_ELBO
 
 from numpyro_vae import AutoAmortizedMultivariateNormal, Fusion

@@ -6,7 +6,8 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import pytest
-from linear_gaussian import LINEAR, elbo, exact, train
+from helpers import train
+from linear_gaussian import LINEAR, elbo, exact
 from numpyro.infer.autoguide import AutoDelta, AutoMultivariateNormal
 from scipy import stats
 

@@ -7,13 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
-import optax
 import pytest
 from flax import nnx
-from numpyro.infer import MCMC, NUTS, SVI, Trace_ELBO
+from helpers import train
+from numpyro.infer import MCMC, NUTS, Trace_ELBO
 from numpyro.infer.autoguide import AutoMultivariateNormal
 
-from numpyro_vae import MLP, AutoAmortizedNormal, Posterior
+from numpyro_vae import MLP, AutoAmortizedNormal
 
 NUM_PEOPLE, NUM_ITEMS, NUM_STEPS = 300, 10, 1500
 ITEMS = ("intercept", "discrimination")
@@ -59,17 +59,15 @@ def truth():
     return moments({name: np.asarray(x) for name, x in mcmc.get_samples().items()})
 
 
-def train(loss, **options):
+def trained(particles, **options):
     encoder = partial(MLP, hidden_sizes=(64,), activation=nnx.tanh)
     guide = AutoAmortizedNormal(model, encoder, **options)
-    optimizer = optax.adam(optax.cosine_decay_schedule(2e-2, NUM_STEPS))
-    svi = SVI(model, guide, optimizer, loss)
-    return Posterior(guide, svi.run(jax.random.key(0), NUM_STEPS, CORRECT, progress_bar=False))
+    return train(guide, CORRECT, steps=NUM_STEPS, loss=Trace_ELBO, particles=particles)
 
 
 @pytest.fixture(scope="module")
 def plain():
-    return train(Trace_ELBO())
+    return trained(1)
 
 
 def errors(posterior, truth, name):
@@ -98,8 +96,8 @@ def test_items_have_the_means_of_nuts_and_less_spread(plain, truth):
 def test_more_of_the_dependence_gives_more_of_the_spread(plain, truth):
     """Abilities given the items, and items that vary together: what particles do not mend."""
     together = {"condition_on": ITEMS, "global_guide": AutoMultivariateNormal}
-    joint = train(Trace_ELBO(num_particles=4), **together)
-    particles = train(Trace_ELBO(num_particles=16))
+    joint = trained(4, **together)
+    particles = trained(16)
     for name in ITEMS:
         ratios = [errors(found, truth, name)[1].mean() for found in (plain, particles, joint)]
         assert abs(ratios[1] - ratios[0]) < 0.05

@@ -9,7 +9,8 @@ import numpyro
 import numpyro.distributions as dist
 import pytest
 from flax import nnx
-from linear_gaussian import exact, train
+from helpers import train
+from linear_gaussian import exact
 from numpyro import handlers
 from numpyro.infer import Trace_ELBO
 

@@ -10,7 +10,8 @@ import numpyro.distributions as dist
 import optax
 import pytest
 from flax import nnx
-from linear_gaussian import LINEAR, elbo, exact, train
+from helpers import train
+from linear_gaussian import LINEAR, elbo, exact
 from numpyro.infer import SVI, Trace_ELBO
 
 from numpyro_vae import (

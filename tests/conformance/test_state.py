@@ -1,6 +1,9 @@
 """Networks with state: trained where the objective calls the guide, frozen everywhere else."""
 
+from functools import partial
+
 import arviz as az
+import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -56,9 +59,7 @@ def model(x):
         numpyro.sample("x", dist.Normal(z, 0.5, validate_args=False), obs=x)
 
 
-def make_svi(encoder=Normalized, loss=None, optimizer=None):
-    guide = AutoAmortizedNormal(model, encoder)
-    return SVI(model, guide, optimizer or optax.adam(1e-2), loss or Trace_ELBO())
+make_svi = partial(helpers.make_svi, model, Normalized, loss=Trace_ELBO())
 
 
 def statistics(state):
@@ -105,7 +106,7 @@ def test_statistics_are_frozen_after_training(how):
 
 
 def test_predictive_turns_dropout_off():
-    svi = make_svi(Dropped)
+    svi = helpers.make_svi(model, Dropped, loss=Trace_ELBO())
     state = svi.init(jax.random.key(0), X)
     params = {**svi.get_params(state), **state.mutable_state}
     drawn = Predictive(model, guide=svi.guide, params=params, num_samples=3)
@@ -120,7 +121,7 @@ def test_predictive_turns_dropout_off():
 
 def test_the_keys_of_dropout_are_of_no_use_to_evaluation():
     """So `Predictive` and ArviZ can do without them."""
-    svi = make_svi(Dropped)
+    svi = helpers.make_svi(model, Dropped, loss=Trace_ELBO())
     result = svi.run(jax.random.key(0), 2, X, progress_bar=False)
     draws = Predictive(svi.guide, params=result.params, num_samples=3)(KEY, X)["z"]
     weight = result.params["auto$params"]["encoder"]["weight"]
@@ -215,7 +216,9 @@ def test_fit_keeps_the_state_whatever_the_objective(objective, one_particle):
 
 def test_several_particles_train_as_one_network():
     """The dropped units are those of the step, for all particles, and others in the next step."""
-    svi = make_svi(Dropped, Trace_ELBO(num_particles=4), optax.sgd(0.0))
+    svi = helpers.make_svi(
+        model, Dropped, loss=Trace_ELBO(num_particles=4), optimizer=optax.sgd(0.0)
+    )
     result = fit(svi, jax.random.key(0), DATA, batch_size=200, num_epochs=4, progress_bar=False)
     assert len(np.unique(result.losses)) == 4
 

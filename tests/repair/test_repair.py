@@ -8,6 +8,7 @@ import numpyro.distributions as dist
 import optax
 import pytest
 import xarray as xr
+from helpers import train
 from numpyro.infer import SVI, Trace_ELBO
 
 from numpyro_vae import AutoAmortizedNormal, Calibration, Posterior, SetEncoder
@@ -39,9 +40,7 @@ def bimodal(x):
 
 def fitted(model, x, num_steps=1500):
     guide = AutoAmortizedNormal(model)
-    optimizer = optax.adam(optax.cosine_decay_schedule(5e-3, num_steps))
-    svi = SVI(model, guide, optimizer, Trace_ELBO())
-    return Posterior(guide, svi.run(jax.random.key(0), num_steps, x, progress_bar=False))
+    return train(guide, x, steps=num_steps, rate=5e-3, loss=Trace_ELBO, particles=1)
 
 
 def simulated(model):

@@ -11,9 +11,10 @@ import numpyro.distributions as dist
 import optax
 import pytest
 from flax import nnx
+from helpers import make_svi
 from models import hierarchical_model, normal_model
 from numpyro import handlers
-from numpyro.infer import SVI, RenyiELBO, Trace_ELBO, TraceMeanField_ELBO
+from numpyro.infer import SVI, RenyiELBO, Trace_ELBO
 
 from numpyro_vae import MLP, AutoAmortizedNormal, Posterior, fit
 from numpyro_vae.data.arrays import ArrayData
@@ -23,12 +24,6 @@ from numpyro_vae.training.sources import ArraySource, IterableSource
 from numpyro_vae.training.step import trainer_of
 
 X = jax.random.normal(jax.random.key(7), (100,)) + 1
-SMALL = partial(MLP, hidden_sizes=(8,))
-
-
-def make_svi(model=hierarchical_model, loss=None, learning_rate=1e-2, **kwargs):
-    guide = AutoAmortizedNormal(model, SMALL, **kwargs)
-    return SVI(model, guide, optax.adam(learning_rate), loss or TraceMeanField_ELBO())
 
 
 def array_source(svi, batch_size):
@@ -77,13 +72,13 @@ def test_minibatch_losses_average_to_the_full_loss():
 
 @pytest.mark.parametrize("model", [subsampling_model, declared_model])
 def test_three_ways_to_write_a_minibatch_are_one(model):
-    expected = quick(make_svi(), jax.random.key(0), X)
+    expected = quick(make_svi(hierarchical_model), jax.random.key(0), X)
     found = quick(make_svi(model), jax.random.key(0), X)
     np.testing.assert_allclose(found.losses, expected.losses, rtol=1e-4)
 
 
 def test_padding_of_an_evaluation_counts_for_nothing():
-    svi = make_svi()
+    svi = make_svi(hierarchical_model)
     source = array_source(svi, 32)
     state = source.trainer.init(jax.random.key(0), source.first(), None)
     params = source.trainer.params(state)
@@ -98,7 +93,7 @@ def test_padding_of_an_evaluation_counts_for_nothing():
 
 
 def test_every_row_is_seen_every_epoch_and_a_ragged_end_wraps():
-    source = array_source(make_svi(), 32)
+    source = array_source(make_svi(hierarchical_model), 32)
     key = jax.random.key(3)
     first, second = (np.asarray(source.order(key, epoch)) for epoch in (0, 1))
     assert first.shape == (4, 32)
@@ -107,16 +102,16 @@ def test_every_row_is_seen_every_epoch_and_a_ragged_end_wraps():
 
 
 def test_the_same_key_gives_the_same_result_bit_for_bit():
-    first = quick(make_svi(), jax.random.key(0), X)
-    again = quick(make_svi(), jax.random.key(0), X)
-    other = quick(make_svi(), jax.random.key(1), X)
+    first = quick(make_svi(hierarchical_model), jax.random.key(0), X)
+    again = quick(make_svi(hierarchical_model), jax.random.key(0), X)
+    other = quick(make_svi(hierarchical_model), jax.random.key(1), X)
     np.testing.assert_array_equal(first.losses, again.losses)
     jax.tree.map(np.testing.assert_array_equal, first.params, again.params)
     assert not np.array_equal(first.losses, other.losses)
 
 
 def test_result_is_what_svi_takes():
-    svi = make_svi()
+    svi = make_svi(hierarchical_model)
     result = quick(svi, jax.random.key(0), X, validation=X[:40])
     assert result.losses.shape == (12,)
     assert result.stop_reason is StopReason.EPOCHS_DONE
@@ -130,14 +125,14 @@ def test_result_is_what_svi_takes():
 
 def test_validation_keys_are_fixed():
     """With nothing learned the validation loss never moves."""
-    result = quick(make_svi(loss=Trace_ELBO(), learning_rate=0.0), jax.random.key(0), X,
-                   validation=X[:40])  # fmt: skip
+    svi = make_svi(hierarchical_model, loss=Trace_ELBO(), optimizer=0.0)
+    result = quick(svi, jax.random.key(0), X, validation=X[:40])
     assert np.ptp(result.history["validation_loss"]) == 0
     assert np.ptp(result.history["loss"]) > 0
 
 
 def test_early_stopping_returns_the_best_state():
-    svi = make_svi(learning_rate=1.0)  # far too large: it gets worse before long
+    svi = make_svi(hierarchical_model, optimizer=1.0)  # far too large: it gets worse before long
     result = quick(svi, jax.random.key(0), X, num_epochs=60, validation=X[:40], patience=3)
     scores = result.history["validation_loss"]
     assert len(scores) < 60
@@ -166,20 +161,24 @@ def test_arguments_by_keyword_and_on_other_axes():
 
 def test_an_iterable_of_batches_with_a_short_last_one():
     batches = [X[:40], X[40:80], X[80:]]
-    svi = make_svi()
+    svi = make_svi(hierarchical_model)
     result = fit(
         svi, jax.random.key(0), batches, num_data=100, num_epochs=60, validation=X,
         progress_bar=False,
     )  # fmt: skip
     assert result.losses.shape == (180,)
-    whole = fit(make_svi(), jax.random.key(0), X, batch_size=40, num_epochs=60, validation=X,
-                progress_bar=False)  # fmt: skip
+    whole = quick(
+        make_svi(hierarchical_model), jax.random.key(0), X, batch_size=40, num_epochs=60,
+        validation=X,
+    )  # fmt: skip
     gap = result.history["validation_loss"][-1] - whole.history["validation_loss"][-1]
     assert abs(gap) < 0.1
 
 
 def test_the_rows_of_a_short_batch_weigh_as_much_as_those_of_others():
-    source = IterableSource(trainer_of(make_svi()), [X[:40], X[80:]], 100, 0, None)
+    source = IterableSource(
+        trainer_of(make_svi(hierarchical_model)), [X[:40], X[80:]], 100, 0, None
+    )
     batch = list(source._epoch())[1]
     np.testing.assert_allclose(batch.weights, np.r_[np.full(20, 2.0), np.zeros(20)])
 
@@ -242,17 +241,17 @@ def test_keyboard_interrupt_returns_what_was_learned(monkeypatch):
         return run(self, *args)
 
     monkeypatch.setattr(ArraySource, "run", interrupted)
-    result = quick(make_svi(), jax.random.key(0), X, num_epochs=10)
+    result = quick(make_svi(hierarchical_model), jax.random.key(0), X, num_epochs=10)
     monkeypatch.undo()
     assert result.stop_reason is StopReason.INTERRUPTED
-    expected = quick(make_svi(), jax.random.key(0), X, num_epochs=2)
+    expected = quick(make_svi(hierarchical_model), jax.random.key(0), X, num_epochs=2)
     jax.tree.map(np.testing.assert_array_equal, result.params, expected.params)
 
 
 def test_importance_weighted_objective_is_scaled_per_datum():
     """The bound of a minibatch estimates that of all data, not that of powered weights."""
     loss = RenyiELBO(num_particles=16)
-    svi = make_svi(normal_model, loss)
+    svi = make_svi(normal_model, loss=loss)
     source = array_source(svi, 25)
     state = source.trainer.init(jax.random.key(0), source.first(), None)
     params = source.trainer.params(state)
@@ -304,12 +303,12 @@ def test_bad_input_is_refused(case):
     data, options, message = BAD[case]
     options = {"num_epochs": 1, "batch_size": 32} | options
     with pytest.raises(ValueError, match=message):
-        fit(make_svi(), jax.random.key(0), data, progress_bar=False, **options)
+        fit(make_svi(hierarchical_model), jax.random.key(0), data, progress_bar=False, **options)
 
 
 def test_what_is_no_data_is_refused():
     with pytest.raises(TypeError, match="an iterable of batches; found int"):
-        quick(make_svi(), jax.random.key(0), 3)
+        quick(make_svi(hierarchical_model), jax.random.key(0), 3)
 
 
 def test_a_plate_of_another_size_is_refused():
