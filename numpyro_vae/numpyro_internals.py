@@ -48,17 +48,19 @@ def declare_plate(name: str, size: int, length: int) -> tuple[int, Array, bool]:
 
 
 class _Watch(Messenger):
-    """Remembers what a message comes with, and what it leaves with."""
+    """Remembers what the message of a plate comes with, and what it leaves with."""
 
     before: Any = None
     after: Any = None
     size: int = 0
 
     def process_message(self, msg: Any) -> None:
-        self.before = msg["value"]
+        if msg["type"] == "plate":
+            self.before = msg["value"]
 
     def postprocess_message(self, msg: Any) -> None:
-        self.after, self.size = msg["value"], msg["args"][0]
+        if msg["type"] == "plate":
+            self.after, self.size = msg["value"], msg["args"][0]
 
 
 def was_observed(site: dict[str, Any]) -> bool:

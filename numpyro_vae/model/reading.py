@@ -50,11 +50,11 @@ class Reading:
         indices: by plate the rows that it holds. A plate inside a ``scan`` is not seen.
         values: by observed site its values.
         masks: by site the mask of its distribution, where it has one.
-        supports: by latent site its support, where arguments change it.
+        supports: by latent site its support, where it is made of values.
         choices: by enumerated site the values that it can take.
         params: by name the parameters that the model declares.
         sites: its sites and plates.
-        fixed_supports: by latent site its support, where no argument changes it.
+        fixed_supports: by latent site its support, where it is made of none.
         has_state: whether the model has mutable state.
     """
 
@@ -225,7 +225,7 @@ def reading_of(trace: dict[str, Any]) -> Reading:
     sites = sites_of_trace(trace)
     latent = [site.name for site in sites.latent() if not site.is_discrete]
     supports = {name: trace[name]["fn"].support for name in latent}
-    moving = {name: support for name, support in supports.items() if _is_traced(support)}
+    computed = {name: support for name, support in supports.items() if jax.tree.leaves(support)}
     masks = {name: mask_of(trace[name]["fn"]) for name in sites.sites}
     return Reading(
         indices={name: msg["value"] for name, msg in _of_type(trace, "plate")},
@@ -235,7 +235,7 @@ def reading_of(trace: dict[str, Any]) -> Reading:
             if site.is_observed and trace[name]["value"] is not None
         },
         masks={name: mask for name, mask in masks.items() if mask is not None},
-        supports=moving,
+        supports=computed,
         choices={
             site.name: trace[site.name]["fn"].enumerate_support(expand=False)
             for site in sites.sites.values()
@@ -243,13 +243,9 @@ def reading_of(trace: dict[str, Any]) -> Reading:
         },
         params={name: _param(msg) for name, msg in _of_type(trace, "param")},
         sites=sites,
-        fixed_supports=Fixed({name: x for name, x in supports.items() if name not in moving}),
+        fixed_supports=Fixed({name: x for name, x in supports.items() if name not in computed}),
         has_state=any(True for _ in _of_type(trace, "mutable")),
     )
-
-
-def _is_traced(tree: Any) -> bool:
-    return any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(tree))
 
 
 def _of_type(trace: dict[str, Any], kind: str) -> Iterable[tuple[str, dict[str, Any]]]:

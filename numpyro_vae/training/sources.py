@@ -89,24 +89,24 @@ class ArraySource:
         A model may take these, or all the data and subsample in its plate. Most take the rows, so
         that this is tried first; a model that cannot is asked with all the data.
         """
-        rows = self.data.rows(jnp.arange(self.batch_size))
+        rows: tuple[ModelSites, Plate] | Exception
         try:
-            sites, failed = read_sites(self.trainer, *rows), None
-            seen = choose_plate(sites, plate)
-            if seen.length == seen.size == self.batch_size:
-                return sites, seen, True
-        except Exception as error:  # which the model's own code may raise, of any kind
-            sites, seen, failed = None, None, error
+            sites = read_sites(self.trainer, *self.data.rows(jnp.arange(self.batch_size)))
+            rows = sites, choose_plate(sites, plate)
+        except Exception as error:  # of any kind, as the model's own code raises it
+            rows = error
+        if isinstance(rows, tuple) and rows[1].length == rows[1].size == self.batch_size:
+            return *rows, True
         whole = read_sites(self.trainer, *self.data.whole())
         declared = choose_plate(whole, plate)
         if declared.length < declared.size:
             self._check(declared, declared.length, "subsamples", self.batch_size)
             self._check(declared, declared.size, "has", self.data.num_data)
             return whole, declared, False
-        if failed is not None or sites is None or seen is None:
-            raise failed or AssertionError
-        self._check(seen, seen.length, "keeps, whatever the data,", self.batch_size)
-        return sites, seen, True
+        if isinstance(rows, Exception):
+            raise rows
+        self._check(rows[1], rows[1].length, "keeps, whatever the data,", self.batch_size)
+        return *rows, True
 
     def _check(self, plate: Plate, found: int, verb: str, expected: int) -> None:
         if found != expected:
