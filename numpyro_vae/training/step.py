@@ -52,11 +52,13 @@ class Trainer:
 
     def _compile(self) -> None:
         """Forget what was compiled before."""
-        self._init_compiled = jax.jit(self._init)
-        self._step_compiled = jax.jit(self._step)
-        self._guarded_compiled = jax.jit(self._guarded_step)
-        self._scan_compiled = jax.jit(self._scan)
-        self._evaluate_compiled = jax.jit(self._evaluate)
+        self._convolutional: dict[Any, bool] = {}
+        # Of functions made here, as JAX knows a method that it has traced before.
+        self._init_compiled = jax.jit(partial(self._init))
+        self._step_compiled = jax.jit(partial(self._step))
+        self._guarded_compiled = jax.jit(partial(self._guarded_step))
+        self._scan_compiled = jax.jit(partial(self._scan))
+        self._evaluate_compiled = jax.jit(partial(self._evaluate))
 
     def serves(self, svi: SVI) -> bool:
         """Return whether an SVI has the parts that this trainer was made with."""
@@ -176,8 +178,11 @@ class Trainer:
         """Return whether a step has convolutions that XLA runs slowly in a loop, as on CPU."""
         if jax.default_backend() != "cpu":
             return False
-        jaxpr = self._step_compiled.trace(self.transforms, state, batch).jaxpr
-        return "conv_general_dilated" in _primitives(jaxpr)
+        key = jax.tree.structure((state, batch))
+        if key not in self._convolutional:
+            jaxpr = self._step_compiled.trace(self.transforms, state, batch).jaxpr
+            self._convolutional[key] = "conv_general_dilated" in _primitives(jaxpr)
+        return self._convolutional[key]
 
     # -- what a state says ------------------------------------------------------------------------
 

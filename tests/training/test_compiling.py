@@ -125,6 +125,8 @@ def test_the_support_of_a_global_site_is_that_of_this_fit():
         top = Posterior(svi.guide, result).sample(KEY, x, 50)["top"]
         assert (top > shift).all()
         assert (top < 1 + shift).all()
+        fresh = fit(make(model), KEY, x, num_epochs=2, progress_bar=False)
+        np.testing.assert_array_equal(result.losses, fresh.losses)
 
 
 def test_global_sites_compile_once():
