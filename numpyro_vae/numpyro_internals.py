@@ -106,16 +106,21 @@ def init_model_key(rng_key: Array) -> Array:
     return jax.random.split(rng_key, 3)[1]
 
 
-def param_transforms(svi: SVI) -> dict[str, Any]:
-    """Return by parameter the transform from unconstrained values, which ``SVI.init`` has found."""
+def param_transforms(svi: SVI) -> dict[str, Any] | None:
+    """Return by parameter the transform from unconstrained values; None before ``SVI.init``."""
     constrain: Any = svi.constrain_fn
-    return constrain.args[0]
+    return None if constrain is None else constrain.args[0]
+
+
+def set_param_transforms(svi: SVI, transforms: dict[str, Any]) -> None:
+    """Leave an SVI as ``SVI.init`` does that has found these transforms."""
+    svi.constrain_fn = partial(transform_fn, transforms)
 
 
 def with_param_transforms(svi: SVI, transforms: dict[str, Any]) -> SVI:
     """Return a copy of an SVI that has been initialized with these transforms."""
     svi = copy.copy(svi)
-    svi.constrain_fn = partial(transform_fn, transforms)
+    set_param_transforms(svi, transforms)
     return svi
 
 

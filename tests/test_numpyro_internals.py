@@ -131,8 +131,10 @@ def test_an_automatic_guide_is_set_up_by_its_first_call():
 
 def test_an_svi_keeps_the_transforms_of_its_parameters():
     svi = SVI(model, guide, optax.adam(1e-2), Trace_ELBO())
+    assert internals.param_transforms(svi) is None
     state = svi.init(KEY, X)
     transforms = internals.param_transforms(svi)
+    assert transforms is not None
     assert set(transforms) == {"scale", "loc"}
     copied = internals.with_param_transforms(
         SVI(model, guide, optax.adam(1e-2), Trace_ELBO()), transforms

@@ -14,7 +14,7 @@ from numpyro.infer.svi import SVIState
 from numpyro_vae.data.arrays import ArrayData, is_in_memory
 from numpyro_vae.model.missing import require_finite_observations
 from numpyro_vae.model.sites import ModelSites
-from numpyro_vae.numpyro_internals import enumerates, param_transforms, with_param_transforms
+from numpyro_vae.numpyro_internals import enumerates, param_transforms, set_param_transforms
 from numpyro_vae.training.callbacks import Callback, EarlyStopping, ProgressBar, StopReason
 from numpyro_vae.training.sources import ArraySource, IterableSource, Source, WholeSource
 from numpyro_vae.training.step import Trainer, trainer_of
@@ -159,11 +159,12 @@ def _start(
     init_params: dict[str, Any] | None,
 ) -> SVIState:
     """Return the state to start from, and leave the SVI ready for its own methods."""
-    if init_state is not None and svi.constrain_fn is not None:
-        trainer.transforms = param_transforms(svi)
+    transforms = param_transforms(svi)
+    if init_state is not None and transforms is not None:
+        trainer.transforms = transforms
         return init_state
     state = trainer.init(rng_key, source.first(), init_params)
-    svi.constrain_fn = with_param_transforms(svi, trainer.transforms).constrain_fn
+    set_param_transforms(svi, trainer.transforms)
     return state if init_state is None else init_state
 
 

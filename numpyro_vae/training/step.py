@@ -110,7 +110,7 @@ class Trainer:
         if not reading.has_state:  # then only its parameters matter, which are known by now
             svi.model = partial(_declare_params, reading)
         state = svi.init(rng_key, *args, init_params=init_params, **kwargs)
-        return state, param_transforms(svi)
+        return state, param_transforms(svi) or {}
 
     def _read(self, rng_key: Array, batch: Batch) -> Reading:
         """Read the model, with the parameters that ``SVI.init`` would give it."""
