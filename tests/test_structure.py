@@ -47,7 +47,7 @@ ORDER = {
         "densities",
     ),
     "guides": ("blocks", "network", "encoding", "local_sites", "global_sites", "base", "auto"),
-    "training": ("step", "sources", "callbacks", "fit"),
+    "training": ("step", "guarded", "sources", "callbacks", "fit"),
     "inference": (
         "psis",
         "divergences",

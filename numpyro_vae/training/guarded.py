@@ -1,0 +1,54 @@
+"""Steps one by one, where one may fail: it changes nothing, and is told of."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from itertools import batched
+
+import jax
+import numpy as np
+from numpyro.infer.svi import SVIState
+
+from numpyro_vae.data.batch import Batch
+from numpyro_vae.training.step import Trainer
+
+CHUNK = 32  # steps between two looks at the losses
+
+
+def guarded_steps(
+    trainer: Trainer, state: SVIState, batches: Iterable[Batch], epoch: int
+) -> tuple[SVIState, np.ndarray]:
+    """Take steps one by one; one that is not finite changes nothing, and is warned about.
+
+    Raises:
+        FloatingPointError: if no step of the epoch is finite.
+    """
+    losses, where = [np.zeros(0, np.float32)], ""
+    for chunk in batched(batches, CHUNK):
+        before, found = state, []
+        for batch in chunk:
+            state, loss = trainer.guarded_step(state, batch)
+            found.append(loss)
+        found = np.asarray(jax.device_get(found))
+        if np.isnan(found).any() and not where:
+            bad = int(np.isnan(found).argmax())
+            step = sum(map(len, losses)) + bad
+            for batch in chunk[:bad]:  # to the very state that failed
+                before, _ = trainer.guarded_step(before, batch)
+            where = f"step {step} of epoch {epoch}, at {trainer.culprit(before, chunk[bad])}"
+        losses.append(found)
+    losses = np.concatenate(losses)
+    _report(losses, where)
+    return state, losses
+
+
+def _report(losses: np.ndarray, where: str) -> None:
+    skipped = int(np.isnan(losses).sum())
+    if not skipped:
+        return
+    found = f"the ELBO or its gradient was not finite in {skipped} of {len(losses)} steps"
+    advice = "Look at the data and the priors there; a smaller learning rate may help."
+    if skipped == len(losses):
+        raise FloatingPointError(f"No step could be taken: {found}, first at {where}. {advice}")
+    warnings.warn(f"Steps were skipped: {found}, first at {where}. {advice}", stacklevel=5)
