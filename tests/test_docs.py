@@ -19,13 +19,13 @@ PAGES = {path.stem: path for path in (*ROOT.glob("docs/*.md"), ROOT / "README.md
 LONG = ("README", "models")  # minutes; run by `make test TEST_ARGS="-m examples"`
 NOT_RUN = ("index",)  # a sketch, of data that the reader is to think of
 TIMEOUT = 300  # seconds, for machines much slower than ours
-# Training amplifies differences between processors. Counts and estimates may differ by a tenth, or
-# by three units of the last digit that is printed; words may not.
-RTOL, UNITS = 0.1, 3
+# Training amplifies differences between processors and between XLA's levels of optimization. Numbers
+# may differ by a fifth, or by three percent points or units of the last digit; words may not.
+RTOL, UNITS = 0.2, 3
 
 END = "\x1e"  # printed after each block
 BLOCK = re.compile(r"^```(python|text)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
-NUMBER = re.compile(r"\s*[-+]?\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?")
+NUMBER = re.compile(r"\s*[-+]?\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?%?")
 SHAPE = re.compile(r"  # (\(\d[\d, ]*\))$")
 
 
@@ -49,8 +49,8 @@ def with_shapes(code: str) -> str:
             assigned = isinstance(node, ast.Assign)
             value = ast.unparse(node.targets[0] if assigned else node.value.args[0])
             value += ".shape" if assigned else ""
-            asserts[node.end_lineno] = f"assert {value} == {claim[1]}, {value}"
-    return "".join(f"{line}\n{asserts.get(n, '')}\n" for n, line in enumerate(lines, 1))
+            asserts[node.end_lineno] = f"\nassert {value} == {claim[1]}, {value}"
+    return "".join(f"{line}{asserts.get(n, '')}\n" for n, line in enumerate(lines, 1))
 
 
 def assert_prints(printed: str, expected: str) -> None:
@@ -58,8 +58,8 @@ def assert_prints(printed: str, expected: str) -> None:
     words = [NUMBER.sub(" #", text).split() for text in (printed, expected)]
     assert words[0] == words[1], f"it prints\n{printed}\nand not\n{expected}"
     for found, told in zip(NUMBER.findall(printed), NUMBER.findall(expected), strict=True):
-        unit = 10.0 ** -len(told.partition(".")[2])
-        value, target = (float(text.replace(",", "")) for text in (found, told))
+        unit = 1.0 if "%" in told else 10.0 ** -len(told.partition(".")[2])
+        value, target = (float(text.replace(",", "").rstrip("%")) for text in (found, told))
         assert np.isclose(value, target, RTOL, UNITS * unit), f"{told} is{found} in\n{printed}"
 
 
@@ -67,14 +67,12 @@ def run(code: list[str], folder: pathlib.Path) -> list[str]:
     """Run blocks of code as one script, and return what each of them prints."""
     script = folder / "page.py"
     script.write_text(f"print({END!r})\n".join((*code, "")), encoding="utf-8")
-    # As users do, without what makes tests compile faster.
-    environment = {name: x for name, x in os.environ.items() if name != "XLA_FLAGS"}
     done = subprocess.run(
         [sys.executable, "-W", "error::UserWarning", str(script)],
         capture_output=True,
         text=True,
         cwd=folder,
-        env=environment | {"PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
         timeout=TIMEOUT,
         check=False,
     )
@@ -104,10 +102,13 @@ def test_a_page_does_and_prints_what_it_says(page, tmp_path):
     [
         ("43 of 200 rows ( 21.5%)\n", "40 of 200 rows ( 20.0%)\n", True),
         ("4 of 200 rows ( 2.0%)\n", "40 of 200 rows ( 20.0%)\n", False),
+        ("3 of 200 rows ( 1.5%)\n", "5 of 200 rows ( 2.5%)\n", True),
         ("elbo -8.885 (se 0.173)", "elbo -8.886 (se 0.175)", True),
         ("elbo -8.885 (se 0.173)", "elbo  8.885 (se 0.173)", False),
         ("1,000 draws", "1,000 draws", True),
         ("1,000 draws", "1,500 draws", False),
+        ("0.002 nats", "0.004 nats", True),
+        ("0.02 nats", "0.08 nats", False),
         ("rows are strange", "rows are novel", False),
         ("1 row", "1 row\n2 rows", False),
     ],
