@@ -19,8 +19,8 @@ PAGES = {path.stem: path for path in (*ROOT.glob("docs/*.md"), ROOT / "README.md
 LONG = ("README", "models")  # minutes; run by `make test TEST_ARGS="-m examples"`
 NOT_RUN = ("index",)  # a sketch, of data that the reader is to think of
 TIMEOUT = 300  # seconds, for machines much slower than ours
-# Training amplifies differences between processors and between XLA's levels of optimization. Numbers
-# may differ by a fifth, or by three percent points or units of the last digit; words may not.
+# Training amplifies differences between processors and XLA's levels of optimization. Numbers may
+# differ by a fifth, or by three percent points or units of the last digit; words may not.
 RTOL, UNITS = 0.2, 3
 
 END = "\x1e"  # printed after each block
