@@ -323,8 +323,8 @@ class Posterior:
         passed yet.
 
         Global latents are held at draws of their posterior, 32 of them, among which the draws of
-        a row are divided evenly. So a row's draws tell of the uncertainty of the globals, but a
-        row's data do not tell of the globals once more.
+        a row are divided evenly. So the draws of a row include the uncertainty of the globals,
+        and the row's data do not update the globals a second time.
 
         Args:
             rng_key: the random key.
@@ -370,7 +370,7 @@ class Posterior:
             ValueError: if a group or a site does not exist.
 
         Returns:
-            The groups ``posterior``; ``posterior_predictive``, the observed sites drawn anew;
+            The groups ``posterior``; ``posterior_predictive``, draws of the observed sites;
             ``log_likelihood``, marginal over the local sites, a value for each draw of the global
             ones; ``sample_stats`` with the importance weights of the posterior's draws;
             ``observed_data``; and ``constant_data``, the model's other data. A guide without a

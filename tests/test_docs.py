@@ -16,7 +16,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
 PAGES = {path.stem: path for path in (*ROOT.glob("docs/*.md"), ROOT / "README.md")}
-LONG = ("README", "models")  # minutes; run by `make test TEST_ARGS="-m examples"`
+LONG = ("models",)  # minutes; run by `make test TEST_ARGS="-m examples"`
 NOT_RUN = ("index",)  # a sketch, of data that the reader is to think of
 TIMEOUT = 300  # seconds, for machines much slower than ours
 # Training amplifies differences between processors and XLA's levels of optimization. Numbers may

@@ -1,4 +1,4 @@
-"""The examples, and the code in README.md, run as their readers would run them."""
+"""The examples, run as their readers would run them."""
 
 import os
 import pathlib
@@ -43,15 +43,8 @@ class Run(NamedTuple):
         return done.stdout
 
 
-def readme_code() -> str:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    return "\n".join(re.findall(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE))
-
-
 def command(name: str, folder: pathlib.Path) -> list[str]:
     """How a reader runs an example, on data of the form it asks for."""
-    if name == "readme":
-        return ["-c", readme_code()]
     options = ["--quick", "--output", str(folder)]
     if name in WITH_DATA:
         path = folder.parent / f"{folder.name}{WITH_DATA[name]}"
@@ -85,7 +78,7 @@ def runs(tmp_path_factory, request):
 
     wanted = {example(item) for item in request.session.items} & {*EXAMPLES}
     with ThreadPoolExecutor(2) as pool:
-        yield {name: start(name) for name in (*IN_SUITE, *sorted(wanted - {*IN_SUITE}), "readme")}
+        yield {name: start(name) for name in (*IN_SUITE, *sorted(wanted - {*IN_SUITE}))}
         pool.shutdown(cancel_futures=True)
 
 
@@ -146,7 +139,7 @@ def test_parameterizations(runs):
 
 # What each of the others prints that it could not print had it failed.
 PRINTED = {
-    "amortize_check_repair": r"mended by importance +\d+[^$]*chosen, repaired +\d+\.\d+",
+    "amortize_check_repair": r"repaired by importance +\d+[^$]*chosen, repaired +\d+\.\d+",
     "deep_markov": r"log evidence, at least +-?\d+\.\d+",
     "half_images": r"nats",
     "item_response": r"with dependencies +\d+\.\d+",
@@ -177,16 +170,6 @@ def test_the_others_end_in_a_picture_and_a_datatree(runs, name):
             for draws in tree[group].data_vars.values():
                 assert draws.dims[:2] == ("chain", "draw")
                 assert np.isfinite(draws.values).all()
-
-
-@pytest.mark.slow
-def test_readme(runs):
-    printed = runs["readme"].finish()
-    assert "200 data, 1000 draws of each" in printed
-    fine = int(re.search(r"fine +(\d+)", printed)[1])
-    assert fine > 100
-    assert "trend" in printed
-    assert "elpd_loo" in printed
 
 
 def test_readme_names_the_commands():
