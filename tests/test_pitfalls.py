@@ -20,7 +20,7 @@ NumPyro
         conformance/test_state: svi_alone_loses_the_state_with_several_particles
     stable_update lets NaN into the state
         conformance/test_state: a_stable_update_of_numpyros_does_not_protect_the_state
-        test_fit: batch_statistics_survive_a_bad_batch
+        training/test_fit: batch_statistics_survive_a_bad_batch
     handlers.scale on the model alone
         conformance/test_handlers: scale_around_model_and_guide
     no analytic divergence, without a word
@@ -41,7 +41,7 @@ NumPyro
         test_guide: extreme_inputs_stay_finite
         test_distributions: extreme_log_scales_have_finite_values_and_gradients
     a plate's own subsampling is slow, and leaves rows out
-        test_fit: every_row_is_seen_every_epoch_and_a_ragged_end_wraps
+        training/test_fit: every_row_is_seen_every_epoch_and_a_ragged_end_wraps
     messages without a name
         test_pitfalls: messages_without_a_name_pass
     supports that move with other values
