@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
@@ -79,6 +79,8 @@ class ArraySource:
         self.num_steps = -(-data.num_data // batch_size)
         self.sites, seen, self.cuts = self._read(plate)
         self.plate, self.fills_plate = seen.name, seen.length < seen.size
+        self._first = self._batch(data, jnp.arange(batch_size), None)
+        self._run: Callable[..., Any] | None = None
 
     def _read(self, plate: str | None) -> tuple[ModelSites, Plate, bool]:
         """Return what the model holds, its plate, and whether it is given the rows of a batch.
@@ -128,7 +130,7 @@ class ArraySource:
 
     def first(self) -> Batch:
         """Return the first rows."""
-        return self._batch(self.data, jnp.arange(self.batch_size), None)
+        return self._first
 
     def batches(self, data: ArrayData) -> list[tuple[Batch, int]]:
         """Return all rows of data like these in batches, and how many of them are in each."""
@@ -143,8 +145,10 @@ class ArraySource:
 
     def run(self, state: SVIState, rng_key: Array, epoch: int) -> tuple[SVIState, np.ndarray]:
         """Run an epoch; where a step is not finite, once more, with each step guarded."""
-        order, batch = self.order(rng_key, epoch), self.first()
-        new_state, losses, ok = self.trainer.scan(state, batch, order)
+        order, batch, trainer = self.order(rng_key, epoch), self._first, self.trainer
+        if self._run is None:
+            self._run = trainer.loop if trainer.is_slow_in_scan(state, batch) else trainer.scan
+        new_state, losses, ok = self._run(state, batch, order)
         if ok:
             return new_state, np.asarray(losses)
         return guarded_steps(self.trainer, state, map(batch.at, order), epoch)

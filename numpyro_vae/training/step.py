@@ -52,7 +52,6 @@ class Trainer:
 
     def _compile(self) -> None:
         """Forget what was compiled before."""
-        self._convolutional: dict[Any, bool] = {}
         # Of functions made here, as JAX knows a method that it has traced before.
         self._init_compiled = jax.jit(partial(self._init))
         self._step_compiled = jax.jit(partial(self._step))
@@ -137,8 +136,6 @@ class Trainer:
         Returns:
             The last state, the losses, and whether all that was computed is finite.
         """
-        if self._has_convolutions(state, batch):
-            return self._loop(state, batch, order)
         return self._scan_compiled(self.transforms, state, batch, order)
 
     def _step(self, transforms: dict[str, Any], state: SVIState, batch: Batch) -> Step:
@@ -166,7 +163,10 @@ class Trainer:
         state, losses = jax.lax.scan(step, state, order)
         return state, losses, jnp.isfinite(losses).all() & all_finite(state)
 
-    def _loop(self, state: SVIState, batch: Batch, order: Array) -> Any:
+    def loop(
+        self, state: SVIState, batch: Batch, order: Int[Array, "num_steps batch"]
+    ) -> tuple[SVIState, Float[Array, "num_steps"], Bool[Array, ""]]:
+        """Do what `scan` does, each step called from Python."""
         losses = []
         for rows in order:
             state, loss = self.step(state, batch.at(rows))
@@ -174,15 +174,12 @@ class Trainer:
         losses = jnp.stack(losses)
         return state, losses, jnp.isfinite(losses).all() & all_finite(state)
 
-    def _has_convolutions(self, state: SVIState, batch: Batch) -> bool:
-        """Return whether a step has convolutions that XLA runs slowly in a loop, as on CPU."""
+    def is_slow_in_scan(self, state: SVIState, batch: Batch) -> bool:
+        """Return whether a step has convolutions, which XLA runs slowly in a scan on a CPU."""
         if jax.default_backend() != "cpu":
             return False
-        key = jax.tree.structure((state, batch))
-        if key not in self._convolutional:
-            jaxpr = self._step_compiled.trace(self.transforms, state, batch).jaxpr
-            self._convolutional[key] = "conv_general_dilated" in _primitives(jaxpr)
-        return self._convolutional[key]
+        jaxpr = self._step_compiled.trace(self.transforms, state, batch).jaxpr
+        return "conv_general_dilated" in _primitives(jaxpr)
 
     # -- what a state says ------------------------------------------------------------------------
 
