@@ -301,7 +301,7 @@ def _given_batch(
     """Return a batch whose arrays have its rows, and no others."""
     return Batch(
         arrays,
-        indices,
+        jnp.arange(len(indices)),
         weights,
         layout=layout,
         plate=plate,
