@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -47,12 +47,28 @@ def is_in_memory(data: Data) -> bool:
     )
 
 
+@dataclass(frozen=True, eq=False)
+class Constant:
+    """An array that compiled code depends on, as a model asks for its values; equal by these."""
+
+    value: Array
+
+    def __hash__(self) -> int:
+        """Return a hash of the values."""
+        return hash((self.value.shape, np.asarray(self.value).tobytes()))
+
+    def __eq__(self, other: object) -> bool:
+        """Return whether the other has the same values."""
+        return isinstance(other, Constant) and np.array_equal(self.value, other.value)
+
+
 @dataclass(frozen=True)
 class Layout:
     """How arrays become a model's arguments; hashable, so that compiled code can depend on it.
 
     Attributes:
-        static: the leaves of the arguments, None where an array belongs.
+        static: the leaves of the arguments, None where an array belongs, and `Constant` for one
+            that never changes.
         axes: for each array its datum axis, or None.
         treedef: the structure of ``(args, kwargs)``.
     """
@@ -89,7 +105,8 @@ class Layout:
         """Return the model's arguments with arrays, or what stands for them, in their places."""
         rest = iter(arrays)
         filled = [next(rest) if leaf is None else leaf for leaf in self.static]
-        return jax.tree.unflatten(self.treedef, filled)
+        leaves = [leaf.value if isinstance(leaf, Constant) else leaf for leaf in filled]
+        return jax.tree.unflatten(self.treedef, leaves)
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,6 +167,17 @@ class ArrayData:
         )
         return cls(arrays, Layout(static, array_axes, treedef), num_data, found)
 
+    def with_constants(self) -> ArrayData:
+        """Return the same data where arrays without a datum axis are constants of compiled code."""
+        pairs = list(zip(self.arrays, self.layout.axes, strict=True))
+        rest = iter(pairs)
+        leaves = self.layout.static
+        static = [_constant(*next(rest)) if leaf is None else leaf for leaf in leaves]
+        kept = [(array, axis) for array, axis in pairs if axis is not None]
+        axes = tuple(axis for _, axis in kept)
+        layout = replace(self.layout, static=tuple(static), axes=axes)
+        return replace(self, arrays=tuple(array for array, _ in kept), layout=layout)
+
     @property
     def is_whole(self) -> bool:
         """Whether the model takes the data whole, as no array has a datum axis."""
@@ -162,6 +190,10 @@ class ArrayData:
     def rows(self, indices: Array) -> tuple[tuple, dict[str, Any]]:
         """Return the model's arguments with the given rows."""
         return self.layout.rows(self.arrays, indices)
+
+
+def _constant(array: Array, axis: int | None) -> Constant | None:
+    return Constant(array) if axis is None else None
 
 
 def _num_data(leaves: list, axes: list, paths: list[str], name: str) -> int:

@@ -19,6 +19,7 @@ from numpyro_vae.data.shapes import explained
 from numpyro_vae.guides.base import AmortizedGuide
 from numpyro_vae.model.missing import require_finite_observations
 from numpyro_vae.model.plan import check_observed
+from numpyro_vae.model.reading import read_for
 from numpyro_vae.model.sites import choose_plate
 
 
@@ -57,7 +58,7 @@ class Rows:
             ValueError: if the plate has another number of rows than the data, or an observation
                 belongs to no known datum.
         """
-        arrays = ArrayData.read(data, batch_axes)
+        arrays = read_for(guide.reader, data, batch_axes, static_kwargs)
         args, kwargs = arrays.whole()
         kwargs = {**kwargs, **static_kwargs}
         with explained(guide.argument_shapes, *arrays.whole(), arrays.layout.axes):

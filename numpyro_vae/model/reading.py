@@ -17,7 +17,7 @@ from numpyro import handlers
 from numpyro.distributions import constraints
 from numpyro.primitives import Messenger
 
-from numpyro_vae.data.arrays import Layout, is_array
+from numpyro_vae.data.arrays import ArrayData, Layout, is_array
 from numpyro_vae.model.provenance import sources
 from numpyro_vae.model.sites import ModelSites, Plate, Reads
 from numpyro_vae.model.trace import Model, Rows, counts, sites_of_trace, trace_model
@@ -185,6 +185,19 @@ class ModelReader:
         _, values = jax.eval_shape(trace, *arguments)
         return {name: jnp.shape(value) for name, value in values[-1].items()}
 
+    def needs_values(self, args: tuple, kwargs: dict[str, Any]) -> bool:
+        """Return whether the model asks for the values of its arguments."""
+        layout, sizes, *arguments = self._arguments(args, kwargs, {}, None)
+        if not _is_hashable(layout):
+            return False
+        try:
+            jax.eval_shape(partial(self._compiled, layout, sizes), *arguments)
+        except NEEDS_VALUES:
+            return True
+        except Exception:  # of any kind, as the model's own code raises it
+            return False
+        return False
+
     def plates_met(self, args: tuple, kwargs: dict[str, Any]) -> tuple[str, ...]:
         """Return the names of the plates that the model enters, before it fails if it does."""
         watch = _Plates()
@@ -287,6 +300,30 @@ def _united(by_name: dict[str, Any]) -> dict[str, frozenset[str]]:
 
 def _is_names(x: Any) -> bool:
     return isinstance(x, frozenset)
+
+
+def read_for(
+    reader: ModelReader,
+    data: Any,
+    batch_axes: Any,
+    static_kwargs: Mapping[str, Any],
+    name: str = "data",
+) -> ArrayData:
+    """Read data in memory; arrays whose values a model asks for are constants.
+
+    Args:
+        reader: of the model.
+        data: see `ArrayData.read`.
+        batch_axes: likewise.
+        static_kwargs: the model's keyword arguments that never change.
+        name: what the data are called in messages.
+    """
+    arrays = ArrayData.read(data, batch_axes, name)
+    if all(axis is not None for axis in arrays.layout.axes):
+        return arrays
+    args, kwargs = arrays.whole()
+    needs = reader.needs_values(args, {**kwargs, **static_kwargs})
+    return arrays.with_constants() if needs else arrays
 
 
 class _Plates(Messenger):

@@ -11,7 +11,7 @@ from jaxtyping import Array
 from numpyro.infer import SVI
 from numpyro.infer.svi import SVIState
 
-from numpyro_vae.data.arrays import ArrayData, is_in_memory
+from numpyro_vae.data.arrays import is_in_memory
 from numpyro_vae.model.missing import require_finite_observations
 from numpyro_vae.model.sites import ModelSites
 from numpyro_vae.numpyro_internals import enumerates, param_transforms, set_param_transforms
@@ -238,7 +238,7 @@ def _source(
     if is_in_memory(data):
         if num_data is not None:
             raise ValueError("num_data= is for iterables; arrays say how many data there are.")
-        arrays = ArrayData.read(data, batch_axes)
+        arrays = trainer.read(data, batch_axes)
         if arrays.is_whole:
             if batch_size is not None:
                 raise ValueError(
@@ -261,7 +261,7 @@ def _validator(
     """Return a function from a state to its validation loss per datum, if there are such data."""
     if validation is None:
         return lambda state: {}
-    data = ArrayData.read(validation, batch_axes, "validation")
+    data = trainer.read(validation, batch_axes, "validation")
     if data.layout != source.data.layout:
         raise ValueError(
             f"validation has the structure {data.layout}, the data {source.data.layout}. Pass "

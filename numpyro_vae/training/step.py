@@ -17,10 +17,11 @@ from numpyro import handlers
 from numpyro.infer import SVI
 from numpyro.infer.svi import SVIState
 
+from numpyro_vae.data.arrays import ArrayData
 from numpyro_vae.data.batch import Batch
 from numpyro_vae.guides.base import AmortizedGuide
 from numpyro_vae.model.plates import minibatch
-from numpyro_vae.model.reading import ModelReader, Reading
+from numpyro_vae.model.reading import ModelReader, Reading, read_for
 from numpyro_vae.numpyro_internals import (
     init_model_key,
     param_transforms,
@@ -81,6 +82,10 @@ class Trainer:
             guide = guide.eval()
         svi.model, svi.guide = wrap(svi.model), wrap(guide)
         return svi
+
+    def read(self, data: Any, batch_axes: Any, name: str = "data") -> ArrayData:
+        """Read data in memory, as the model's arguments."""
+        return read_for(self.reader, data, batch_axes, self.svi.static_kwargs, name)
 
     # -- the start --------------------------------------------------------------------------------
 

@@ -100,3 +100,33 @@ def test_a_plate_inside_a_subsampling_plate_subsamples_too():
     replayed = numpyro.handlers.replay(numpyro.handlers.seed(model, key), trace)
     of_model = numpyro.handlers.trace(replayed).get_trace(x)
     assert of_model["w"]["scale"] == of_model["x"]["scale"] == 6.0
+
+
+def test_a_model_may_ask_for_the_values_of_what_is_not_cut_into_rows():
+    """`np.unique` of labels says how many groups there are, in compiled code too."""
+
+    def model(x, group):
+        with numpyro.plate("groups", len(np.unique(group))):
+            b = numpyro.sample("b", dist.Normal(0.0, 1.0))
+        with numpyro.plate("data", len(x)):
+            z = numpyro.sample("z", dist.Normal(0.0, 1.0))
+            numpyro.sample("x", dist.Normal((z + b.sum())[:, None], 0.5).to_event(1), obs=x)
+
+    data = (X, np.array([3, 1, 1, 2]))
+    svi = make_svi(model, loss=Trace_ELBO(), plate="data")
+    options = {"batch_axes": (0, None), "batch_size": 20, "progress_bar": False}
+    result = fit(svi, KEY, data, num_epochs=1, **options)
+    assert result.params["b_auto_loc"].shape == (3,)
+    assert np.isfinite(Posterior(svi.guide, result).log_weights(KEY, data, 3)).all()
+
+
+def test_a_model_with_several_plates_is_not_told_which_is_the_local_one():
+    def model(x):
+        with numpyro.plate("groups", 3):
+            b = numpyro.sample("b", dist.Normal(0.0, 1.0))
+        with numpyro.plate("data", len(x)):
+            z = numpyro.sample("z", dist.Normal(0.0, 1.0))
+            numpyro.sample("x", dist.Normal((z + b.sum())[:, None], 0.5).to_event(1), obs=x)
+
+    with pytest.raises(ValueError, match="Several plates hold latent sites"):
+        fit(make_svi(model, loss=Trace_ELBO()), KEY, X, num_epochs=1, progress_bar=False)
