@@ -14,7 +14,7 @@ from numpyro_vae.checks.report import Report
 from numpyro_vae.checks.run import Checks, run_checks
 from numpyro_vae.guides.base import AmortizedGuide
 from numpyro_vae.inference import quantities as compiled
-from numpyro_vae.inference.datatree import build_datatree, choose_groups, gather
+from numpyro_vae.inference.datatree import build_datatree, choose_groups, gather, names_of
 from numpyro_vae.inference.derived import derived_sites
 from numpyro_vae.inference.runner import Runner, choose_names
 from numpyro_vae.model.enumeration import Enumeration
@@ -155,7 +155,8 @@ class Posterior:
         """Draw the observed sites from the posterior predictive of every row.
 
         The latents are those that `sample` draws with the same key. Draws of the observed sites
-        depend on the batches.
+        depend on the batches. Where the model is given no observations, as in ``model(x, None)``,
+        the latents are drawn from their prior, given the posterior of the globals.
 
         Args:
             rng_key: the random key.
@@ -171,12 +172,16 @@ class Posterior:
         Raises:
             ValueError: if ``num_samples`` is below 1 or a site does not exist.
         """
-        rows = self._runner.read(data)
+        rows = self._runner.read(data, of_prior=True)
         globals_ = self._runner.draw_globals(rng_key, rows, num_samples)
         sizes = {"num_samples": num_samples, "num_draws": num_samples, "row_axis": 1}
         derived = tuple(derived_sites(self._runner, rows).by_row.items())
-        predict = partial(self._runner.per_batch, compiled.predict, derived=derived, **sizes)
-        found = predict(rows, rng_key, globals_)
+        predict = partial(self._runner.per_batch, compiled.predict)
+        if rows.is_unobserved:
+            predict = partial(self._runner.per_batch, compiled.imagine, **names_of(self._runner))
+        by_group = predict(rows, rng_key, globals_, derived=derived, **sizes)
+        found = {name: by_group["posterior"][name] for name, _ in derived}
+        found |= by_group["posterior_predictive"]
         return {name: found[name] for name in choose_names(var_names, found)}
 
     def log_weights(self, rng_key: Array, data: Any, num_samples: int) -> np.ndarray:
@@ -380,7 +385,7 @@ class Posterior:
             ``observed_data``; and ``constant_data``, the model's other data. A guide without a
             density, of points, has neither log-likelihood nor weights.
         """
-        rows = self._runner.read(data)
+        rows = self._runner.read(data, of_prior=True)
         sites, of_globals = self.guide.sites, self.guide.global_names
         known = (*self._runner.local_names, *of_globals, *sites.deterministic)
         names = choose_names(var_names, known)

@@ -27,7 +27,7 @@ from numpyro_vae.model.plan import GuidePlan, plan_guide
 from numpyro_vae.model.plates import all_rows
 from numpyro_vae.model.reading import ModelReader
 from numpyro_vae.model.run import Run, given_rows, run_model
-from numpyro_vae.model.sites import Site
+from numpyro_vae.model.sites import ModelSites, Site
 from numpyro_vae.model.trace import Rows
 from numpyro_vae.numpyro_internals import (
     is_set_up,
@@ -213,7 +213,7 @@ class AmortizedGuide(AutoGuide):
         """
         run = self._run(args, kwargs)
         sites = run.same_sites(self.local_sites)
-        if not sites:
+        if not sites or (given is not None and self.is_unobserved(run.sites)):
             return Encoding({}, {}, self.family, run)
         network, inputs = self._network(run, sites), run.inputs(self.inputs)
         if given is not None:
@@ -221,6 +221,13 @@ class AmortizedGuide(AutoGuide):
         training = self.training and is_training()
         applied, features = declare_network(network, self.prefix, inputs, train=training)
         return Encoding(features, applied.in_order(), self.family, run)
+
+    def is_unobserved(self, sites: ModelSites) -> bool:
+        """Return whether a model holds none of the observations that the network reads."""
+        if self.inputs is not None or self.segments:
+            return False
+        plate = self.plate.name
+        return bool(self.sites.observed(plate)) and not sites.observed(plate)
 
     def _network(self, run: Run, sites: tuple[Site, ...]) -> Network:
         """Return the network that serves the sites as they are in a run."""

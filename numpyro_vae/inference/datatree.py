@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from xarray import DataTree
 
 SAMPLED = ("posterior", "posterior_predictive", "log_likelihood", "sample_stats")
+OF_OBSERVATIONS = ("log_likelihood", "sample_stats", "observed_data")
 GROUPS = (*SAMPLED, "observed_data", "constant_data")
 
 Groups = dict[str, dict[str, np.ndarray]]
@@ -64,13 +65,17 @@ def gather(
     guide, derived = runner.guide, derived_sites(runner, rows)
     globals_ = runner.draw_globals(rng_key, rows, num_samples)
     run = partial(runner.per_batch, num_samples=num_samples, row_axis=1)
+    if rows.is_unobserved:
+        groups = tuple(name for name in groups if name not in OF_OBSERVATIONS)
     observed = runner.per_batch(quantities.observed, rows)
     found: Groups = {"observed_data": observed}
     drawn = tuple(name for name in groups if not (marginal and name == "posterior_predictive"))
     if set(drawn) & {"posterior", "posterior_predictive", "sample_stats"}:
         by_row = tuple(derived.by_row.items()) if "posterior" in groups else ()
-        draw = partial(run, quantities.draws, num_draws=num_samples, derived=by_row)
-        found |= draw(rows, rng_key, globals_, groups=drawn)
+        draw = partial(run, quantities.draws, num_draws=num_samples, groups=drawn)
+        if rows.is_unobserved:
+            draw = partial(run, quantities.imagine, **names_of(runner))
+        found |= draw(rows, rng_key, globals_, derived=by_row)
     if marginal and "posterior_predictive" in groups:
         predicted = run(quantities.replicate, rows, rng_key, globals_)
         found["posterior_predictive"] = {name: predicted[name] for name in observed}
@@ -88,6 +93,12 @@ def gather(
     by_row = {name for group in found.values() for name in group} - set(whole)
     dims = rows_first(site_dims(guide.sites), by_row, (guide.plate.name, *guide.segments))
     return {group: found[group] for group in groups if group in found}, dims | derived.dims
+
+
+def names_of(runner: Runner) -> dict[str, tuple[str, ...]]:
+    """Return the names of the sites that are drawn for rows without observations."""
+    observed = runner.guide.sites.observed(runner.guide.plate.name)
+    return {"latent": runner.local_names, "observed": tuple(site.name for site in observed)}
 
 
 def _local(runner: Runner, draws: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

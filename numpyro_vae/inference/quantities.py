@@ -73,11 +73,10 @@ def _values(batch: EncodedBatch, packed: Array, globals_: dict, keys: Array, nam
 def predict(
     batch: EncodedBatch, rng_key: Array, globals_: dict, *, num_samples: int, derived: Axes
 ) -> dict:
-    """Return draws of observed and deterministic sites, ``(num_samples, batch, ...)``."""
+    """Return by ArviZ group draws of observed and deterministic sites, as `finish` does."""
     keys = _noise_keys(batch, rng_key, num_samples)
     packed = batch.draw(rng_key, num_samples, globals_)
-    by_group = _predictions(batch, packed, globals_, keys, derived)
-    return {name: value for variables in by_group.values() for name, value in variables.items()}
+    return _predictions(batch, packed, globals_, keys, derived)
 
 
 def _predictions(
@@ -169,6 +168,35 @@ def replicate(batch: EncodedBatch, rng_key: Array, globals_: dict, *, num_sample
 
     def one(globals_: dict, rng_key: Array) -> dict:
         return predicted_rows(batch.trace(globals_, rng_key, observed=False), batch.encoding.run)
+
+    return batch.over_draws(one, globals_, _noise_keys(batch, rng_key, num_samples))
+
+
+def imagine(
+    batch: EncodedBatch,
+    rng_key: Array,
+    globals_: dict,
+    *,
+    num_samples: int,
+    latent: Names,
+    observed: Names,
+    derived: Axes,
+) -> dict[str, dict]:
+    """Return by ArviZ group what is drawn of rows without observations: from the prior.
+
+    All are ``(num_samples, batch, ...)``.
+    """
+    run = batch.encoding.run
+
+    def rows_of(trace: dict, names: Names) -> dict:
+        axes = {name: run.sites.sites[name].axis(run.plate) for name in names}
+        return {name: jnp.moveaxis(trace[name]["value"], axes[name], 0) for name in names}
+
+    def one(globals_: dict, rng_key: Array) -> dict[str, dict]:
+        trace = batch.trace(globals_, rng_key)
+        found = {name: jnp.moveaxis(trace[name]["value"], axis, 0) for name, axis in derived}
+        drawn = rows_of(trace, latent) | found
+        return {"posterior": drawn, "posterior_predictive": rows_of(trace, observed)}
 
     return batch.over_draws(one, globals_, _noise_keys(batch, rng_key, num_samples))
 

@@ -32,6 +32,7 @@ class Rows:
         plate: the name of the local plate.
         num_rows: how many rows it has.
         subsamples: whether the model selects rows in its own plate.
+        is_unobserved: whether the model is given none of the observations that the guide reads.
         held: by plate its size and the rows that it is told to hold, where the model declares
             another number of them than the data have.
         chosen: the numbers of the rows that results are wanted of, in that order.
@@ -43,6 +44,7 @@ class Rows:
     plate: str
     num_rows: int
     subsamples: bool
+    is_unobserved: bool
     held: dict[str, tuple[int, Any]]
     chosen: np.ndarray
     args: tuple
@@ -78,7 +80,8 @@ class Rows:
             )
         check_observed(sites, plate, guide.segments)
         subsamples, chosen = plate.length < plate.size, np.arange(plate.size)
-        return cls(arrays, name, plate.size, subsamples, held, chosen, args, kwargs)
+        unobserved = guide.is_unobserved(sites)
+        return cls(arrays, name, plate.size, subsamples, unobserved, held, chosen, args, kwargs)
 
     def choose(self, rows: Any) -> Rows:
         """Return the same data, with results wanted of some rows only.

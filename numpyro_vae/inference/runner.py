@@ -50,9 +50,24 @@ class Runner:
         discrete = self.guide.sites.enumerated(self.guide.plate.name)
         return tuple(site.name for site in (*self.guide.local_sites, *discrete))
 
-    def read(self, data: Any) -> Rows:
-        """Return the rows of data; see `Rows.read`."""
-        return Rows.read(self.guide, self.static_kwargs, data, self.batch_axes)
+    def read(self, data: Any, *, of_prior: bool = False) -> Rows:
+        """Return the rows of data; see `Rows.read`.
+
+        Args:
+            data: the data.
+            of_prior: whether data without observations will do, as latents are of their prior then.
+
+        Raises:
+            ValueError: if there are no observations, and they will not do.
+        """
+        rows = Rows.read(self.guide, self.static_kwargs, data, self.batch_axes)
+        if rows.is_unobserved and not of_prior:
+            raise ValueError(
+                f"Nothing is observed in plate {rows.plate!r}, so there is no posterior. Pass the "
+                "observations that the guide was trained with; predict and to_datatree can do "
+                "without, and draw latents from their prior."
+            )
+        return rows
 
     def draw_globals(self, rng_key: Array, rows: Rows, num_samples: int) -> dict[str, Array]:
         """Draw the global sites, one set for all rows.

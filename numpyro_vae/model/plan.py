@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
 from typing import Any
 
+import numpy as np
+from jax.core import Tracer
+
 from numpyro_vae.model.provenance import RANDOM
 from numpyro_vae.model.reading import ModelReader
 from numpyro_vae.model.sites import ModelSites, Plate, Site, choose_plate
@@ -68,6 +71,7 @@ def plan_guide(
         _check_continuous(site, local_plate)
     _check_supports(sites, local_plate)
     local = _in_order(sites.local(local_plate.name), dependencies, local_plate)
+    _check_scales(reader, args, kwargs, rows, local)
     globals_ = tuple(site.name for site in sites.globals(local_plate.name))
     wrong = [name for name in condition_on if name not in globals_]
     if wrong:
@@ -132,6 +136,28 @@ def _check_supports(sites: ModelSites, plate: Plate) -> None:
                 "one with a fixed support, and wrap the model in numpyro.handlers.reparam with "
                 f"config={{{site.name!r}: TransformReparam()}}."
             )
+
+
+def _check_scales(
+    reader: ModelReader, args: tuple, kwargs: dict[str, Any], rows: Rows, sites: tuple[Site, ...]
+) -> None:
+    """Raise if the model scales the local latents of a datum by unlike factors.
+
+    Of such a model the ELBO is largest at no posterior. What compiled code is given is not seen.
+    """
+    if not set(reader.abstract(args, kwargs, rows).scales) & {site.name for site in sites}:
+        return
+    scales = reader.read(args, kwargs, rows).scales
+    found = {site.name: scales.get(site.name, 1.0) for site in sites}
+    if any(isinstance(scale, Tracer) for scale in found.values()):
+        return
+    first, *others = (np.unique(np.asarray(scale, np.float32)) for scale in found.values())
+    if any(not np.array_equal(first, other) for other in others):
+        raise ValueError(
+            f"The model scales its local sites by unlike factors: {found}. Then no posterior is "
+            "that which the ELBO leads to. Put all of them into one handlers.scale, or scale the "
+            "likelihood by the inverse factor instead."
+        )
 
 
 def _in_order(

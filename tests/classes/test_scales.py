@@ -124,3 +124,15 @@ def test_latents_masked_as_a_whole_are_scored_by_another_site():
     assert list(tree["observed_data"].data_vars) == ["x"]
     assert list(tree["posterior_predictive"].data_vars) == ["x"]
     assert posteriors[1].repair(KEY, X, [0, 1], method="importance").remaining.size == 0
+
+
+def test_local_latents_of_unlike_scales_are_refused():
+    def unlike(x):
+        with numpyro.plate("data", len(x)):
+            with handlers.scale(scale=2.0):
+                z = numpyro.sample("z", dist.Normal(0.0, 1.0))
+            w = numpyro.sample("w", dist.Normal(0.0, 1.0))
+            numpyro.sample("x", dist.Normal(z + w, 0.5), obs=x)
+
+    with pytest.raises(ValueError, match=r"unlike factors: .*'z'.*one handlers\.scale"):
+        AutoAmortizedNormal(unlike).setup(X)
