@@ -39,6 +39,7 @@ ORDER = {
         "provenance",
         "sites",
         "trace",
+        "contents",
         "reading",
         "plates",
         "run",

@@ -153,6 +153,8 @@ class AmortizedGuide(AutoGuide):
             condition_on=self.condition_on,
             dependencies=self.dependencies,
         )
+        if not self.family.is_factorized:
+            plan.require_like_scales()
         if plan != self.plan:
             self.compiled = {}  # what was compiled for another model
         self.plan = plan

@@ -85,7 +85,9 @@ class Runner:
         return compiled(self.params, rows.everything(), key)
 
     def require_density(self) -> None:
-        """Raise ValueError if the guide is of points."""
+        """Raise ValueError if the guide is of points, or the model's scales make no posterior."""
+        if self.guide.plan is not None:
+            self.guide.plan.require_like_scales()
         if not self.guide.family.has_density:
             raise ValueError(
                 f"{type(self.guide.family).__name__} has no density, so there are no importance "

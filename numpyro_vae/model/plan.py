@@ -28,6 +28,7 @@ class GuidePlan:
         bounds: what the supports of these are made of, where they are computed: a guide of global
             sites keeps the values that it has seen.
         scaled: the names of the sites that the model scales.
+        unlike: the factors of the local sites, where they are not all the same.
     """
 
     sites: ModelSites
@@ -36,6 +37,17 @@ class GuidePlan:
     globals: tuple[str, ...]
     bounds: tuple[Any, ...] = ()
     scaled: tuple[str, ...] = ()
+    unlike: str = ""
+
+    def require_like_scales(self) -> None:
+        """Raise ValueError if the model scales the local latents of a datum by unlike factors."""
+        if self.unlike:
+            raise ValueError(
+                f"The model scales its local sites by unlike factors: {self.unlike}. Then there is "
+                "no posterior that the ELBO leads to, nor weights, evidence or checks of it. Put "
+                "all local sites into one handlers.scale, or scale the likelihood instead; with "
+                "AutoAmortizedNormal you can train, encode and sample all the same."
+            )
 
 
 def plan_guide(
@@ -71,7 +83,6 @@ def plan_guide(
         _check_continuous(site, local_plate)
     _check_supports(sites, local_plate)
     local = _in_order(sites.local(local_plate.name), dependencies, local_plate)
-    _check_scales(reader, args, kwargs, rows, local)
     globals_ = tuple(site.name for site in sites.globals(local_plate.name))
     wrong = [name for name in condition_on if name not in globals_]
     if wrong:
@@ -80,7 +91,8 @@ def plan_guide(
             f"{list(globals_)}. Name these; local sites go into dependencies=."
         )
     bounds = reader.bounds(args, kwargs, rows, globals_)
-    return GuidePlan(sites, local_plate, local, globals_, bounds, tuple(reading.scales))
+    scaled, unlike = tuple(reading.scales), _unlike_scales(reader, args, kwargs, rows, local)
+    return GuidePlan(sites, local_plate, local, globals_, bounds, scaled, unlike)
 
 
 def outside(
@@ -138,26 +150,18 @@ def _check_supports(sites: ModelSites, plate: Plate) -> None:
             )
 
 
-def _check_scales(
+def _unlike_scales(
     reader: ModelReader, args: tuple, kwargs: dict[str, Any], rows: Rows, sites: tuple[Site, ...]
-) -> None:
-    """Raise if the model scales the local latents of a datum by unlike factors.
-
-    Of such a model the ELBO is largest at no posterior. What compiled code is given is not seen.
-    """
+) -> str:
+    """Return the factors of local sites if they differ; those of compiled code are not known."""
     if not set(reader.abstract(args, kwargs, rows).scales) & {site.name for site in sites}:
-        return
+        return ""
     scales = reader.read(args, kwargs, rows).scales
     found = {site.name: scales.get(site.name, 1.0) for site in sites}
     if any(isinstance(scale, Tracer) for scale in found.values()):
-        return
+        return ""
     first, *others = (np.unique(np.asarray(scale, np.float32)) for scale in found.values())
-    if any(not np.array_equal(first, other) for other in others):
-        raise ValueError(
-            f"The model scales its local sites by unlike factors: {found}. Then no posterior is "
-            "that which the ELBO leads to. Put all of them into one handlers.scale, or scale the "
-            "likelihood by the inverse factor instead."
-        )
+    return "" if all(np.array_equal(first, other) for other in others) else str(found)
 
 
 def _in_order(

@@ -14,7 +14,8 @@ from jaxtyping import Array, Bool, Float, Int
 from numpyro import handlers
 
 from numpyro_vae.data.ragged import Masked, Segments
-from numpyro_vae.model.reading import ModelReader, Reading
+from numpyro_vae.model.contents import Reading
+from numpyro_vae.model.reading import ModelReader
 from numpyro_vae.model.sites import ModelSites, Plate, Site
 from numpyro_vae.model.trace import Rows
 from numpyro_vae.numpyro_internals import declare_plate

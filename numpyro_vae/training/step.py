@@ -20,8 +20,9 @@ from numpyro.infer.svi import SVIState
 from numpyro_vae.data.arrays import ArrayData
 from numpyro_vae.data.batch import Batch
 from numpyro_vae.guides.base import AmortizedGuide
+from numpyro_vae.model.contents import Reading
 from numpyro_vae.model.plates import minibatch
-from numpyro_vae.model.reading import ModelReader, Reading, read_for
+from numpyro_vae.model.reading import ModelReader, read_for
 from numpyro_vae.numpyro_internals import (
     init_model_key,
     param_transforms,
