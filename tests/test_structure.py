@@ -55,6 +55,7 @@ ORDER = {
         "quantities",
         "rows",
         "runner",
+        "rounding",
         "datatree",
         "refine",
     ),

@@ -29,6 +29,7 @@ from numpyro_vae.inference.psis import (
     tail_length,
 )
 from numpyro_vae.inference.quantities import weigh
+from numpyro_vae.inference.rounding import rounding_error
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -40,6 +41,8 @@ LOWEST = -1e30  # stands for minus infinity, which has no weight, but times whic
 VERDICTS = ("fine", "reweight", "borderline", "not to be trusted")
 VERDICT_COLOURS = (COLOURS[0], "#56B4E9", *COLOURS[1:])
 MAX_DIVERGENCE = 0.1  # nats up to which draws are as good as those of the posterior itself
+MAX_ROUNDING = 0.1  # nats of rounding error, above which the bounds are not what they seem
+ADVICE = "call numpyro.enable_x64() at the start of the program"
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,7 @@ class Importance(AbstractCheck):
         require_draws(self.num_samples)
 
     def compute(self, subject: Subject) -> xr.Dataset:
-        """Return the summaries of each row's weights.
+        """Return the summaries of each row's weights, and their rounding error if it was measured.
 
         Raises:
             ValueError: if a row's weights are not finite.
@@ -85,15 +88,22 @@ class Importance(AbstractCheck):
         threshold = khat_threshold(self.num_samples)
         attrs = {"num_samples": self.num_samples, "khat_threshold": threshold}
         attrs |= {"max_divergence": MAX_DIVERGENCE}
-        return xr.Dataset({name: ([subject.plate], x) for name, x in found.items()}, attrs=attrs)
+        dataset = xr.Dataset({name: ([subject.plate], x) for name, x in found.items()}, attrs=attrs)
+        runner, rows, key = subject.runner, subject.rows, subject.rng_key
+        error = rounding_error(runner, rows, key, found["log_evidence"])
+        return dataset if error is None else dataset.assign(rounding_error=error)
 
     def find(self, dataset: xr.Dataset) -> Findings:
-        """Yield how many rows have a posterior that is not fine."""
+        """Yield how many rows are not fine, and whether rounding errors are large."""
         verdict = verdicts(dataset)
         bad = int((verdict > 0).sum())
         text = f"{bad:,} of {verdict.size:,} rows have draws that are not usable as they are"
         advice = "repair them: posterior.repair(rng_key, data, report)" if bad else ""
         yield Finding(self.name, not bad, text, advice)
+        error = float(dataset.get("rounding_error", 0.0))
+        if error > MAX_ROUNDING:
+            text = f"float32 is too coarse: log weights have rounding errors of {error:.2g} nats"
+            yield Finding(self.name, False, text, ADVICE)
 
     def draw(self, dataset: xr.Dataset, ax: Axes) -> None:
         """Draw the k-hat of every row, sorted, coloured and counted by its verdict.
