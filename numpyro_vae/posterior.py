@@ -294,7 +294,10 @@ class Posterior:
     ) -> Report:
         """Check the posterior of every row, without a refit; see the page on checks.
 
-        What is judged is the local posterior, given draws of the global latents.
+        What is judged is the local posterior, given draws of the global latents. The importance
+        check gives each row a verdict: *fine* if its draws are usable as they are, *reweight* if
+        they are usable with their importance weights, *borderline*, or *not to be trusted*. The
+        report's ``flagged`` are all rows that are not fine.
 
         Args:
             rng_key: the random key. What a check computes does not depend on the other checks.

@@ -58,6 +58,7 @@ ORDER = {
         "quantities",
         "rows",
         "runner",
+        "rounding",
         "derived",
         "datatree",
         "refine",

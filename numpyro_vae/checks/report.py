@@ -12,9 +12,8 @@ import numpy as np
 
 from numpyro_vae.checks.base import AbstractCheck, Finding
 from numpyro_vae.checks.collapse import count_collapsed
-from numpyro_vae.checks.importance import VERDICTS, verdicts
+from numpyro_vae.checks.importance import VERDICTS, meanings, verdicts
 from numpyro_vae.checks.page import draw_checks, write_page
-from numpyro_vae.inference.psis import UNTRUSTWORTHY
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -39,14 +38,16 @@ class Report:
 
     Example:
         >>> import xarray as xr
-        >>> attrs = {"khat_threshold": 0.7, "num_data": 3}
-        >>> khat = xr.Dataset({"khat": ("data", [0.2, 1.3, 0.1])}, attrs=attrs)
-        >>> report = Report(khat, (Finding("importance", False, "1 of 3 rows have k-hat > 0.7"),))
-        >>> report.flagged.tolist()
-        [1]
+        >>> columns = {"khat": [0.2, 1.3, 0.1], "divergence": [0.0, 2.0, 0.3]}
+        >>> columns["divergence_mcse"] = [0.0, 0.5, 0.01]
+        >>> attrs = {"khat_threshold": 0.7, "max_divergence": 0.1, "num_data": 3}
+        >>> dataset = xr.Dataset({k: ("data", x) for k, x in columns.items()}, attrs=attrs)
+        >>> report = Report(dataset, (Finding("importance", False, "2 of 3 rows are not fine"),))
+        >>> report.verdict.tolist(), report.flagged.tolist()
+        ([0, 3, 1], [1, 2])
         >>> print(report)
         3 data
-          importance   ! 1 of 3 rows have k-hat > 0.7
+          importance   ! 2 of 3 rows are not fine
     """
 
     dataset: Dataset
@@ -56,7 +57,10 @@ class Report:
 
     @property
     def verdict(self) -> np.ndarray:
-        """For each row 0 if its posterior is fine, 1 if borderline, 2 if not to be trusted.
+        """For each row 0, 1, 2 or 3: fine, reweight, borderline, or not to be trusted.
+
+        *Fine* draws are usable as they are; those to *reweight* are usable with their importance
+        weights. See `Importance` for the rules.
 
         Raises:
             ValueError: if the importance check was not run.
@@ -65,7 +69,7 @@ class Report:
 
     @property
     def flagged(self) -> np.ndarray:
-        """The numbers of the rows whose posterior is not fine, for `Posterior.repair`."""
+        """The numbers of the rows that are not fine, for `Posterior.repair`."""
         return np.flatnonzero(self.verdict)
 
     def flagged_of(self, num_rows: int) -> np.ndarray:
@@ -162,15 +166,11 @@ class Report:
             monte_carlo = np.sqrt((errors**2).sum()) / values.size
             found = f"{values.mean():10.3f} nats a datum"
             lines.append(f"{name:<13}{found} (se {error:.3f}, Monte Carlo {monte_carlo:.3f})")
-        counts, threshold = np.bincount(self.verdict, minlength=3), self._threshold()
-        ranges = (f"k-hat < {threshold}", f"up to {UNTRUSTWORTHY}", f"above {UNTRUSTWORTHY}")
-        for label, count, khats in zip(VERDICTS, counts, ranges, strict=True):
+        counts = np.bincount(self.verdict, minlength=len(VERDICTS))
+        for label, count, meaning in zip(VERDICTS, counts, meanings(self.dataset), strict=True):
             share = count / counts.sum()
-            lines.append(f"{label:<19}{count:6d}  ({share:6.1%})  {khats}")
+            lines.append(f"{label:<19}{count:6d}  ({share:6.1%})  {meaning}")
         return lines
-
-    def _threshold(self) -> str:
-        return f"{self.dataset.attrs['khat_threshold']:.2f}"
 
     def __rich__(self) -> Table:
         """Return what was found as a table in colour."""

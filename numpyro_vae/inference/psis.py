@@ -12,6 +12,7 @@ __all__ = ["khat_threshold", "pareto_khat"]
 
 MIN_SAMPLES = 100  # of fewer draws the tail is too short to judge, and the threshold below 0.5
 UNTRUSTWORTHY = 1.0  # a k-hat from which on the weights have no finite mean
+NEGLIGIBLE = 0.01  # a range of log weights that is no tail to speak of: rounding, for the most part
 
 
 def khat_threshold(num_samples: int) -> float:
@@ -33,7 +34,8 @@ def khat_threshold(num_samples: int) -> float:
 def pareto_khat(log_weights: np.ndarray) -> np.ndarray:
     """Return the Pareto k-hat of each datum's importance weights, by ``arviz_stats``.
 
-    Weights that are all alike, up to rounding, have no tail: their k-hat is minus infinity.
+    Weights that are all alike, up to rounding or within a hundredth, have no tail: their k-hat is
+    minus infinity.
 
     Args:
         log_weights: ``(num_samples, num_data)``.
@@ -129,7 +131,7 @@ def khat_of_tail(
 
     khat = np.full(tail.shape[1], -np.inf)
     size = np.maximum(np.abs(lowest + reference), np.abs(highest + reference))
-    spread = highest - lowest > 1e-5 * (1 + size)
+    spread = highest - lowest > np.maximum(1e-5 * (1 + size), NEGLIGIBLE)
     if spread.any():
         # What is below the tail does not matter but for its number. The same tail of five times
         # as many weights is what ``psislw`` takes for the tail of weights that are so few.
