@@ -300,7 +300,7 @@ class Posterior:
 
         Raises:
             ValueError: if a check is unknown, is there twice, or was asked for and does not apply;
-                or if a row's weights are not finite.
+                or if no row has finite weights.
         """
         return run_checks(
             self._runner, rng_key, data, checks, progress_bar=progress_bar, coords=coords
@@ -320,7 +320,8 @@ class Posterior:
         ``"importance"`` weighs draws of the guide, and a few of the prior, and resamples them;
         ``"refine"`` does so after it has optimized the rows' own variational parameters; ``"nuts"``
         runs four chains of each row. ``"auto"`` tries them in this order on the rows that have not
-        passed yet.
+        passed yet. Rows that no method repairs, such as those whose data the model gives no
+        density, are named in `Repair.remaining`.
 
         Global latents are held at draws of their posterior, 32 of them, among which the draws of
         a row are divided evenly. So the draws of a row include the uncertainty of the globals,
@@ -335,8 +336,7 @@ class Posterior:
             num_samples: draws of each row.
 
         Raises:
-            ValueError: if a row does not exist, the method is unknown, the guide has no density, or
-                no draw of a row has any importance weight.
+            ValueError: if a row does not exist, the method is unknown, or the guide has no density.
         """
         return run_repair(self._runner, rng_key, data, rows, method, num_samples)
 

@@ -69,8 +69,11 @@ class Importance(AbstractCheck):
     def compute(self, subject: Subject) -> xr.Dataset:
         """Return the summaries of each row's weights.
 
+        A row with weights that are not finite has an infinite k-hat, and its other summaries are
+        NaN.
+
         Raises:
-            ValueError: if a row's weights are not finite.
+            ValueError: if no row has finite weights.
         """
         found = summarize(_sums_of_all(subject, self.num_samples))
         threshold = khat_threshold(self.num_samples)
@@ -83,6 +86,13 @@ class Importance(AbstractCheck):
         text = f"{bad:,} of {dataset['khat'].size:,} rows have k-hat > {threshold:.2f}"
         advice = "repair them: posterior.repair(rng_key, data, report)" if bad else ""
         yield Finding(self.name, not bad, text, advice)
+        nowhere = np.flatnonzero(np.isnan(dataset["elbo"].values))
+        if nowhere.size:
+            text = (
+                f"{nowhere.size:,} rows have log weights that are not finite, the first is row "
+                f"{nowhere[0]}: the model gives some of their draws no density, or an infinite one"
+            )
+            yield Finding(self.name, False, text, "are their data possible under the model?")
 
     def draw(self, dataset: xr.Dataset, ax: Axes) -> None:
         """Draw the k-hat of every row, sorted, coloured and counted by its verdict.
@@ -184,23 +194,30 @@ def summarize(sums: Sums) -> dict[str, np.ndarray]:
     """Return what is reported of each row, from the sums over all its draws.
 
     Raises:
-        ValueError: if a row's weights are not finite.
+        ValueError: if no row's weights are finite.
     """
-    highest = np.asarray(sums.largest[:, 0], float)
     bad, first = np.asarray(sums.num_bad), np.asarray(sums.reference)
-    require_finite(bad, first, np.arange(len(bad)))
+    if bad.all():
+        require_finite(bad, first, np.arange(len(bad)))
+    with np.errstate(invalid="ignore"):  # of the other rows
+        found = _summaries(sums)
+    blank = dict.fromkeys(found, np.nan) | {"khat": np.inf}
+    return {name: np.where(bad > 0, blank[name], values) for name, values in found.items()}
+
+
+def _summaries(sums: Sums) -> dict[str, np.ndarray]:
     reference = np.asarray(sums.reference, float)
     number = float(np.max(sums.count))
     log_sum, log_squares = (np.asarray(x, float) for x in (sums.log_sum, sums.log_sum_squares))
     ess = np.exp(2 * log_sum - log_squares)
     relative_variance = np.maximum(number / ess - 1, 0) / (number - 1)
+    highest = np.asarray(sums.largest[:, 0], float)
+    largest, lowest = np.asarray(sums.largest), np.asarray(sums.lowest)
     return {
         "elbo": reference + sums.mean,
         "elbo_mcse": np.sqrt(np.asarray(sums.squares, float) / (number - 1) / number),
         "log_evidence": reference + log_sum - np.log(number),
         "log_evidence_mcse": np.sqrt(relative_variance),
-        "khat": khat_of_tail(
-            np.asarray(sums.largest, float).T, np.asarray(sums.lowest), highest, reference
-        ),
+        "khat": khat_of_tail(largest.T, lowest, highest, reference),
         "ess": ess,
     }
