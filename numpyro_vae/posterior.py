@@ -15,8 +15,10 @@ from numpyro_vae.checks.run import Checks, run_checks
 from numpyro_vae.guides.base import AmortizedGuide
 from numpyro_vae.inference import quantities as compiled
 from numpyro_vae.inference.datatree import build_datatree, choose_groups, gather
+from numpyro_vae.inference.predictable import require_predicted
 from numpyro_vae.inference.runner import Runner, choose_names
 from numpyro_vae.model.enumeration import Enumeration
+from numpyro_vae.numpyro_internals import HANDLERS
 from numpyro_vae.repair.result import Repair
 from numpyro_vae.repair.run import run_repair
 
@@ -135,8 +137,7 @@ class Posterior:
         local = self._runner.local_names
         names = choose_names(var_names, (*local, *globals_))
         kept = tuple(name for name in local if name in names)
-        sizes = {"num_samples": num_samples, "num_draws": num_samples, "row_axis": 1}
-        draw = partial(self._runner.per_batch, compiled.sample, names=kept, **sizes)
+        draw = partial(self._runner.per_draw, compiled.sample, names=kept, num_samples=num_samples)
         draws = draw(rows, rng_key, globals_) if kept else {}
         for name, value in draws.items():
             axis = self.guide.sites.sites[name].axis(self.guide.plate)
@@ -171,9 +172,11 @@ class Posterior:
         """
         rows = self._runner.read(data)
         globals_ = self._runner.draw_globals(rng_key, rows, num_samples)
-        sizes = {"num_samples": num_samples, "num_draws": num_samples, "row_axis": 1}
-        found = self._runner.per_batch(compiled.predict, rows, rng_key, globals_, **sizes)
-        return {name: found[name] for name in choose_names(var_names, found)}
+        run = partial(self._runner.per_draw, compiled.predict, observed=True)
+        found = run(rows, rng_key, globals_, num_samples=num_samples)
+        names = None if var_names is None else list(var_names)
+        require_predicted(self._runner, rows, found, names)
+        return {name: found[name] for name in choose_names(names, found)}
 
     def log_weights(self, rng_key: Array, data: Any, num_samples: int) -> np.ndarray:
         r"""Return the log importance weight of every draw of every row.
@@ -196,9 +199,8 @@ class Posterior:
         self._runner.require_density()
         rows = self._runner.read(data)
         globals_ = self._runner.draw_globals(rng_key, rows, num_samples)
-        sizes = {"num_samples": num_samples, "num_draws": num_samples, "row_axis": 1}
-        found = self._runner.per_batch(compiled.weigh, rows, rng_key, globals_, **sizes)
-        return found["log_weights"]
+        run = partial(self._runner.per_draw, compiled.weigh, num_samples=num_samples)
+        return run(rows, rng_key, globals_)["log_weights"]
 
     def log_evidence(
         self,
@@ -227,9 +229,8 @@ class Posterior:
         self._runner.require_density()
         rows = self._runner.read(data)
         globals_ = self._runner.draw_globals(rng_key, rows, num_samples)
-        sizes = {"num_samples": num_samples, "particles": num_particles, "row_axis": 1}
-        found = self._runner.per_batch(compiled.evidence, rows, rng_key, globals_, **sizes)
-        return found["log_evidence"]
+        run = partial(self._runner.per_draw, compiled.evidence, particles=num_particles)
+        return run(rows, rng_key, globals_, num_samples=num_samples)["log_evidence"]
 
     def probabilities(
         self,
@@ -270,9 +271,11 @@ class Posterior:
         globals_ = self._runner.draw_globals(rng_key, rows, num_samples)
         sizes = {"num_samples": num_samples, "particles": num_particles}
         found = self._runner.per_batch(compiled.classify, rows, rng_key, globals_, **sizes)
-        return Enumeration.of_model(
-            self.guide.reader, self.guide.plate.name, rows.args, rows.kwargs
-        ).probabilities(found["probabilities"])
+        with HANDLERS:
+            enumeration = Enumeration.of_model(
+                self.guide.reader, self.guide.plate.name, rows.args, rows.kwargs
+            )
+        return enumeration.probabilities(found["probabilities"])
 
     def check(
         self,

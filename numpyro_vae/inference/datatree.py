@@ -13,6 +13,7 @@ from jaxtyping import Array
 
 from numpyro_vae.data.arrays import ArrayData
 from numpyro_vae.inference import quantities
+from numpyro_vae.inference.predictable import undrawn_sites, warn_of_undrawn
 from numpyro_vae.inference.rows import Rows
 from numpyro_vae.inference.runner import Runner
 from numpyro_vae.model.sites import ModelSites
@@ -62,16 +63,18 @@ def gather(
     """
     guide = runner.guide
     globals_ = runner.draw_globals(rng_key, rows, num_samples)
-    run = partial(runner.per_batch, num_samples=num_samples, row_axis=1)
+    run = partial(runner.per_draw, num_samples=num_samples)
     observed = runner.per_batch(quantities.observed, rows)
     found: Groups = {"observed_data": observed}
     drawn = tuple(name for name in groups if not (marginal and name == "posterior_predictive"))
     if set(drawn) & {"posterior", "posterior_predictive", "sample_stats"}:
-        draw = partial(run, quantities.draws, num_draws=num_samples)
+        draw = partial(run, quantities.draws, observed=True)
         found |= draw(rows, rng_key, globals_, groups=drawn)
     if marginal and "posterior_predictive" in groups:
-        predicted = run(quantities.replicate, rows, rng_key, globals_)
-        found["posterior_predictive"] = {name: predicted[name] for name in observed}
+        predicted = run(quantities.replicate, rows, rng_key, globals_, observed=True)
+        found["posterior_predictive"] = {n: predicted[n] for n in observed if n in predicted}
+    if "posterior_predictive" in groups:
+        warn_of_undrawn(undrawn_sites(runner, rows, found["posterior_predictive"]))
     of_globals = _globals(runner, rows, rng_key, globals_)
     found["posterior"] = found.get("posterior", {}) | of_globals
     found["constant_data"] = constant_data(guide.model, rows.data, observed)

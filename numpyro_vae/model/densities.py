@@ -89,7 +89,7 @@ def predicted_rows(trace: dict[str, Any], run: Run) -> dict[str, Array]:
     """Return what the model, run on a batch without its data, has drawn for them.
 
     Args:
-        trace: of the model under ``handlers.uncondition``.
+        trace: of the model under `redraw`; what it could not draw is left out.
         run: the run of the model that the guide has read.
 
     Returns:
@@ -102,8 +102,8 @@ def predicted_rows(trace: dict[str, Any], run: Run) -> dict[str, Array]:
         observed = site["type"] == "sample" and was_observed(site)
         dims = {frame.name: frame.dim for frame in site.get("cond_indep_stack", ())}
         plate = next((plate for plate in plates if plate in dims), None)
-        if observed and not jnp.size(site["value"]):
-            continue  # a numpyro.factor
+        if observed and (site["is_observed"] or not jnp.size(site["value"])):
+            continue  # what cannot be drawn, or a numpyro.factor
         if plate and (observed or site["type"] == "deterministic"):
             event_dim = site["fn"].event_dim if observed else _event_dim(site)
             found[name] = jnp.moveaxis(site["value"], dims[plate] - event_dim, 0)

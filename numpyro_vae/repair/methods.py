@@ -13,8 +13,23 @@ from scipy.special import logsumexp
 from numpyro_vae.inference.psis import khat_threshold, smooth
 from numpyro_vae.inference.rows import Rows
 from numpyro_vae.inference.runner import Runner
-from numpyro_vae.repair.nuts import ROUNDS, Frame, advance, start_chains
-from numpyro_vae.repair.proposals import PROPOSALS, Held, Kernels, adapt, propose
+from numpyro_vae.repair.nuts import (
+    ITERATIONS,
+    NUM_CHAINS,
+    ROUNDS,
+    Frame,
+    advance,
+    start_chains,
+)
+from numpyro_vae.repair.proposals import (
+    FEWEST,
+    FROM_PRIOR,
+    PROPOSALS,
+    Held,
+    Kernels,
+    adapt,
+    propose,
+)
 
 METHODS = ("importance", "refine", "nuts")
 MIN_ESS = 400.0  # effective draws that a mean and its error need (Vehtari et al., 2021)
@@ -87,6 +102,14 @@ def attempt(
     if before is None:
         before = _by_weights(runner, weights_key, *arguments, refined=False, stages=0)
     return _by_nuts(runner, nuts_key, *arguments, before)
+
+
+def draws_of(method: str, held: Held) -> int:
+    """Return how many draws a method holds of a row, given values of the global sites."""
+    size = len(next(iter(held.values()))) if held else 1
+    if method == "nuts":
+        return size * NUM_CHAINS * ITERATIONS * sum(ROUNDS)
+    return round(size * max(PROPOSALS // size, FEWEST) / (1 - FROM_PRIOR))
 
 
 def measured(number: int, **known: Any) -> dict[str, np.ndarray]:
