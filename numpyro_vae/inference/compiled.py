@@ -13,8 +13,9 @@ from numpyro_vae.numpyro_internals import HANDLERS
 class Compiled:
     """A compiled function whose model is run in one thread at a time.
 
-    JAX traces a function, and so runs its Python, when it is first called with arguments of these
-    shapes and types. Later calls do not wait for each other.
+    JAX runs the function's Python when it is first called with arguments of these shapes. A call
+    returns before the results are there, so that threads wait for each other's compiling, and not
+    for each other's results.
 
     Args:
         fn: the function.
@@ -22,18 +23,11 @@ class Compiled:
 
     def __init__(self, fn: Callable[..., Any]):
         self._fn = jax.jit(fn)
-        self._traced: set[Any] = set()
 
     def __call__(self, *args: Any) -> Any:
         """Call the function with arrays, or pytrees of them."""
-        leaves, treedef = jax.tree.flatten(args)
-        signature = (treedef, *map(jax.typeof, leaves))
-        if signature in self._traced:
-            return self._fn(*args)
         with HANDLERS:
-            found = self._fn(*args)
-        self._traced.add(signature)
-        return found
+            return self._fn(*args)
 
     def shapes(self, *args: Any) -> Any:
         """Return the shapes of what it returns, for which nothing is computed."""

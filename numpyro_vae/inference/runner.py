@@ -63,6 +63,7 @@ class Runner:
 
         Raises:
             ValueError: if ``num_samples`` is below 1.
+            MemoryError: if the draws do not fit in memory.
         """
         if num_samples < 1:
             raise ValueError(f"num_samples is {num_samples}, expected at least 1.")
@@ -72,7 +73,10 @@ class Runner:
         draw = partial(_draw_globals, self.guide, self.static_kwargs, num_samples)
         compiled = self._compiled((_draw_globals, num_samples), draw)
         key = jax.random.fold_in(rng_key, 2**32 - 1)  # of no row
-        return compiled(self.params, rows.everything(), key)
+        args = (self.params, rows.everything(), key)
+        if self.guide.globals is not None:
+            require_memory(size_of(compiled.shapes(*args)))
+        return compiled(*args)
 
     def require_density(self) -> None:
         """Raise ValueError if the guide is of points."""
@@ -131,7 +135,7 @@ class Runner:
         quantity: Quantity,
         rows: Rows,
         rng_key: Array,
-        globals_: dict[str, Array],
+        globals_: dict[str, Any],
         *,
         num_samples: int,
         by_row: np.ndarray | None = None,

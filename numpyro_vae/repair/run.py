@@ -74,7 +74,7 @@ def _look_ahead(runner: Runner, rows: Rows, num_samples: int) -> None:
 
 
 def _groups(
-    runner: Runner, rows: Rows, rng_key: Array, given: Held, packed: np.ndarray
+    runner: Runner, rows: Rows, rng_key: Array, given: dict[str, Any], packed: np.ndarray
 ) -> dict[str, dict[str, np.ndarray]]:
     """Return the draws by group; the latents alone if the model cannot be run for the others."""
     finish = partial(runner.per_draw, _finish, rows, rng_key, given, by_row=packed)
