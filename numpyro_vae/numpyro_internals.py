@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -22,6 +23,10 @@ from numpyro.infer.elbo import ELBO
 from numpyro.infer.hmc import HMCState
 from numpyro.infer.util import transform_fn
 from numpyro.primitives import Messenger
+
+# Handlers sit in one stack for all threads: what runs a model holds this, so that no other
+# thread's handlers see its sites. Compiled code runs none.
+HANDLERS = threading.RLock()
 
 
 def mask_of_masked(fn: dist.MaskedDistribution) -> Any:

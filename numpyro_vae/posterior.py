@@ -16,8 +16,10 @@ from numpyro_vae.guides.base import AmortizedGuide
 from numpyro_vae.inference import quantities as compiled
 from numpyro_vae.inference.datatree import build_datatree, choose_groups, gather, names_of
 from numpyro_vae.inference.derived import derived_sites
+from numpyro_vae.inference.predictable import require_predicted
 from numpyro_vae.inference.runner import Runner, choose_names
 from numpyro_vae.model.enumeration import Enumeration
+from numpyro_vae.numpyro_internals import HANDLERS
 from numpyro_vae.repair.result import Repair
 from numpyro_vae.repair.run import run_repair
 
@@ -136,8 +138,7 @@ class Posterior:
         local = self._runner.local_names
         names = choose_names(var_names, (*local, *globals_))
         kept = tuple(name for name in local if name in names)
-        sizes = {"num_samples": num_samples, "num_draws": num_samples, "row_axis": 1}
-        draw = partial(self._runner.per_batch, compiled.sample, names=kept, **sizes)
+        draw = partial(self._runner.per_draw, compiled.sample, names=kept, num_samples=num_samples)
         draws = draw(rows, rng_key, globals_) if kept else {}
         for name, value in draws.items():
             axis = self.guide.sites.sites[name].axis(self.guide.plate)
@@ -174,15 +175,17 @@ class Posterior:
         """
         rows = self._runner.read(data, of_prior=True)
         globals_ = self._runner.draw_globals(rng_key, rows, num_samples)
-        sizes = {"num_samples": num_samples, "num_draws": num_samples, "row_axis": 1}
         derived = tuple(derived_sites(self._runner, rows).by_row.items())
-        predict = partial(self._runner.per_batch, compiled.predict)
+        predict = partial(self._runner.per_draw, compiled.predict)
         if rows.is_unobserved:
-            predict = partial(self._runner.per_batch, compiled.imagine, **names_of(self._runner))
-        by_group = predict(rows, rng_key, globals_, derived=derived, **sizes)
+            predict = partial(self._runner.per_draw, compiled.imagine, **names_of(self._runner))
+        options = {"num_samples": num_samples, "derived": derived, "observed": True}
+        by_group = predict(rows, rng_key, globals_, **options)
         found = {name: by_group["posterior"][name] for name, _ in derived}
         found |= by_group["posterior_predictive"]
-        return {name: found[name] for name in choose_names(var_names, found)}
+        names = None if var_names is None else list(var_names)
+        require_predicted(self._runner, rows, found, names)
+        return {name: found[name] for name in choose_names(names, found)}
 
     def log_weights(self, rng_key: Array, data: Any, num_samples: int) -> np.ndarray:
         r"""Return the log importance weight of every draw of every row.
@@ -205,9 +208,8 @@ class Posterior:
         self._runner.require_density()
         rows = self._runner.read(data)
         globals_ = self._runner.draw_globals(rng_key, rows, num_samples)
-        sizes = {"num_samples": num_samples, "num_draws": num_samples, "row_axis": 1}
-        found = self._runner.per_batch(compiled.weigh, rows, rng_key, globals_, **sizes)
-        return found["log_weights"]
+        run = partial(self._runner.per_draw, compiled.weigh, num_samples=num_samples)
+        return run(rows, rng_key, globals_)["log_weights"]
 
     def log_evidence(
         self,
@@ -236,9 +238,8 @@ class Posterior:
         self._runner.require_density()
         rows = self._runner.read(data)
         globals_ = self._runner.draw_globals(rng_key, rows, num_samples)
-        sizes = {"num_samples": num_samples, "particles": num_particles, "row_axis": 1}
-        found = self._runner.per_batch(compiled.evidence, rows, rng_key, globals_, **sizes)
-        return found["log_evidence"]
+        run = partial(self._runner.per_draw, compiled.evidence, particles=num_particles)
+        return run(rows, rng_key, globals_, num_samples=num_samples)["log_evidence"]
 
     def probabilities(
         self,
@@ -279,9 +280,11 @@ class Posterior:
         globals_ = self._runner.draw_globals(rng_key, rows, num_samples)
         sizes = {"num_samples": num_samples, "particles": num_particles}
         found = self._runner.per_batch(compiled.classify, rows, rng_key, globals_, **sizes)
-        return Enumeration.of_model(
-            self.guide.reader, self.guide.plate.name, rows.args, rows.kwargs, rows.held
-        ).probabilities(found["probabilities"])
+        with HANDLERS:
+            enumeration = Enumeration.of_model(
+                self.guide.reader, self.guide.plate.name, rows.args, rows.kwargs, rows.held
+            )
+        return enumeration.probabilities(found["probabilities"])
 
     def check(
         self,
@@ -312,7 +315,7 @@ class Posterior:
 
         Raises:
             ValueError: if a check is unknown, is there twice, or was asked for and does not apply;
-                or if a row's weights are not finite.
+                or if no row has finite weights.
         """
         return run_checks(
             self._runner, rng_key, data, checks, progress_bar=progress_bar, coords=coords
@@ -332,7 +335,8 @@ class Posterior:
         ``"importance"`` weighs draws of the guide, and a few of the prior, and resamples them;
         ``"refine"`` does so after it has optimized the rows' own variational parameters; ``"nuts"``
         runs four chains of each row. ``"auto"`` tries them in this order on the rows that have not
-        passed yet.
+        passed yet. Rows that no method repairs, such as those whose data the model gives no
+        density, are named in `Repair.remaining`.
 
         Global latents are held at draws of their posterior, 32 of them, among which the draws of
         a row are divided evenly. So the draws of a row include the uncertainty of the globals,
@@ -347,8 +351,7 @@ class Posterior:
             num_samples: draws of each row.
 
         Raises:
-            ValueError: if a row does not exist, the method is unknown, the guide has no density, or
-                no draw of a row has any importance weight.
+            ValueError: if a row does not exist, the method is unknown, or the guide has no density.
         """
         return run_repair(self._runner, rng_key, data, rows, method, num_samples)
 

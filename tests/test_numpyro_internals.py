@@ -1,5 +1,8 @@
 """What the library takes for granted of NumPyro, and NumPyro does not promise."""
 
+import threading
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -224,3 +227,12 @@ def test_past_its_warmup_a_chain_does_not_adapt():
         moved = step(step(state))
         changed = moved.adapt_state.step_size != state.adapt_state.step_size
         assert bool(changed) == adapts
+
+
+def test_handlers_are_shared_by_threads():
+    """Why `HANDLERS` is held where a model runs; if they are no more, the lock can go."""
+    with handlers.trace() as trace, handlers.seed(rng_seed=0):
+        other = threading.Thread(target=partial(numpyro.sample, "x", dist.Normal(0.0, 1.0)))
+        other.start()
+        other.join()
+    assert "x" in trace

@@ -1,7 +1,6 @@
 """What a posterior takes from its fit, and what of a DataTree is left out."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
@@ -33,25 +32,6 @@ def test_groups_of_a_tree_can_be_left_out(hierarchical):
     assert set(one.children) == {"observed_data"}
     with pytest.raises(ValueError, match=r"no groups \['prior'\] here, choose from \['posterior'"):
         hierarchical.to_datatree(KEY, X, 20, groups=("posterior", "prior"))
-
-
-def test_nothing_is_predicted_for_a_tree_without_predictions():
-    """A Multinomial whose total count is data has a density, and no sampler under jit."""
-
-    def model(total, x):
-        with numpyro.plate("data", len(x)):
-            z = numpyro.sample("z", dist.Normal(0.0, 1.0))
-            logits = jnp.stack([z, -z], -1)
-            numpyro.sample("x", dist.Multinomial(total, logits=logits), obs=x)
-
-    svi, x = make_svi(model, inputs=lambda total, x: x), np.array([[1, 2], [3, 1], [0, 4]])
-    data = (x.sum(1), x)
-    posterior = Posterior(svi.guide, fit(svi, KEY, data, num_epochs=2, progress_bar=False))
-    groups = ("posterior", "log_likelihood", "sample_stats")
-    tree = posterior.to_datatree(KEY, data, 5, groups=groups)
-    assert np.isfinite(tree.log_likelihood["x"]).all()
-    with pytest.raises(ValueError, match="total_count_max"):
-        posterior.to_datatree(KEY, data, 5)
 
 
 def test_a_posterior_knows_what_its_fit_knew():

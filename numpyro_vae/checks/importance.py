@@ -81,8 +81,11 @@ class Importance(AbstractCheck):
     def compute(self, subject: Subject) -> xr.Dataset:
         """Return the summaries of each row's weights, and their rounding error if it was measured.
 
+        A row with weights that are not finite has an infinite k-hat, and its other summaries are
+        NaN.
+
         Raises:
-            ValueError: if a row's weights are not finite.
+            ValueError: if no row has finite weights.
         """
         found = summarize(_sums_of_all(subject, self.num_samples))
         threshold = khat_threshold(self.num_samples)
@@ -104,6 +107,13 @@ class Importance(AbstractCheck):
         if error > MAX_ROUNDING:
             text = f"float32 is too coarse: log weights have rounding errors of {error:.2g} nats"
             yield Finding(self.name, False, text, ADVICE)
+        nowhere = np.flatnonzero(np.isnan(dataset["elbo"].values))
+        if nowhere.size:
+            text = (
+                f"{nowhere.size:,} rows have log weights that are not finite, the first is row "
+                f"{nowhere[0]}: the model gives some of their draws no density, or an infinite one"
+            )
+            yield Finding(self.name, False, text, "are their data possible under the model?")
 
     def draw(self, dataset: xr.Dataset, ax: Axes) -> None:
         """Draw the k-hat of every row, sorted, coloured and counted by its verdict.
@@ -223,10 +233,18 @@ def summarize(sums: Sums) -> dict[str, np.ndarray]:
     """Return what is reported of each row, from the sums over all its draws.
 
     Raises:
-        ValueError: if a row's weights are not finite.
+        ValueError: if no row's weights are finite.
     """
-    bad = np.asarray(sums.num_bad)
-    require_finite(bad, np.asarray(sums.reference), np.arange(len(bad)))
+    bad, first = np.asarray(sums.num_bad), np.asarray(sums.reference)
+    if bad.all():
+        require_finite(bad, first, np.arange(len(bad)))
+    with np.errstate(invalid="ignore"):  # of the other rows
+        found = _summaries(sums)
+    blank = dict.fromkeys(found, np.nan) | {"khat": np.inf}
+    return {name: np.where(bad > 0, blank[name], values) for name, values in found.items()}
+
+
+def _summaries(sums: Sums) -> dict[str, np.ndarray]:
     at = {name: np.asarray(x, float) for name, x in sums._asdict().items()}
     number = float(at["count"].max())
     elbo, log_evidence = at["mean"], at["log_sum"] - np.log(number)
@@ -235,7 +253,7 @@ def summarize(sums: Sums) -> dict[str, np.ndarray]:
     of_elbo = at["squares"] / (number - 1) / number
     of_evidence = np.maximum(number / ess - 1, 0) / (number - 1)
     shared = (at["weighted_mean"] - at["mean"]) / (number - 1)
-    tail = at["largest"].T
+    largest, lowest = np.asarray(sums.largest), np.asarray(sums.lowest)
     return {
         "elbo": at["reference"] + elbo,
         "elbo_mcse": np.sqrt(of_elbo),
@@ -243,6 +261,6 @@ def summarize(sums: Sums) -> dict[str, np.ndarray]:
         "log_evidence_mcse": np.sqrt(of_evidence),
         "divergence": log_evidence - elbo,
         "divergence_mcse": np.sqrt(np.maximum(of_elbo + of_evidence - 2 * shared, 0)),
-        "khat": khat_of_tail(tail, at["lowest"], tail[0], at["reference"]),
+        "khat": khat_of_tail(largest.T, lowest, at["largest"][:, 0], at["reference"]),
         "ess": ess,
     }

@@ -153,6 +153,7 @@ class Report:
     def _means(self) -> list[str]:
         """Return the means of the bounds, with two standard errors, and the verdicts.
 
+        Rows whose weights are not finite have no bounds, and are left out of the means.
         ``se`` is the standard error as an estimate for such data in general, ``Monte Carlo`` the
         part of it that more draws would reduce.
         """
@@ -161,8 +162,10 @@ class Report:
         lines = []
         for name in ("elbo", "log_evidence"):
             values = self.dataset[name].values
+            there = np.isfinite(values)
+            values = values[there]
             error = values.std(ddof=1) / np.sqrt(values.size) if values.size > 1 else np.nan
-            errors = self.dataset[f"{name}_mcse"].values
+            errors = self.dataset[f"{name}_mcse"].values[there]
             monte_carlo = np.sqrt((errors**2).sum()) / values.size
             found = f"{values.mean():10.3f} nats a datum"
             lines.append(f"{name:<13}{found} (se {error:.3f}, Monte Carlo {monte_carlo:.3f})")

@@ -14,6 +14,7 @@ from jaxtyping import Array
 from numpyro_vae.data.arrays import ArrayData
 from numpyro_vae.inference import quantities
 from numpyro_vae.inference.derived import derive_whole, derived_sites
+from numpyro_vae.inference.predictable import undrawn_sites, warn_of_undrawn
 from numpyro_vae.inference.rows import Rows
 from numpyro_vae.inference.runner import Runner
 from numpyro_vae.model.sites import ModelSites
@@ -64,7 +65,7 @@ def gather(
     """
     guide, derived = runner.guide, derived_sites(runner, rows)
     globals_ = runner.draw_globals(rng_key, rows, num_samples)
-    run = partial(runner.per_batch, num_samples=num_samples, row_axis=1)
+    run = partial(runner.per_draw, num_samples=num_samples)
     if rows.is_unobserved:
         groups = tuple(name for name in groups if name not in OF_OBSERVATIONS)
     observed = runner.per_batch(quantities.observed, rows)
@@ -72,13 +73,15 @@ def gather(
     drawn = tuple(name for name in groups if not (marginal and name == "posterior_predictive"))
     if set(drawn) & {"posterior", "posterior_predictive", "sample_stats"}:
         by_row = tuple(derived.by_row.items()) if "posterior" in groups else ()
-        draw = partial(run, quantities.draws, num_draws=num_samples, groups=drawn)
+        draw = partial(run, quantities.draws, groups=drawn)
         if rows.is_unobserved:
             draw = partial(run, quantities.imagine, **names_of(runner))
-        found |= draw(rows, rng_key, globals_, derived=by_row)
+        found |= draw(rows, rng_key, globals_, derived=by_row, observed=True)
     if marginal and "posterior_predictive" in groups:
-        predicted = run(quantities.replicate, rows, rng_key, globals_)
-        found["posterior_predictive"] = {name: predicted[name] for name in observed}
+        predicted = run(quantities.replicate, rows, rng_key, globals_, observed=True)
+        found["posterior_predictive"] = {n: predicted[n] for n in observed if n in predicted}
+    if "posterior_predictive" in groups:
+        warn_of_undrawn(undrawn_sites(runner, rows, found["posterior_predictive"]))
     whole = {name: np.asarray(value) for name, value in globals_.items()}
     if "posterior" in groups:
         local = _local(runner, found["posterior"])

@@ -20,7 +20,7 @@ from numpyro_vae.guides.encoding import Encoding
 from numpyro_vae.model.densities import observed_densities, row_densities, trace_rows
 from numpyro_vae.model.enumeration import Enumeration
 from numpyro_vae.model.plates import all_rows
-from numpyro_vae.model.trace import replicated
+from numpyro_vae.model.redraw import redraw
 
 PAIRS = 8192  # pairs of a row and a draw that pass through the model at once
 
@@ -87,7 +87,7 @@ class EncodedBatch:
 
     def trace(self, values: dict[str, Array], rng_key: Array, *, observed: bool = True) -> dict:
         """Run the model on the rows, with their observations or without."""
-        model = self.guide.model if observed else replicated(self.guide.model)
+        model = self.guide.model if observed else redraw(self.guide.model)
         values = {**self.params, **values}
         return trace_rows(model, values, self.hold_rows, rng_key, self.args, self.kwargs)
 

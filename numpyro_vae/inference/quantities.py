@@ -20,6 +20,7 @@ from jaxtyping import Array
 from numpyro_vae.inference.divergences import row_divergences
 from numpyro_vae.inference.encoded import EncodedBatch
 from numpyro_vae.model.densities import predicted_rows
+from numpyro_vae.model.redraw import drawn_value
 
 Names = tuple[str, ...]
 Axes = tuple[tuple[str, int], ...]  # of the rows in the values of deterministic sites
@@ -264,7 +265,7 @@ def expected(
     def one(packed: Array, globals_: dict, rng_key: Array) -> Array:
         values = batch.complete(packed, globals_, rng_key)
         site = batch.trace(values, jax.random.fold_in(rng_key, 1), observed=False)[name]
-        return _rows_of(batch, name, site["fn"].mean if known else site["value"])
+        return _rows_of(batch, name, site["fn"].mean if known else drawn_value(site))
 
     packed = batch.draw(rng_key, num_samples, globals_)
     return _average(one, packed, globals_, _noise_keys(batch, rng_key, num_samples))
@@ -279,9 +280,11 @@ def expected_a_priori(
     """
     draw_key, *keys = _noise_keys(batch, rng_key, 1 + num_samples)
     drawn = jax.tree.map(itemgetter(0), globals_)
-    fn = batch.trace(drawn, draw_key, observed=False)[name]["fn"]
+    site = batch.trace(drawn, draw_key, observed=False)[name]
+    fn = site["fn"]
     if known:
         return _rows_of(batch, name, fn.mean)
+    drawn_value(site)
     return _average(lambda key: _rows_of(batch, name, fn.sample(key)), jnp.stack(keys))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -21,6 +21,7 @@ from numpyro_vae.model.missing import require_finite_observations
 from numpyro_vae.model.plan import check_observed
 from numpyro_vae.model.reading import read_for
 from numpyro_vae.model.sites import choose_plate
+from numpyro_vae.numpyro_internals import HANDLERS
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,19 @@ class Rows:
         arrays = read_for(guide.reader, data, batch_axes, static_kwargs)
         args, kwargs = arrays.whole()
         kwargs = {**kwargs, **static_kwargs}
+        with HANDLERS:
+            return cls._of_model(guide, arrays, static_kwargs, args, kwargs)
+
+    @classmethod
+    def _of_model(
+        cls,
+        guide: AmortizedGuide,
+        arrays: ArrayData,
+        static_kwargs: dict[str, Any],
+        args: tuple,
+        kwargs: dict[str, Any],
+    ) -> Rows:
+        """Return the rows of arrays, as the model takes them."""
         with explained(guide.argument_shapes, *arrays.whole(), arrays.layout.axes):
             held = _held(guide, arrays, args, kwargs)
             sites = guide.reader.sites(args, kwargs, held)
@@ -163,15 +177,30 @@ class Rows:
                 return found  # in which the rows of other plates are whole, too
             return jax.tree.map(partial(np.take, indices=self.chosen, axis=row_axis), found)
         num_rows = len(self.chosen)
-        batch_size = min(batch_size, num_rows if num_rows == self.num_rows else rounded(num_rows))
-        batches = (self.chosen[places] for places, _ in padded_batches(num_rows, batch_size))
-        results = prefetch(fn(self.batch(jnp.asarray(rows))) for rows in batches)
+        results = prefetch(map(fn, self.batches(batch_size)))
         first = next(results)
         out = jax.tree.map(partial(_room, num_rows, row_axis), first)
-        starts = range(0, num_rows, batch_size)
+        starts = range(0, num_rows, self._at_once(batch_size))
         for start, found in zip(starts, itertools.chain([first], results), strict=True):
             jax.tree.map(partial(_write, start, row_axis), out, found)
         return out
+
+    def batches(self, batch_size: int) -> Iterator[Batch]:
+        """Yield batches of the chosen rows, the last filled up; data taken whole are one."""
+        if self.data.is_whole:
+            yield self.whole()
+            return
+        for places, _ in padded_batches(len(self.chosen), self._at_once(batch_size)):
+            yield self.batch(jnp.asarray(self.chosen[places]))
+
+    def num_batches(self, batch_size: int) -> int:
+        """Return how many batches there are."""
+        return 1 if self.data.is_whole else -(-len(self.chosen) // self._at_once(batch_size))
+
+    def _at_once(self, batch_size: int) -> int:
+        """Return how many rows a batch has, if it may have so many."""
+        number = len(self.chosen)
+        return min(batch_size, number if number == self.num_rows else rounded(number))
 
 
 def _held(guide: AmortizedGuide, data: ArrayData, args: tuple, kwargs: dict) -> dict:
