@@ -104,7 +104,7 @@ def test_the_subsample_that_is_encoded_is_the_one_that_is_observed():
     np.testing.assert_allclose(trace["z"]["value"], X[trace["data"]["value"]], atol=1e-6)
 
 
-@pytest.mark.parametrize("scale", ["log_scale", "log_variance", "softplus"])
+@pytest.mark.parametrize("scale", ["log_scale", "log_variance", "softplus", "scale"])
 def test_scale_starts_where_the_parameterization_says(scale):
     guide = AutoAmortizedNormal(normal_model, SMALL, scale=scale)
     trace = handlers.trace(handlers.seed(guide, 0)).get_trace(X)

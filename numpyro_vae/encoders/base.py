@@ -21,7 +21,8 @@ by site name, or in the place of an array a `Masked` one, of which some entries 
 * a **dict** of features by site name, each as above, and every site gets a head of its own;
 * the **pair** ``(loc, raw_scale)``, and nothing is added. Each is one array
   ``(batch, size)`` for all local sites, in the model's order, or a dict of arrays by site name,
-  ``(batch, *event_shape)``. What ``raw_scale`` means is what the guide's ``scale=`` declares.
+  ``(batch, *event_shape)``. What ``raw_scale`` means is what the guide's ``scale=`` declares: a
+  log-scale by default, and with ``scale="scale"`` the standard deviation itself.
 
 To write one, copy this into a file of ``encoders/``, fill it, and give it a row in
 ``tests/cases.py``; `flatten_inputs` reads all inputs but `Segments`:

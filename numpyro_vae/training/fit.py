@@ -15,7 +15,13 @@ from numpyro_vae.data.arrays import ArrayData, is_in_memory
 from numpyro_vae.model.missing import require_finite_observations
 from numpyro_vae.model.sites import ModelSites
 from numpyro_vae.numpyro_internals import enumerates, param_transforms, set_param_transforms
-from numpyro_vae.training.callbacks import Callback, EarlyStopping, ProgressBar, StopReason
+from numpyro_vae.training.callbacks import (
+    Callback,
+    EarlyStopping,
+    ProgressBar,
+    StopReason,
+    UndeclaredScale,
+)
 from numpyro_vae.training.sources import ArraySource, IterableSource, Source, WholeSource
 from numpyro_vae.training.step import Trainer, trainer_of
 
@@ -124,7 +130,8 @@ def fit(
     stopping = None if patience is None else EarlyStopping(patience)
     history = _History()
     with ProgressBar(num_epochs, is_shown=progress_bar) as bar:
-        watching = (bar, *([] if stopping is None else [stopping]), *callbacks)
+        own = (UndeclaredScale(trainer, source.first()), *([] if stopping is None else [stopping]))
+        watching = (bar, *own, *callbacks)
         reason = StopReason.EPOCHS_DONE
         try:
             for epoch in range(num_epochs):
