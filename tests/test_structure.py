@@ -32,12 +32,13 @@ FOLDERS = (
 )
 # The modules of a folder in order: each imports only those before it.
 ORDER = {
-    "data": ("ragged", "shapes", "arrays", "batch"),
+    "data": ("ragged", "arguments", "shapes", "arrays", "batch"),
     "scales": ("parameterization", "log_scale_normal"),
     "layers": ("convolution",),
     "model": (
         "sites",
         "trace",
+        "supports",
         "reading",
         "plates",
         "run",
@@ -47,7 +48,7 @@ ORDER = {
         "densities",
     ),
     "guides": ("blocks", "network", "encoding", "local_sites", "global_sites", "base", "auto"),
-    "training": ("step", "guarded", "sources", "callbacks", "fit"),
+    "training": ("step", "guarded", "sources", "callbacks", "options", "fit"),
     "inference": (
         "psis",
         "divergences",

@@ -17,6 +17,22 @@ from numpyro_vae.model.trace import own_trace
 from numpyro_vae.numpyro_internals import draw_improper, set_up
 
 
+def require_maker(global_guide: Any) -> Callable[..., Any]:
+    """Return what makes a guide of a model.
+
+    Raises:
+        TypeError: if it is a guide already, of a model that it has, or cannot be called.
+    """
+    if isinstance(global_guide, AutoGuide) or not callable(global_guide):
+        name = type(global_guide).__name__
+        raise TypeError(
+            f"global_guide= is an object of type {name}, expected an AutoGuide class, or a callable"
+            " from a model to a guide. Pass AutoNormal itself, or with options "
+            "functools.partial(AutoNormal, init_scale=0.01)."
+        )
+    return global_guide
+
+
 class GlobalGuide:
     """A guide of global sites, and what is asked of it.
 
@@ -24,13 +40,25 @@ class GlobalGuide:
         make: an AutoGuide class, or a callable from a model to a guide.
         model: the whole model.
         plan: what of it is global.
+        prefix: of the local guide's parameters.
+
+    Raises:
+        ValueError: if its parameters would have the names of the local guide's.
     """
 
-    def __init__(self, make: Callable[..., Any], model: Callable[..., Any], plan: GuidePlan):
+    def __init__(
+        self, make: Callable[..., Any], model: Callable[..., Any], plan: GuidePlan, prefix: str
+    ):
         self.names = plan.globals
         self.guide = make(_global_model(model, plan))
         if getattr(self.guide, "reads_observations", False):
             self.guide = make(handlers.block(model, hide=[site.name for site in plan.local]))
+            if self.guide.prefix == prefix:
+                raise ValueError(
+                    f"The guide of plate {plan.plate.name!r} and its global_guide= both have the "
+                    f"prefix {prefix!r}, so that one would use the parameters of the other. Give "
+                    "one of them another, as in partial(AutoAmortizedNormal, prefix='second')."
+                )
 
     @property
     def is_auto(self) -> bool:

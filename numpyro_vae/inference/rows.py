@@ -15,7 +15,7 @@ from jaxtyping import Array
 
 from numpyro_vae.data.arrays import ArrayData
 from numpyro_vae.data.batch import Batch, padded_batches, prefetch
-from numpyro_vae.data.shapes import explained
+from numpyro_vae.data.shapes import explained, require_rows
 from numpyro_vae.guides.base import AmortizedGuide
 from numpyro_vae.model.missing import require_finite_observations
 from numpyro_vae.model.plan import check_observed
@@ -56,6 +56,7 @@ class Rows:
         arrays = ArrayData.read(data, batch_axes)
         args, kwargs = arrays.whole()
         kwargs = {**kwargs, **static_kwargs}
+        require_rows(guide.argument_shapes, *arrays.whole(), arrays.layout.axes)
         with explained(guide.argument_shapes, *arrays.whole(), arrays.layout.axes):
             require_finite_observations(guide.reader, arrays, static_kwargs)
             sites = guide.reader.sites(args, kwargs)

@@ -16,6 +16,7 @@ from numpyro.distributions import constraints
 
 from numpyro_vae.data.arrays import Layout
 from numpyro_vae.model.sites import ModelSites, Plate
+from numpyro_vae.model.supports import outside_support
 from numpyro_vae.model.trace import Model, Rows, mask_of, sites_of_trace, trace_model
 
 # What JAX raises when a model asks for the values of an abstract array.
@@ -39,7 +40,7 @@ class Param:
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=("indices", "values", "masks", "supports", "choices", "params"),
+    data_fields=("indices", "values", "masks", "supports", "outside", "choices", "params"),
     meta_fields=("sites", "fixed_supports", "has_state"),
 )
 @dataclass(frozen=True, eq=False)
@@ -51,6 +52,7 @@ class Reading:
         values: by observed site its values.
         masks: by site the mask of its distribution, where it has one.
         supports: by latent site its support, where it is made of values.
+        outside: by observed site where its values are outside their support, if that can be.
         choices: by enumerated site the values that it can take.
         params: by name the parameters that the model declares.
         sites: its sites and plates.
@@ -62,6 +64,7 @@ class Reading:
     values: dict[str, Any]
     masks: dict[str, Any]
     supports: dict[str, Any]
+    outside: dict[str, Any]
     choices: dict[str, Any]
     params: dict[str, Any]
     sites: ModelSites
@@ -227,15 +230,15 @@ def reading_of(trace: dict[str, Any]) -> Reading:
     supports = {name: trace[name]["fn"].support for name in latent}
     computed = {name: support for name, support in supports.items() if jax.tree.leaves(support)}
     masks = {name: mask_of(trace[name]["fn"]) for name in sites.sites}
+    seen = [name for name, site in sites.sites.items() if site.is_observed]
+    seen = [name for name in seen if trace[name]["value"] is not None]
+    outside = {name: outside_support(trace[name]) for name in seen}
     return Reading(
         indices={name: msg["value"] for name, msg in _of_type(trace, "plate")},
-        values={
-            name: jnp.asarray(trace[name]["value"])
-            for name, site in sites.sites.items()
-            if site.is_observed and trace[name]["value"] is not None
-        },
+        values={name: jnp.asarray(trace[name]["value"]) for name in seen},
         masks={name: mask for name, mask in masks.items() if mask is not None},
         supports=computed,
+        outside={name: found for name, found in outside.items() if found is not None},
         choices={
             site.name: trace[site.name]["fn"].enumerate_support(expand=False)
             for site in sites.sites.values()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from itertools import chain
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -226,10 +228,12 @@ class IterableSource:
         self, trainer: Trainer, batches: Iterable, num_data: int, batch_axes: Any, plate: str | None
     ):
         self.trainer, self.num_data, self.batch_axes = trainer, num_data, batch_axes
-        self.iterable = batches
+        self.iterable, self.num_seen = batches, 0
         first = next(iter(batches), None)
         if first is None:
             raise ValueError("data yields no batch. Pass an iterable that can be iterated anew.")
+        if isinstance(batches, Iterator):  # it does not yield the first one again
+            self.iterable = chain([first], batches)
         self.data = self._read(first, "the first batch")
         self.batch_size = self.data.num_data
         self.sites = read_sites(trainer, *self.data.whole())
@@ -259,7 +263,9 @@ class IterableSource:
 
     def _epoch(self) -> Iterator[Batch]:
         for number, batch in enumerate(self.iterable):
-            yield self._pad(self._read(batch, f"batch {number}"))
+            data = self._read(batch, f"batch {number}")
+            self.num_seen += data.num_data
+            yield self._pad(data)
 
     def _read(self, batch: Any, name: str) -> ArrayData:
         data = ArrayData.read(batch, self.batch_axes, name)
@@ -269,13 +275,36 @@ class IterableSource:
     def run(self, state: SVIState, rng_key: Array, epoch: int) -> tuple[SVIState, np.ndarray]:
         """Run an epoch, each step guarded, in the iterable's own order."""
         del rng_key
+        self.num_seen = 0
         state, losses = guarded_steps(self.trainer, state, prefetch(self._epoch()), epoch)
         if not len(losses):
             raise ValueError(
                 f"data yielded no batch in epoch {epoch}. Pass an iterable that can be iterated "
                 "anew, such as a list or a data loader, not a generator."
             )
+        if not epoch:
+            self._compare_number()
         return state, losses
+
+    def _compare_number(self) -> None:
+        """Say if the first epoch had other rows than there are said to be.
+
+        Fewer may be a sample of the data, or all but the last batch.
+
+        Raises:
+            ValueError: if there were more.
+        """
+        if self.data.is_whole:
+            return
+        found = f"data yielded {self.num_seen} rows in an epoch, and num_data is {self.num_data}"
+        if self.num_seen > self.num_data:
+            raise ValueError(f"{found}. Pass the number of rows that there are in all.")
+        if self.num_seen <= self.num_data - self.batch_size:
+            warnings.warn(
+                f"{found}, so that each row counts for {self.num_data / self.num_seen:.3g}. That is"
+                " right if an epoch is a sample of the data; else pass the number of its rows.",
+                stacklevel=4,
+            )
 
 
 def read_sites(trainer: Trainer, args: tuple, kwargs: dict[str, Any]) -> ModelSites:
