@@ -81,7 +81,10 @@ class ArraySource:
         self.num_steps = -(-data.num_data // batch_size)
         self.sites, seen, self.cuts = self._read(plate)
         self.plate, self.fills_plate = seen.name, seen.length < seen.size
-        self._first = self._batch(data, jnp.arange(batch_size), None)
+        # Not the first ones, as encoders take the scale of the data from them, and rows may be
+        # in the order of their values.
+        rows = np.random.default_rng(0).choice(data.num_data, batch_size, replace=False)
+        self._first = self._batch(data, jnp.asarray(rows), None)
         self._run: Callable[..., Any] | None = None
 
     def _read(self, plate: str | None) -> tuple[ModelSites, Plate, bool]:
@@ -131,7 +134,7 @@ class ArraySource:
         )
 
     def first(self) -> Batch:
-        """Return the first rows."""
+        """Return rows from all of the data, the same for data of the same length."""
         return self._first
 
     def batches(self, data: ArrayData) -> list[tuple[Batch, int]]:
