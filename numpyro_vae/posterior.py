@@ -13,7 +13,7 @@ from numpyro.infer.autoguide import AutoGuide
 from numpyro_vae.checks.report import Report
 from numpyro_vae.checks.run import Checks, run_checks
 from numpyro_vae.inference import quantities as compiled
-from numpyro_vae.inference.datatree import build_datatree, choose_groups, gather
+from numpyro_vae.inference.datatree import build_datatree, check_names, choose_groups, gather
 from numpyro_vae.inference.runner import Runner, choose_names, require_trained
 from numpyro_vae.model.enumeration import Enumeration
 from numpyro_vae.repair.result import Repair
@@ -362,17 +362,19 @@ class Posterior:
             coords: coordinates by dimension.
 
         Raises:
-            ValueError: if a group or a site does not exist.
+            ValueError: if a group or a site does not exist, or one has the name of a dimension.
 
         Returns:
             The groups ``posterior``; ``posterior_predictive``, draws of the observed sites;
             ``log_likelihood``, marginal over the local sites, a value for each draw of the global
             ones; ``sample_stats`` with the importance weights of the posterior's draws;
             ``observed_data``; and ``constant_data``, the model's other data. A guide without a
-            density, of points, has neither log-likelihood nor weights.
+            density, of points, has neither log-likelihood nor weights. The slash in the name of
+            a site in a ``numpyro.handlers.scope`` becomes a point.
         """
         rows = self._runner.read(data)
         sites, of_globals = self.guide.sites, self.guide.global_names
+        check_names(sites)
         known = (*self._runner.local_names, *of_globals, *sites.deterministic)
         names = choose_names(var_names, known)
         options = {"marginal": marginal, "groups": choose_groups(groups)}
