@@ -48,6 +48,18 @@ def declared_scale(msg: dict[str, Any]) -> Any:
     return msg.get("plate_to_scale", {}).get(None)
 
 
+def checked_support(fn: Any) -> tuple[str, Any] | None:
+    """Return the name of a distribution, and the support outside of which its density is 0.
+
+    Returns:
+        None if it does not compare values with its support, by ``validate_args=False``.
+    """
+    support = fn.support
+    while isinstance(fn, dist.Independent | dist.ExpandedDistribution | dist.MaskedDistribution):
+        fn = fn.base_dist
+    return (type(fn).__name__, support) if fn._validate_args and support is not None else None
+
+
 def plate_indices(plate: Any) -> Array:
     """Return the rows that a plate holds."""
     return plate._indices

@@ -12,12 +12,17 @@ from numpyro.infer.autoguide import AutoGuide
 
 from numpyro_vae.checks.report import Report
 from numpyro_vae.checks.run import Checks, run_checks
-from numpyro_vae.guides.base import AmortizedGuide
 from numpyro_vae.inference import quantities as compiled
-from numpyro_vae.inference.datatree import build_datatree, choose_groups, gather, names_of
+from numpyro_vae.inference.datatree import (
+    build_datatree,
+    check_names,
+    choose_groups,
+    gather,
+    names_of,
+)
 from numpyro_vae.inference.derived import derived_sites
 from numpyro_vae.inference.predictable import require_predicted
-from numpyro_vae.inference.runner import Runner, choose_names
+from numpyro_vae.inference.runner import Runner, choose_names, require_trained
 from numpyro_vae.model.enumeration import Enumeration
 from numpyro_vae.numpyro_internals import HANDLERS
 from numpyro_vae.repair.result import Repair
@@ -54,7 +59,7 @@ class Posterior:
         batch_axes: the datum axis of each argument, as for `fit`; by default those of the fit.
 
     Raises:
-        TypeError: if the guide is not an amortized one.
+        TypeError: if the guide is not an amortized one, or the parameters are none.
 
     Example:
         >>> import jax, numpyro, numpyro.distributions as dist, optax
@@ -83,20 +88,16 @@ class Posterior:
         static_kwargs: Mapping[str, Any] | None = None,
         batch_axes: Any = OF_FIT,
     ):
-        if not isinstance(guide, AmortizedGuide):
-            raise TypeError(
-                f"The guide is a {type(guide).__name__}, expected an amortized guide such as "
-                "AutoAmortizedNormal. Pass the guide itself, not what wraps it."
-            )
+        trained = require_trained(guide, params)
         if static_kwargs is None:
             static_kwargs = getattr(params, "static_kwargs", {})
         if batch_axes is OF_FIT:
             batch_axes = getattr(params, "batch_axes", 0)
-        self.guide, self.batch_axes = guide, batch_axes
+        self.guide, self.batch_axes = trained, batch_axes
         self.static_kwargs = dict(static_kwargs)
         state = getattr(getattr(params, "state", None), "mutable_state", None)
         self.params = {**getattr(params, "params", params), **(state or {})}
-        self._runner = Runner(guide, self.params, self.static_kwargs, batch_axes)
+        self._runner = Runner(trained, self.params, self.static_kwargs, batch_axes)
 
     def encode(self, data: Any) -> dict[str, SiteEncoding]:
         """Return ``loc`` and ``scale`` of every local site's unconstrained values.
@@ -382,17 +383,19 @@ class Posterior:
             coords: coordinates by dimension.
 
         Raises:
-            ValueError: if a group or a site does not exist.
+            ValueError: if a group or a site does not exist, or one has the name of a dimension.
 
         Returns:
             The groups ``posterior``; ``posterior_predictive``, draws of the observed sites;
             ``log_likelihood``, marginal over the local sites, a value for each draw of the global
             ones; ``sample_stats`` with the importance weights of the posterior's draws;
             ``observed_data``; and ``constant_data``, the model's other data. A guide without a
-            density, of points, has neither log-likelihood nor weights.
+            density, of points, has neither log-likelihood nor weights. The slash in the name of
+            a site in a ``numpyro.handlers.scope`` becomes a point.
         """
         rows = self._runner.read(data, of_prior=True)
         sites, of_globals = self.guide.sites, self.guide.global_names
+        check_names(sites)
         known = (*self._runner.local_names, *of_globals, *sites.deterministic)
         names = choose_names(var_names, known)
         options = {"marginal": marginal, "groups": choose_groups(groups)}

@@ -51,6 +51,19 @@ def test_the_mask_of_a_masked_distribution():
     assert internals.mask_of_masked(dist.MaskedDistribution(dist.Normal(X, 1.0), True)) is True
 
 
+def test_values_outside_a_support_have_no_density_unless_they_are_not_looked_at():
+    for plain, value in ((dist.Bernoulli(0.3), 0.5), (dist.Exponential(jnp.ones(2)), -1.0)):
+        for fn in (plain, plain.expand([3, 2]), plain.expand([3, 2]).to_event(1), plain.mask(True)):
+            name, support = internals.checked_support(fn)
+            assert name == type(plain).__name__
+            assert not support(value * jnp.ones(fn.batch_shape + fn.event_shape)).any()
+            outside = jax.jit(fn.log_prob)(value * jnp.ones(fn.batch_shape + fn.event_shape))
+            assert (outside == -jnp.inf).all()
+    trusting = dist.Bernoulli(0.3, validate_args=False).expand([3]).to_event(1)
+    assert internals.checked_support(trusting) is None
+    assert jnp.isfinite(jax.jit(trusting.log_prob)(0.5 * jnp.ones(3)))
+
+
 def test_a_declared_plate_is_numpyros():
     """The same draw of its rows from the same seed, and the same effect of handlers."""
     with handlers.seed(rng_seed=0), numpyro.plate("data", 100, subsample_size=5) as expected:

@@ -32,13 +32,14 @@ FOLDERS = (
 )
 # The modules of a folder in order: each imports only those before it.
 ORDER = {
-    "data": ("ragged", "shapes", "arrays", "batch"),
+    "data": ("ragged", "arguments", "shapes", "arrays", "batch"),
     "scales": ("parameterization", "log_scale_normal"),
     "layers": ("convolution",),
     "model": (
         "provenance",
         "sites",
         "trace",
+        "supports",
         "contents",
         "reading",
         "plates",
@@ -51,7 +52,7 @@ ORDER = {
         "deterministic",
     ),
     "guides": ("blocks", "network", "encoding", "local_sites", "global_sites", "base", "auto"),
-    "training": ("step", "guarded", "taking", "sources", "callbacks", "fit"),
+    "training": ("step", "guarded", "taking", "sources", "callbacks", "options", "fit"),
     "inference": (
         "compiled",
         "psis",

@@ -14,6 +14,7 @@ from numpyro_vae.checks.base import AbstractCheck, Finding
 from numpyro_vae.checks.collapse import count_collapsed
 from numpyro_vae.checks.importance import VERDICTS, meanings, verdicts
 from numpyro_vae.checks.page import draw_checks, write_page
+from numpyro_vae.inference.datatree import for_tree
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -120,12 +121,12 @@ class Report:
         The ranks of the calibration check, if it was run, become the group ``prior_sbc``, which
         `arviz.plot_ecdf_pit` reads.
         """
-        groups = {"checks": type(tree)(self.dataset)}
+        groups = {"checks": type(tree)(for_tree(self.dataset))}
         ranks = {name: x for name, x in self.dataset.items() if str(name).startswith("pit_")}
         if ranks:
             pits = self.dataset[list(ranks)].rename({n: str(n)[4:] for n in ranks})
             pits = pits.drop_attrs().rename(simulation="draw").expand_dims("chain")
-            groups["prior_sbc"] = type(tree)(pits)
+            groups["prior_sbc"] = type(tree)(for_tree(pits))
         return tree.assign(groups)
 
     def __str__(self) -> str:

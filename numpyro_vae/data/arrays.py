@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from numpyro_vae.data.arguments import is_typed_key
+
 Data = Any
 
 
@@ -130,7 +132,8 @@ class ArrayData:
         """Check data and bring it to the device.
 
         Args:
-            data: an array, a tuple of positional arguments, or a dict of keyword arguments.
+            data: an array, a tuple of positional arguments, or a dict of keyword arguments; None
+                is an argument like others.
             batch_axes: the datum axis of each leaf, as ``in_axes`` of `jax.vmap`: an int, or a
                 structure that is a prefix of the data's, with None for what is not batched. None
                 alone is for data that the model takes whole, such as ragged groups.
@@ -138,14 +141,14 @@ class ArrayData:
 
         Raises:
             ValueError: if there are no data, their numbers disagree, or a value is beyond the
-                range of the device's floats.
+                range of the device's numbers.
+            TypeError: if the data are no numbers.
 
         Example:
             >>> ArrayData.read((np.zeros((5, 2)), 3.0), batch_axes=(0, None)).num_data
             5
         """
-        axes_tree = jax.tree.broadcast(batch_axes, data, is_leaf=lambda x: x is None)
-        axes = jax.tree.leaves(axes_tree, is_leaf=lambda x: x is None)
+        axes = _axes(batch_axes, data)
         paths = [name + jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(data)]
         leaves, treedef = jax.tree.flatten(as_arguments(data))
         num_data = 1 if batch_axes is None else _num_data(leaves, axes, paths, name)
@@ -196,12 +199,25 @@ def _constant(array: Array, axis: int | None) -> Constant | None:
     return Constant(array) if axis is None else None
 
 
+def _axes(batch_axes: Any, data: Data) -> list[int | None]:
+    """Return the datum axis of each leaf of the data, among which None does not count."""
+    axes: list[int | None] = []
+
+    def add(axis: int | None, part: Any) -> None:
+        axes.extend([axis] * len(jax.tree.leaves(part)))
+
+    jax.tree.map(add, batch_axes, data, is_leaf=lambda x: x is None)
+    return axes
+
+
 def _num_data(leaves: list, axes: list, paths: list[str], name: str) -> int:
     sizes = {}
     for leaf, axis, path in zip(leaves, axes, paths, strict=True):
         if axis is None:
             continue
         shape = np.shape(leaf)
+        if shape == () and is_typed_key(leaf):
+            raise ValueError(f"{path} is a random key. Pass the key first, and then the data.")
         if not -len(shape) <= axis < len(shape):
             raise ValueError(
                 f"{path} has shape {shape}, so no axis {axis} that counts the data. Give each "
@@ -222,13 +238,22 @@ def _num_data(leaves: list, axes: list, paths: list[str], name: str) -> int:
 
 
 def _to_device(leaf: Any, axis: int | None, path: str) -> Array:
-    """Return the leaf as a JAX array, refusing values that were finite and are not there."""
+    """Return the leaf as a JAX array, refusing values that are not the same there."""
+    if isinstance(leaf, jax.Array):
+        return leaf
+    leaf = np.asarray(leaf)
+    if not (leaf.dtype == bool or jnp.issubdtype(leaf.dtype, np.number)):
+        raise TypeError(
+            f"{path} has values of type {leaf.dtype}, expected numbers or booleans. Convert them, "
+            "as with .astype(float), or number them if they are names."
+        )
     with np.errstate(over="ignore"):  # values beyond the range are found below
         array = jnp.asarray(leaf)
-    if isinstance(leaf, jax.Array) or not jnp.issubdtype(array.dtype, jnp.floating):
+    if array.dtype == leaf.dtype:
         return array
-    leaf = np.asarray(leaf)
     lost = np.isfinite(leaf) & ~np.isfinite(np.asarray(array))
+    if jnp.issubdtype(array.dtype, jnp.integer):
+        lost = leaf != np.asarray(array)
     if lost.any():
         row = "" if axis is None else f", the first in row {np.argwhere(lost)[0][axis]}"
         raise ValueError(

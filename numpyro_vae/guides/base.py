@@ -20,7 +20,7 @@ from numpyro_vae.data.shapes import Shapes, argument_shapes
 from numpyro_vae.encoders import MLP
 from numpyro_vae.families import AbstractFamily
 from numpyro_vae.guides.encoding import Encoding
-from numpyro_vae.guides.global_sites import GlobalGuide
+from numpyro_vae.guides.global_sites import GlobalGuide, require_maker
 from numpyro_vae.guides.local_sites import sample_local
 from numpyro_vae.guides.network import Encoder, Network, declare_network
 from numpyro_vae.model.plan import GuidePlan, plan_guide
@@ -116,7 +116,7 @@ class AmortizedGuide(AutoGuide):
         self.segments = dict(segments or {})
         self.condition_on = tuple(condition_on)
         self.dependencies = {name: tuple(read) for name, read in (dependencies or {}).items()}
-        self.global_guide = global_guide
+        self.global_guide = require_maker(global_guide)
         self.argument_shapes: Shapes = {}
         self.training = True
         self.reader = ModelReader(model)
@@ -162,7 +162,7 @@ class AmortizedGuide(AutoGuide):
         self.local_sites, self.global_names = plan.local, plan.globals
         self.globals = None
         if plan.globals:
-            self.globals = GlobalGuide(self.global_guide, self.model, plan)
+            self.globals = GlobalGuide(self.global_guide, self.model, plan, self.prefix)
         self.argument_shapes = argument_shapes(args, kwargs)
         self.prototype_trace = {
             name: {"name": name, "type": "sample", "is_observed": site.is_observed}

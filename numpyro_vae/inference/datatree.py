@@ -20,10 +20,11 @@ from numpyro_vae.inference.runner import Runner
 from numpyro_vae.model.sites import ModelSites
 
 if TYPE_CHECKING:
-    from xarray import DataTree
+    from xarray import Dataset, DataTree
 
 SAMPLED = ("posterior", "posterior_predictive", "log_likelihood", "sample_stats")
 OF_OBSERVATIONS = ("log_likelihood", "sample_stats", "observed_data")
+DRAWS = ("chain", "draw")
 GROUPS = (*SAMPLED, "observed_data", "constant_data")
 
 Groups = dict[str, dict[str, np.ndarray]]
@@ -147,11 +148,8 @@ def constant_data(
     model: Callable[..., Any], data: ArrayData, observed: Mapping[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
     """Return the model's batched arguments by name, rows in front, those that it observes apart."""
-    signature = inspect.signature(model)
-    args, kwargs = data.whole()
-    axes, kw_axes = data.layout.whole(data.layout.axes)
-    bound = signature.bind_partial(*args, **kwargs).arguments
-    bound_axes = signature.bind_partial(*axes, **kw_axes).arguments
+    bound = arguments_by_name(model, *data.whole())
+    bound_axes = arguments_by_name(model, *data.layout.whole(data.layout.axes))
     return {
         name: np.moveaxis(np.asarray(value), bound_axes[name], 0)
         for name, value in bound.items()
@@ -159,6 +157,63 @@ def constant_data(
         and isinstance(bound_axes.get(name), int)
         and not any(np.array_equal(value, seen) for seen in observed.values())
     }
+
+
+def arguments_by_name(
+    model: Callable[..., Any], args: tuple, kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """Return a model's arguments by name, those of ``*args`` as ``args_0``, ``args_1`` and so on.
+
+    Example:
+        >>> arguments_by_name(lambda x, *rest, **named: None, (1, 2, 3), {"y": 4})
+        {'x': 1, 'rest_0': 2, 'rest_1': 3, 'y': 4}
+    """
+    signature, found = inspect.signature(model), {}
+    for name, value in signature.bind_partial(*args, **kwargs).arguments.items():
+        kind = signature.parameters[name].kind
+        if kind is inspect.Parameter.VAR_POSITIONAL:
+            found |= {f"{name}_{place}": one for place, one in enumerate(value)}
+        else:
+            found |= value if kind is inspect.Parameter.VAR_KEYWORD else {name: value}
+    return found
+
+
+def tree_name(name: Any) -> str:
+    """Return the name that a site or a plate has in a tree, where ``/`` stands between groups.
+
+    Example:
+        >>> tree_name("scope/z")
+        'scope.z'
+    """
+    return str(name).replace("/", ".")
+
+
+def for_tree(dataset: Dataset) -> Dataset:
+    """Return a dataset with the names that its variables and dimensions have in a tree."""
+    names = {*dataset.variables, *dataset.dims}
+    return dataset.rename({name: tree_name(name) for name in names if tree_name(name) != name})
+
+
+def check_names(sites: ModelSites) -> None:
+    """Raise if sites or plates cannot have their names in a tree.
+
+    Raises:
+        ValueError: naming the plate or the site.
+    """
+    plates = dict.fromkeys(sites.plates, "plate")
+    kinds = plates | dict.fromkeys((*sites.sites, *sites.deterministic), "site")
+    known: dict[str, str] = {}
+    for name, kind in kinds.items():
+        if name in DRAWS:
+            raise ValueError(
+                f"The {kind} {name!r} has the name of a dimension of draws in a DataTree. Rename "
+                f"the {kind} in the model, to {name + 's'!r} for instance."
+            )
+        if known.setdefault(tree_name(name), name) != name:
+            raise ValueError(
+                f"{known[tree_name(name)]!r} and {name!r} are both {tree_name(name)!r} in a "
+                "DataTree, where no name has a slash. Rename one of them in the model."
+            )
 
 
 def build_datatree(
@@ -174,20 +229,26 @@ def build_datatree(
         dims: by variable, the names of its leading dimensions but these.
         coords: coordinates by dimension.
 
+    Slashes in names become points, see `tree_name`.
+
     Raises:
         ValueError: if a coordinate has another length than its dimension.
     """
     import arviz as az
     from xarray import DataTree
 
-    found = {}
+    coords, found = {tree_name(name): coord for name, coord in (coords or {}).items()}, {}
     for group, variables in groups.items():
         if not variables:
             continue
         sampled = group in SAMPLED
         values = {name: value[None] if sampled else value for name, value in variables.items()}
         # A log-likelihood has no event, so that its variable has fewer dimensions than its site.
-        known = {name: list(dims[name])[: np.ndim(variables[name]) - sampled] for name in values}
-        tree = az.from_dict({group: values}, dims=known, coords=dict(coords or {}))
+        known = {
+            tree_name(name): [*map(tree_name, dims[name])][: np.ndim(variables[name]) - sampled]
+            for name in values
+        }
+        values = {tree_name(name): value for name, value in values.items()}
+        tree = az.from_dict({group: values}, dims=known, coords=coords)
         found[group] = tree[group].to_dataset()
     return DataTree.from_dict(found)

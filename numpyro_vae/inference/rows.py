@@ -15,7 +15,7 @@ from jaxtyping import Array
 
 from numpyro_vae.data.arrays import ArrayData
 from numpyro_vae.data.batch import Batch, padded_batches, prefetch
-from numpyro_vae.data.shapes import explained
+from numpyro_vae.data.shapes import explained, require_rows
 from numpyro_vae.guides.base import AmortizedGuide
 from numpyro_vae.model.missing import require_finite_observations
 from numpyro_vae.model.plan import check_observed
@@ -77,6 +77,7 @@ class Rows:
         kwargs: dict[str, Any],
     ) -> Rows:
         """Return the rows of arrays, as the model takes them."""
+        require_rows(guide.argument_shapes, *arrays.whole(), arrays.layout.axes)
         with explained(guide.argument_shapes, *arrays.whole(), arrays.layout.axes):
             held = _held(guide, arrays, args, kwargs)
             sites = guide.reader.sites(args, kwargs, held)

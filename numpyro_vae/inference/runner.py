@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from numpyro_vae.data.arguments import require_key
 from numpyro_vae.data.batch import Batch
 from numpyro_vae.guides.base import AmortizedGuide
 from numpyro_vae.inference.compiled import Compiled
@@ -79,7 +80,9 @@ class Runner:
         Raises:
             ValueError: if ``num_samples`` is below 1.
             MemoryError: if the draws do not fit in memory.
+            TypeError: if the key is none.
         """
+        require_key(rng_key)
         if num_samples < 1:
             raise ValueError(f"num_samples is {num_samples}, expected at least 1.")
         if self.guide.globals is not None:
@@ -347,3 +350,24 @@ def choose_names(var_names: Iterable[str] | None, known: Iterable[str]) -> list[
     if missing:
         raise ValueError(f"There are no sites {missing} here, choose from {sorted(known)}.")
     return names
+
+
+def require_trained(guide: Any, params: Any) -> AmortizedGuide:
+    """Return the guide, if these are a trained one and what it was trained to.
+
+    Raises:
+        TypeError: if one of them is something else.
+    """
+    if not isinstance(guide, AmortizedGuide):
+        is_class = isinstance(guide, type)
+        found = f"the class {guide.__name__}" if is_class else f"of type {type(guide).__name__}"
+        raise TypeError(
+            f"The guide is {found}, expected an amortized guide such as AutoAmortizedNormal(model)."
+            " Pass the guide that was trained, before its parameters, and not what wraps it."
+        )
+    if not isinstance(getattr(params, "params", params), Mapping):
+        raise TypeError(
+            f"The parameters are of type {type(params).__name__}, expected what fit or svi.run "
+            "returned, or a dict of parameters. Pass result, or result.params."
+        )
+    return guide

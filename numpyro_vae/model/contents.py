@@ -14,6 +14,7 @@ from numpyro.distributions import constraints
 
 from numpyro_vae.data.arrays import is_array
 from numpyro_vae.model.sites import ModelSites, Plate, Reads
+from numpyro_vae.model.supports import outside_support
 from numpyro_vae.model.trace import counts, sites_of_trace
 from numpyro_vae.numpyro_internals import declared_scale
 
@@ -31,7 +32,16 @@ class Param:
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=("indices", "values", "masks", "scales", "supports", "choices", "params"),
+    data_fields=(
+        "indices",
+        "values",
+        "masks",
+        "scales",
+        "supports",
+        "outside",
+        "choices",
+        "params",
+    ),
     meta_fields=("sites", "fixed_supports", "has_state"),
 )
 @dataclass(frozen=True, eq=False)
@@ -44,6 +54,7 @@ class Reading:
         masks: by site the mask of its distribution, where it has one.
         scales: by site the factor of its log-density, where the model has one.
         supports: by latent site its support, where it is made of values.
+        outside: by observed site where its values are outside their support, if that can be.
         choices: by enumerated site the values that it can take.
         params: by name the parameters that the model declares.
         sites: its sites and plates.
@@ -56,6 +67,7 @@ class Reading:
     masks: dict[str, Any]
     scales: dict[str, Any]
     supports: dict[str, Any]
+    outside: dict[str, Any]
     choices: dict[str, Any]
     params: dict[str, Any]
     sites: ModelSites
@@ -98,16 +110,16 @@ def reading_of(trace: dict[str, Any]) -> Reading:
     computed = {name: support for name, support in supports.items() if jax.tree.leaves(support)}
     masks = {name: counts(trace, name) for name in sites.sites}
     scales = {name: declared_scale(trace[name]) for name in sites.sites}
+    seen = [name for name, site in sites.sites.items() if site.is_observed]
+    seen = [name for name in seen if trace[name]["value"] is not None]
+    outside = {name: outside_support(trace[name]) for name in seen}
     return Reading(
         indices={name: msg["value"] for name, msg in _of_type(trace, "plate")},
-        values={
-            name: jnp.asarray(trace[name]["value"])
-            for name, site in sites.sites.items()
-            if site.is_observed and trace[name]["value"] is not None
-        },
+        values={name: jnp.asarray(trace[name]["value"]) for name in seen},
         masks={name: mask for name, mask in masks.items() if mask is not None},
         scales={name: scale for name, scale in scales.items() if scale is not None},
         supports=computed,
+        outside={name: found for name, found in outside.items() if found is not None},
         choices={
             site.name: trace[site.name]["fn"].enumerate_support(expand=False)
             for site in sites.sites.values()

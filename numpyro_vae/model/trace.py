@@ -110,6 +110,7 @@ def sites_of_trace(trace: dict) -> ModelSites:
             deterministic[name] = tuple(frame.name for frame in frames)
             continue
         _check_observation(name, msg, frames)
+        _check_latent(name, msg, frames)
         sites[name] = Site(
             name,
             tuple(msg["fn"].batch_shape),
@@ -161,6 +162,19 @@ def event_shape_of(msg: dict) -> tuple[int, ...]:
         return tuple(fn.event_shape)
 
 
+def _check_latent(name: str, msg: dict, frames: tuple) -> None:
+    """Raise if a latent site in a plate is a function of others, and not sampled at all."""
+    fn = msg["fn"]
+    while hasattr(fn, "base_dist") and not msg["is_observed"]:
+        fn = fn.base_dist
+    if isinstance(fn, dist.Delta) and frames and not msg["is_observed"]:
+        raise ValueError(
+            f"The latent site {name!r} in plate {frames[0].name!r} has a Delta distribution, so "
+            "that no other value has a density. Declare what is a function of other sites with "
+            f"numpyro.deterministic({name!r}, value)."
+        )
+
+
 def _is_discrete(fn: Any) -> bool:
     return fn.support is None or fn.support.is_discrete
 
@@ -175,7 +189,16 @@ def _unconstrained_shape(msg: dict) -> tuple[int, ...]:
     fn = msg["fn"]
     if msg["is_observed"] or _is_discrete(fn):
         return event_shape_of(msg)
-    shape = biject_to(fn.support).inverse_shape(fn.batch_shape + fn.event_shape)
+    try:
+        transform = biject_to(fn.support)
+    except NotImplementedError:
+        raise ValueError(
+            f"The latent site {msg['name']!r} has the support {fn.support}, onto which NumPyro has "
+            "no map from the real numbers. Reparameterize it, a ProjectedNormal as in "
+            "numpyro.handlers.reparam(model, config="
+            f"{{{msg['name']!r}: numpyro.infer.reparam.ProjectedNormalReparam()}})."
+        ) from None
+    shape = transform.inverse_shape(fn.batch_shape + fn.event_shape)
     return tuple(shape[len(fn.batch_shape) :])
 
 

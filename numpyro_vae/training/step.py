@@ -50,6 +50,7 @@ class Trainer:
         shared = isinstance(svi.guide, AmortizedGuide) and svi.guide.model is svi.model
         self.reader = svi.guide.reader if shared else ModelReader(svi.model)
         self.transforms: dict[str, Any] = {}
+        self.fresh: Any = None  # the shapes of a first state, once there was one
         self._compile()
 
     def _compile(self) -> None:
@@ -105,6 +106,7 @@ class Trainer:
                 self._compile()
         init = self._init_compiled if compiled else self._init
         state, self.transforms = init(rng_key, batch, init_params)
+        self.fresh = jax.eval_shape(lambda: state)
         return state
 
     def _init(

@@ -293,7 +293,7 @@ BAD = {
     "patience alone": (X, {"patience": 3}, "early stopping needs validation"),
     "validation of another form": (X, {"validation": (X, X)}, "validation has the structure"),
     "iterable of unknown length": ([X], {"batch_size": None}, "num_data="),
-    "exhausted": (iter([X]), {"batch_size": None, "num_data": 100}, "no batch in epoch"),
+    "exhausted": (iter([]), {"batch_size": None, "num_data": 100}, "yields no batch"),
     "unknown plate": (X, {"plate": "rows"}, "No latent site lies in a plate named 'rows'"),
 }
 
