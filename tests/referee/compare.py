@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from functools import cached_property
 from itertools import product
 from typing import Any
@@ -11,6 +13,7 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpyro
 import optax
 from generator import BATCH, NUM_DATA, Case
 from jax import Array
@@ -37,6 +40,15 @@ from numpyro_vae.training.step import Trainer
 KEY = jax.random.key(11)
 NUM_SAMPLES = 2
 ROWS = 4  # of which subsets of the data are
+
+
+@contextmanager
+def settings(case: Case) -> Generator[None]:
+    """Let JAX and NumPyro run a case."""
+    x64, valid = jax.enable_x64(case.is_x64), numpyro.validation_enabled(False)
+    with x64, valid, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Missing a plate statement")
+        yield
 
 
 class Subject:
@@ -83,6 +95,8 @@ class Subject:
 
     @cached_property
     def full_guide(self) -> Any:
+        if not self.case.subsampled:
+            return self.guide.eval()
         guide = self.case.guide(self.full)
         guide.setup(*self.args, **self.kwargs)
         return guide.eval()
@@ -283,7 +297,14 @@ def _partition(subject: Subject) -> list[dict[str, Array]]:
 
 
 def _elbo_of_all(subject: Subject) -> float:
-    return total(subject.log_p[0][0]) - total(subject.log_q[0][0])
+    return total(subject.log_p[0][0]) - _log_q(subject, *subject.log_q[0])
+
+
+def _log_q(subject: Subject, log_probs: dict[str, Array], trace: dict) -> float:
+    """Add up a guide's log-densities; a point's is one of none, and depends on rounding."""
+    if not subject.has_density:
+        log_probs = {name: x for name, x in log_probs.items() if not is_local(trace[name])}
+    return total(log_probs)
 
 
 def _elbo_of_rows(
@@ -304,8 +325,7 @@ def _elbo_of_rows(
     joint = auxiliary_values(guide_trace, trace, values)
     if joint:
         values = {k: v for k, v in values.items() if k not in subject.local}
-    log_q, _ = density(guide, args, kwargs, {**values, **joint})
-    return total(log_p) - total(log_q)
+    return total(log_p) - _log_q(subject, *density(guide, args, kwargs, {**values, **joint}))
 
 
 def _cut(subject: Subject, held: dict[str, Array]) -> dict[str, Any]:
@@ -325,7 +345,10 @@ def _cut(subject: Subject, held: dict[str, Array]) -> dict[str, Any]:
 def rows(subject: Subject) -> None:
     """What is said of a row depends on no other row, and not on the batches."""
     data = subject.case.data
-    whole = _by_row(subject, data)
+    whole, trace = _by_row(subject, data), subject.log_p[0][1]
+    for name in subject.local:
+        value = rows_in_front(subject.draws[name], trace[name], trace[name]["fn"].event_dim)
+        close(whole[f"{name} of posterior"], value, f"{name} in the DataTree")
     others = np.array([*range(ROWS), *range(NUM_DATA - 1, ROWS - 1, -1)])
     _same_rows(_by_row(subject, subject.rows(others)), whole, "other rows permuted")
     _same_rows(_by_row(subject, subject.rows(np.arange(ROWS))), whole, "other rows left out")
@@ -335,17 +358,17 @@ def rows(subject: Subject) -> None:
 
 def _by_row(subject: Subject, data: Any) -> dict[str, np.ndarray]:
     """Return by name arrays with the rows in front."""
-    posterior, trace = subject.posterior, subject.log_p[0][1]
-    draws = posterior.sample(KEY, data, NUM_SAMPLES, var_names=subject.local)
+    posterior, groups = subject.posterior, ("posterior", "sample_stats")
+    tree = posterior.to_datatree(KEY, data, NUM_SAMPLES, groups=groups, var_names=subject.local)
     found = {
-        f"draws of {name}": rows_in_front(value, trace[name], trace[name]["fn"].event_dim)
-        for name, value in draws.items()
+        f"{name} of {group}": np.moveaxis(value.values[0], 1, 0)
+        for group in groups
+        if group in tree
+        for name, value in tree[group].data_vars.items()
     }
     if subject.is_factorized and not subject.guide.dependencies:
         for name, parts in posterior.encode(data).items():
             found |= {f"{part} of {name}": x for part, x in parts._asdict().items()}
-    if subject.has_density:
-        found["log weights"] = posterior.log_weights(KEY, data, NUM_SAMPLES).T
     return found
 
 

@@ -14,8 +14,8 @@ import argparse
 import multiprocessing
 import os
 import sys
+import tempfile
 import traceback
-import warnings
 from collections.abc import Collection, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -23,8 +23,12 @@ from dataclasses import dataclass
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
-import jax
-from compare import COMPARISONS, Subject
+CACHE = os.path.join(tempfile.gettempdir(), "numpyro_vae_referee")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", CACHE)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+
+from compare import COMPARISONS, Subject, settings
 from generator import FEATURES, RATES, generate
 
 AT_ONCE = 10  # models in a process, before it is replaced: what is compiled is never freed
@@ -47,8 +51,7 @@ class Failure:
 def failures(seed: int, enabled: Collection[str], comparisons: Sequence[str]) -> dict[str, str]:
     """Return by comparison what is wrong with the model of a seed; ``guide`` if it has no guide."""
     case, found = generate(seed, enabled), {}
-    with jax.enable_x64(case.is_x64), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Missing a plate statement")
+    with settings(case):
         try:
             subject = Subject(case)
         except Exception as error:
