@@ -29,12 +29,26 @@ def mask_of_masked(fn: dist.MaskedDistribution) -> Any:
     return fn._mask
 
 
+def is_switched_off(fn: Any) -> bool:
+    """Return whether a distribution is masked as a whole, by a ``False`` and not by an array."""
+    while hasattr(fn, "base_dist"):
+        if isinstance(fn, dist.MaskedDistribution) and fn._mask is False:
+            return True
+        fn = fn.base_dist
+    return False
+
+
+def declared_scale(msg: dict[str, Any]) -> Any:
+    """Return the factor that ``handlers.scale`` gives a site, without those of plates, or None."""
+    return msg.get("plate_to_scale", {}).get(None)
+
+
 def plate_indices(plate: Any) -> Array:
     """Return the rows that a plate holds."""
     return plate._indices
 
 
-def declare_plate(name: str, size: int, length: int) -> tuple[int, Array, bool]:
+def declare_plate(name: str, size: int, length: int | None) -> tuple[int, Array, bool]:
     """Show a plate to the enclosing handlers, as ``numpyro.plate(name, size, length)`` does.
 
     Returns:

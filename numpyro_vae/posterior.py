@@ -15,6 +15,7 @@ from numpyro_vae.checks.run import Checks, run_checks
 from numpyro_vae.guides.base import AmortizedGuide
 from numpyro_vae.inference import quantities as compiled
 from numpyro_vae.inference.datatree import build_datatree, choose_groups, gather
+from numpyro_vae.inference.derived import derived_sites
 from numpyro_vae.inference.runner import Runner, choose_names
 from numpyro_vae.model.enumeration import Enumeration
 from numpyro_vae.repair.result import Repair
@@ -160,8 +161,9 @@ class Posterior:
             rng_key: the random key.
             data: as for `fit`, any number of rows.
             num_samples: draws of each row.
-            var_names: the sites to return; by default all observed and deterministic ones that
-                lie in the local plate.
+            var_names: the sites to return; by default all observed ones that lie in the local
+                plate, and the deterministic ones with a value for each of its rows. These are
+                computed from the draws and the data, as in `numpyro.infer.Predictive`.
 
         Returns:
             By site name, ``(num_samples, num_data, ...)``, the plate's axis second.
@@ -172,7 +174,9 @@ class Posterior:
         rows = self._runner.read(data)
         globals_ = self._runner.draw_globals(rng_key, rows, num_samples)
         sizes = {"num_samples": num_samples, "num_draws": num_samples, "row_axis": 1}
-        found = self._runner.per_batch(compiled.predict, rows, rng_key, globals_, **sizes)
+        derived = tuple(derived_sites(self._runner, rows).by_row.items())
+        predict = partial(self._runner.per_batch, compiled.predict, derived=derived, **sizes)
+        found = predict(rows, rng_key, globals_)
         return {name: found[name] for name in choose_names(var_names, found)}
 
     def log_weights(self, rng_key: Array, data: Any, num_samples: int) -> np.ndarray:
@@ -271,7 +275,7 @@ class Posterior:
         sizes = {"num_samples": num_samples, "particles": num_particles}
         found = self._runner.per_batch(compiled.classify, rows, rng_key, globals_, **sizes)
         return Enumeration.of_model(
-            self.guide.reader, self.guide.plate.name, rows.args, rows.kwargs
+            self.guide.reader, self.guide.plate.name, rows.args, rows.kwargs, rows.held
         ).probabilities(found["probabilities"])
 
     def check(

@@ -144,7 +144,6 @@ BAD = {
     "discrete": (discrete, {}, "Site 'k' in plate 'data' is discrete.*enumerate"),
     "column": (observes((12, 1)), {}, r"Site 'x' in plate 'data' observes.*\(12, 1\).*\(12,\)"),
     "several": (observes((4, 12)), {}, r"Site 'x' in plate 'data' observes.*\(4, 12\).*\(12,\)"),
-    "event": (observes((12, 1), 1), {}, r"values of shape \(12, 1\).*shape \(12, 3\).*broadcast"),
     "longer": (observes((12, 4), 1), {}, r"values of shape \(12, 4\).*event \(3,\)"),
     "scale": (normal_model, {"scale": "variance"}, "log_variance"),
     "features": (

@@ -36,6 +36,7 @@ ORDER = {
     "scales": ("parameterization", "log_scale_normal"),
     "layers": ("convolution",),
     "model": (
+        "provenance",
         "sites",
         "trace",
         "reading",
@@ -45,9 +46,10 @@ ORDER = {
         "missing",
         "enumeration",
         "densities",
+        "deterministic",
     ),
     "guides": ("blocks", "network", "encoding", "local_sites", "global_sites", "base", "auto"),
-    "training": ("step", "guarded", "sources", "callbacks", "fit"),
+    "training": ("step", "guarded", "taking", "sources", "callbacks", "fit"),
     "inference": (
         "psis",
         "divergences",
@@ -55,6 +57,7 @@ ORDER = {
         "quantities",
         "rows",
         "runner",
+        "derived",
         "datatree",
         "refine",
     ),

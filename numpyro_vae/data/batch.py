@@ -36,7 +36,8 @@ class Batch:
         plate: the name of the local plate.
         num_data: how many rows there are in all.
         cuts: whether the rows are still to be taken out of the arrays.
-        fills_plate: whether the model's plate selects rows, and is to hold these.
+        fills_plate: whether the model's plate is told which rows it holds, as it selects some, or
+            declares another number of them than there are.
     """
 
     arrays: Any  # unchecked, as JAX puts what it likes into the place of arrays
@@ -51,6 +52,22 @@ class Batch:
     def at(self, indices: Int[Array, "batch"]) -> Batch:
         """Return the batch of other rows of the same data."""
         return replace(self, indices=indices)
+
+    @property
+    def held(self) -> Int[Array, "batch"] | None:
+        """The rows that the model's plate is told to hold, of those that its arguments have."""
+        if not self.fills_plate:
+            return None
+        return jnp.arange(len(self.indices)) if self.cuts else self.indices
+
+    @property
+    def rows(self) -> dict[str, tuple[int, Any]]:
+        """By plate its size and the rows that it is told to hold; empty if it holds its own."""
+        return {} if self.held is None else {self.plate: (self.num_data, self.held)}
+
+    def every(self, num_rows: int) -> dict[str, tuple[int, Any]]:
+        """Return what `rows` is for all of ``num_rows`` rows of data like these."""
+        return {self.plate: (num_rows, jnp.arange(num_rows))} if self.fills_plate else {}
 
     def arguments(self) -> tuple[tuple, dict[str, Any]]:
         """Return the model's positional and keyword arguments for these rows."""

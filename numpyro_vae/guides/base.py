@@ -26,8 +26,9 @@ from numpyro_vae.guides.network import Encoder, Network, declare_network
 from numpyro_vae.model.plan import GuidePlan, plan_guide
 from numpyro_vae.model.plates import all_rows
 from numpyro_vae.model.reading import ModelReader
-from numpyro_vae.model.run import Run, run_model
+from numpyro_vae.model.run import Run, given_rows, run_model
 from numpyro_vae.model.sites import Site
+from numpyro_vae.model.trace import Rows
 from numpyro_vae.numpyro_internals import (
     is_set_up,
     is_training,
@@ -137,18 +138,17 @@ class AmortizedGuide(AutoGuide):
         Raises:
             ValueError: see the class.
         """
-        if not is_set_up(self):
-            self._setup_prototype(*args, **kwargs)
+        self.read_model(args, kwargs, {})
 
-    def reset(self) -> None:
-        """Forget the model as it was read; the next call reads it anew."""
-        self.prototype_trace = None
-
-    def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
+    def read_model(self, args: tuple, kwargs: dict[str, Any], rows: Rows) -> None:
+        """Read the model as `setup` does, with plates that hold given rows."""
+        if is_set_up(self):
+            return
         plan = plan_guide(
             self.reader,
             args,
             kwargs,
+            rows,
             plate=self.plate_name,
             condition_on=self.condition_on,
             dependencies=self.dependencies,
@@ -167,6 +167,10 @@ class AmortizedGuide(AutoGuide):
             for name, site in self.sites.sites.items()
         }
 
+    def reset(self) -> None:
+        """Forget the model as it was read; the next call reads it anew."""
+        self.prototype_trace = None
+
     def eval(self) -> AmortizedGuide:
         """Return the guide in evaluation mode: dropout off, batch statistics frozen."""
         guide = copy.copy(self)
@@ -179,7 +183,8 @@ class AmortizedGuide(AutoGuide):
         Returns:
             The values by site name.
         """
-        self.setup(*args, **kwargs)
+        rows = {} if self.plate_name is None else given_rows(self.plate_name)
+        self.read_model(args, kwargs, rows)
         latent = self.sites.latent()
         first = self.condition_on or (latent and latent[0].name in self.global_names)
         values = self._sample_globals(args, kwargs) if first else {}
@@ -188,7 +193,11 @@ class AmortizedGuide(AutoGuide):
         return values if first else values | self._sample_globals(args, kwargs)
 
     def _sample_globals(self, args: tuple, kwargs: dict) -> dict[str, Array]:
-        return {} if self.globals is None else self.globals(args, kwargs)
+        if self.globals is None:
+            return {}
+        rows = given_rows(self.plate.name)
+        scales = self.reader.read(args, kwargs, rows).scales if self.globals.is_scaled else {}
+        return self.globals(args, kwargs, rows, scales)
 
     def _run(self, args: tuple, kwargs: dict) -> Run:
         """Run the model with the plates of ``create_plates``, if there are any."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -11,10 +12,36 @@ import jax
 from jaxtyping import Array
 from numpyro import handlers
 from numpyro.infer.autoguide import AutoGuide
+from numpyro.primitives import Messenger
 
 from numpyro_vae.model.plan import GuidePlan
-from numpyro_vae.model.trace import own_trace
+from numpyro_vae.model.trace import Rows, hold_rows, own_trace
 from numpyro_vae.numpyro_internals import draw_improper, set_up
+
+
+class scale_sites(Messenger):  # noqa: N801 - handlers are lower case, as in numpyro.handlers
+    """Scale the sites of a guide as those of the model are scaled.
+
+    An auxiliary site, of which several are made, is scaled as the first of them.
+
+    Args:
+        scales: by site its factor, where it has one.
+        names: of the sites that the guide is of.
+    """
+
+    def __init__(self, scales: Mapping[str, Any], names: tuple[str, ...]):
+        self.scales = {name: handlers.scale(scale=scales[name]) for name in names if name in scales}
+        super().__init__(None)
+
+    def process_message(self, msg: Any) -> None:
+        """Scale a site."""
+        if msg["type"] != "sample" or not self.scales:
+            return
+        first = next(iter(self.scales.values()))
+        auxiliary = msg["infer"].get("is_auxiliary")
+        handler = first if auxiliary else self.scales.get(msg["name"])
+        if handler is not None:
+            handler.process_message(msg)
 
 
 class GlobalGuide:
@@ -28,25 +55,52 @@ class GlobalGuide:
 
     def __init__(self, make: Callable[..., Any], model: Callable[..., Any], plan: GuidePlan):
         self.names = plan.globals
+        model = self._held = hold_rows({}, model)
+        self.is_scaled = bool(set(plan.globals) & set(plan.scaled))
         self.guide = make(_global_model(model, plan))
         if getattr(self.guide, "reads_observations", False):
             self.guide = make(handlers.block(model, hide=[site.name for site in plan.local]))
+
+    @contextmanager
+    def _holding(self, rows: Rows) -> Generator[None]:
+        """Let the model's plates hold rows, of which an automatic guide hides the handlers."""
+        self._held.rows = rows
+        try:
+            yield
+        finally:
+            self._held.rows = {}
 
     @property
     def is_auto(self) -> bool:
         """Whether it is an automatic guide, which knows quantiles."""
         return isinstance(self.guide, AutoGuide)
 
-    def __call__(self, args: tuple, kwargs: dict[str, Any]) -> dict[str, Array]:
-        """Sample the global sites, and return their values."""
-        with own_trace() as trace:  # as a guide written by hand need not return its values
-            self.guide(*args, **kwargs)
+    def __call__(
+        self, args: tuple, kwargs: dict[str, Any], rows: Rows, scales: Mapping[str, Any]
+    ) -> dict[str, Array]:
+        """Sample the global sites, scaled as the model scales them, and return their values.
+
+        Args:
+            args: the model's arguments.
+            kwargs: its keyword arguments.
+            rows: those that the local plate is told to hold, if any.
+            scales: by site its factor, where it has one.
+        """
+        with own_trace() as trace, scale_sites(scales, self.names), self._holding(rows):
+            self.guide(*args, **kwargs)  # which, written by hand, need not return its values
         return {name: trace[name]["value"] for name in self.names}
 
-    def set_up(self, params: dict[str, Any], args: tuple, kwargs: dict[str, Any]) -> None:
+    def set_up(
+        self,
+        params: dict[str, Any],
+        args: tuple,
+        kwargs: dict[str, Any],
+        rows: Rows | None = None,
+    ) -> None:
         """Let an automatic guide read the model, as it may not in compiled code."""
         if self.is_auto:
-            set_up(self.guide, params, args, kwargs)
+            with self._holding(rows or {}):
+                set_up(self.guide, params, args, kwargs)
 
     def sample(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 import numpyro
 import numpyro.distributions as dist
 from jaxtyping import Array
+from numpyro import handlers
 from numpyro.distributions import biject_to
 from numpyro.distributions.util import sum_rightmost
 
@@ -48,8 +50,13 @@ def _each(encoding: Encoding, block: Block, raw: Any) -> Iterator[tuple[Site, Ar
         by_value = jax.tree.map(lambda rows, site=site: site.unpack(rows, run.plate), part)
         fn = _site_distribution(block.head.marginals(by_value), site, run.support(site))
         mask = run.mask(site)
-        with run.enter_plates(site.plates):
+        with run.enter_plates(site.plates), scaled(run.scale(site)):
             yield site, jnp.asarray(numpyro.sample(site.name, _masked(fn, mask, site)))
+
+
+def scaled(factor: Any) -> AbstractContextManager:
+    """Return the handler that scales a site as the model does, if it does."""
+    return nullcontext() if factor is None else handlers.scale(scale=factor)
 
 
 def _site_distribution(by_value: Any, site: Site, support: Any) -> dist.Distribution:
@@ -95,13 +102,15 @@ def _jointly(
     name = f"_{prefix}_{joint}_latent"
     after = -run.plate.dim - 1  # axes of plates that hold nothing of the joint distribution
     spread = jax.tree.map(lambda x: x.reshape(x.shape[0], *[1] * after, *x.shape[1:]), raw)
-    with run.enter_plates((run.plate.name,)):
+    factor = run.row_scale(block.sites)
+    factor = None if factor is None else factor.reshape(-1, *[1] * after)
+    with run.enter_plates((run.plate.name,)), scaled(factor):
         fn = block.distribution(spread)
         by_step = jnp.asarray(numpyro.sample(name, fn, infer={"is_auxiliary": True}))
     packed = block.flatten(by_step.reshape(run.plate.length, *by_step.shape[after + 1 :]))
     for site, part in block.unpack(packed):
         fn = _function_of_draw(site, site.unpack(part, run.plate), run.support(site))
-        with run.enter_plates(site.plates):
+        with run.enter_plates(site.plates), scaled(run.scale(site)):
             yield site, jnp.asarray(numpyro.sample(site.name, fn))
 
 

@@ -13,6 +13,7 @@ from jaxtyping import Array
 
 from numpyro_vae.data.arrays import ArrayData
 from numpyro_vae.inference import quantities
+from numpyro_vae.inference.derived import derive_whole, derived_sites
 from numpyro_vae.inference.rows import Rows
 from numpyro_vae.inference.runner import Runner
 from numpyro_vae.model.sites import ModelSites
@@ -60,40 +61,40 @@ def gather(
         marginal: whether predictions are of local latents from their prior.
         groups: those wanted.
     """
-    guide = runner.guide
+    guide, derived = runner.guide, derived_sites(runner, rows)
     globals_ = runner.draw_globals(rng_key, rows, num_samples)
     run = partial(runner.per_batch, num_samples=num_samples, row_axis=1)
     observed = runner.per_batch(quantities.observed, rows)
     found: Groups = {"observed_data": observed}
     drawn = tuple(name for name in groups if not (marginal and name == "posterior_predictive"))
     if set(drawn) & {"posterior", "posterior_predictive", "sample_stats"}:
-        draw = partial(run, quantities.draws, num_draws=num_samples)
+        by_row = tuple(derived.by_row.items()) if "posterior" in groups else ()
+        draw = partial(run, quantities.draws, num_draws=num_samples, derived=by_row)
         found |= draw(rows, rng_key, globals_, groups=drawn)
     if marginal and "posterior_predictive" in groups:
         predicted = run(quantities.replicate, rows, rng_key, globals_)
         found["posterior_predictive"] = {name: predicted[name] for name in observed}
-    of_globals = _globals(runner, rows, rng_key, globals_)
-    found["posterior"] = found.get("posterior", {}) | of_globals
+    whole = {name: np.asarray(value) for name, value in globals_.items()}
+    if "posterior" in groups:
+        local = _local(runner, found["posterior"])
+        whole |= derive_whole(runner, rows, rng_key, derived, globals_, local, num_samples)
+    found["posterior"] = found.get("posterior", {}) | whole
     found["constant_data"] = constant_data(guide.model, rows.data, observed)
     if guide.family.has_density and "log_likelihood" in groups:
         alone = len(observed) == 1 and not guide.segments
         evidence = run(quantities.evidence, rows, rng_key, globals_, particles=num_particles)
         name = next(iter(observed)) if alone else "joint"
         found["log_likelihood"] = {name: evidence["log_evidence"]}
-    by_row = {name for group in found.values() for name in group} - set(of_globals)
+    by_row = {name for group in found.values() for name in group} - set(whole)
     dims = rows_first(site_dims(guide.sites), by_row, (guide.plate.name, *guide.segments))
-    return {group: found[group] for group in groups if group in found}, dims
+    return {group: found[group] for group in groups if group in found}, dims | derived.dims
 
 
-def _globals(
-    runner: Runner, rows: Rows, rng_key: Array, globals_: dict[str, Array]
-) -> dict[str, np.ndarray]:
-    """Return draws of the global sites, and of the deterministic sites made of them alone."""
-    found = {name: np.asarray(value) for name, value in globals_.items()}
-    if not globals_:
-        return found
-    names = runner.guide.sites.derived((runner.guide.plate.name, *runner.guide.segments))
-    return found | runner.once(quantities.derive, rows, rng_key, globals_, names=names)
+def _local(runner: Runner, draws: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Return draws of the local sites with the plate's axis where the model has it."""
+    sites, plate = runner.guide.sites.sites, runner.guide.plate
+    names = (name for name in runner.local_names if name in draws)
+    return {name: np.moveaxis(draws[name], 1, 1 + sites[name].axis(plate)) for name in names}
 
 
 def site_dims(sites: ModelSites) -> dict[str, list[str]]:
@@ -106,8 +107,6 @@ def site_dims(sites: ModelSites) -> dict[str, list[str]]:
         by_dim = {sites.plates[name].dim: name for name in site.plates}
         batch = range(-len(site.batch_shape), 0)
         found[site.name] = [by_dim.get(dim, f"{site.name}_batch_{-dim}") for dim in batch]
-    for name, plates in sites.deterministic.items():
-        found[name] = sorted(plates, key=lambda plate: sites.plates[plate].dim)
     return found
 
 

@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 from jax.scipy.special import logsumexp
 from jaxtyping import Array
-from numpyro import handlers
 from numpyro.primitives import Messenger
 
 from numpyro_vae.data.batch import Batch
@@ -20,7 +19,8 @@ from numpyro_vae.guides.base import AmortizedGuide
 from numpyro_vae.guides.encoding import Encoding
 from numpyro_vae.model.densities import observed_densities, row_densities, trace_rows
 from numpyro_vae.model.enumeration import Enumeration
-from numpyro_vae.model.plates import all_rows, minibatch
+from numpyro_vae.model.plates import all_rows
+from numpyro_vae.model.trace import replicated
 
 PAIRS = 8192  # pairs of a row and a draw that pass through the model at once
 
@@ -56,9 +56,7 @@ class EncodedBatch:
         static_kwargs: dict[str, Any],
     ) -> EncodedBatch:
         """Encode the rows of a batch."""
-        hold: Messenger = all_rows()
-        if batch.fills_plate:
-            hold = minibatch(plate=batch.plate, num_data=batch.num_data, indices=batch.indices)
+        hold = all_rows(rows=batch.rows)
         layout = batch.layout
         with explained(guide.argument_shapes, *layout.whole(batch.arrays), layout.axes):
             args, kwargs = batch.arguments()
@@ -89,7 +87,7 @@ class EncodedBatch:
 
     def trace(self, values: dict[str, Array], rng_key: Array, *, observed: bool = True) -> dict:
         """Run the model on the rows, with their observations or without."""
-        model = self.guide.model if observed else handlers.uncondition(self.guide.model)
+        model = self.guide.model if observed else replicated(self.guide.model)
         values = {**self.params, **values}
         return trace_rows(model, values, self.hold_rows, rng_key, self.args, self.kwargs)
 
@@ -97,7 +95,8 @@ class EncodedBatch:
         """Return each row's log joint density with a draw, ``(num_combinations, batch)``.
 
         The density is that of the data, the unconstrained latents and each combination of values
-        of the discrete ones.
+        of the discrete ones. Where the model scales the latents of a row by a factor, all is
+        divided by it: of so scaled a model the ELBO is largest at the posterior of this density.
         """
         return self.log_densities(packed, globals_, rng_key)[0]
 
@@ -106,12 +105,17 @@ class EncodedBatch:
     ) -> tuple[Array, Array]:
         """Return what `log_joint` does, and the part of it that is the prior's."""
         values, log_det = self.encoding.constrain(packed)
+        run = self.encoding.run
+        scale = run.row_scale((*self.encoding.sites, *self.enumeration.sites))
 
         def one(combination: Array) -> tuple[Array, Array]:
             discrete = self.enumeration.assign(jnp.full(len(self.indices), combination))
             trace = self.trace(values | globals_ | discrete, rng_key)
-            log_joint = row_densities(trace, self.encoding.run) + log_det
-            return log_joint, log_joint - observed_densities(trace, self.encoding.run)
+            joint, observed = row_densities(trace, run), observed_densities(trace, run)
+            if scale is not None:
+                joint, observed = joint / scale, observed / scale
+            log_joint = joint + log_det
+            return log_joint, log_joint - observed
 
         return jax.vmap(one)(jnp.arange(self.enumeration.num_combinations))
 

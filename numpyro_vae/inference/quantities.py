@@ -22,6 +22,7 @@ from numpyro_vae.inference.encoded import EncodedBatch
 from numpyro_vae.model.densities import predicted_rows
 
 Names = tuple[str, ...]
+Axes = tuple[tuple[str, int], ...]  # of the rows in the values of deterministic sites
 
 
 def encode(batch: EncodedBatch) -> dict[str, tuple[Array, ...]]:
@@ -69,29 +70,49 @@ def _values(batch: EncodedBatch, packed: Array, globals_: dict, keys: Array, nam
     return {name: jnp.moveaxis(values[name], axes[name], 1) for name in names}
 
 
-def predict(batch: EncodedBatch, rng_key: Array, globals_: dict, *, num_samples: int) -> dict:
-    """Return draws of the observed and deterministic sites, ``(num_samples, batch, ...)``."""
+def predict(
+    batch: EncodedBatch, rng_key: Array, globals_: dict, *, num_samples: int, derived: Axes
+) -> dict:
+    """Return draws of observed and deterministic sites, ``(num_samples, batch, ...)``."""
     keys = _noise_keys(batch, rng_key, num_samples)
-    return _predictions(batch, batch.draw(rng_key, num_samples, globals_), globals_, keys)
+    packed = batch.draw(rng_key, num_samples, globals_)
+    by_group = _predictions(batch, packed, globals_, keys, derived)
+    return {name: value for variables in by_group.values() for name, value in variables.items()}
 
 
-def _predictions(batch: EncodedBatch, packed: Array, globals_: dict, keys: Array) -> dict:
-    def one(packed: Array, globals_: dict, rng_key: Array) -> dict:
-        values = batch.complete(packed, globals_, rng_key)
-        trace = batch.trace(values, jax.random.fold_in(rng_key, 1), observed=False)
-        return predicted_rows(trace, batch.encoding.run)
+def _predictions(
+    batch: EncodedBatch, packed: Array, globals_: dict, keys: Array, derived: Axes
+) -> dict[str, dict]:
+    """Return draws of the observed sites, and the deterministic ones of draws and data."""
+
+    def one(packed: Array, globals_: dict, rng_key: Array) -> dict[str, dict]:
+        values, key = batch.complete(packed, globals_, rng_key), jax.random.fold_in(rng_key, 1)
+        drawn = predicted_rows(batch.trace(values, key, observed=False), batch.encoding.run)
+        trace = batch.trace(values, key) if derived else {}
+        found = {name: jnp.moveaxis(trace[name]["value"], axis, 0) for name, axis in derived}
+        return {"posterior": found, "posterior_predictive": drawn}
 
     return batch.over_draws(one, packed, globals_, keys)
 
 
-def derive(batch: EncodedBatch, rng_key: Array, globals_: dict, *, names: Names) -> dict:
-    """Return deterministic sites that lie outside the local plate, for each draw of the globals."""
+def derive(
+    batch: EncodedBatch, rng_key: Array, drawn: dict, *, num_samples: int, names: Names
+) -> dict:
+    """Return deterministic sites of all rows at once, ``(num_samples, ...)``.
 
-    def one(globals_: dict) -> dict:
-        trace = batch.trace(globals_, rng_key)
+    Args:
+        batch: all rows.
+        rng_key: for what has no value, in models that observe nothing.
+        drawn: draws of the latent sites that they are computed from.
+        num_samples: how many there are.
+        names: the sites.
+    """
+
+    def one(drawn: dict, rng_key: Array) -> dict:
+        trace = batch.trace(drawn, rng_key)
         return {name: trace[name]["value"] for name in names}
 
-    return batch.over_draws(one, globals_)
+    return batch.over_draws(one, drawn, jax.random.split(rng_key, num_samples))
 
 
 def _noise_keys(batch: EncodedBatch, rng_key: Array, num_samples: int) -> Array:
@@ -127,11 +148,17 @@ def classify(
 
 
 def draws(
-    batch: EncodedBatch, rng_key: Array, globals_: dict, *, num_samples: int, groups: Names
+    batch: EncodedBatch,
+    rng_key: Array,
+    globals_: dict,
+    *,
+    num_samples: int,
+    groups: Names,
+    derived: Axes,
 ) -> dict[str, dict]:
     """Return by ArviZ group what is drawn, all ``(num_samples, batch, ...)``."""
     packed = jnp.moveaxis(batch.draw(rng_key, num_samples, globals_), 0, 1)
-    found = finish(batch, packed, rng_key, globals_, groups=groups)
+    found = finish(batch, packed, rng_key, globals_, groups=groups, derived=derived)
     if batch.encoding.family.has_density and "sample_stats" in groups:
         found["sample_stats"] = weigh(batch, rng_key, globals_, num_samples=num_samples)
     return found
@@ -147,7 +174,13 @@ def replicate(batch: EncodedBatch, rng_key: Array, globals_: dict, *, num_sample
 
 
 def finish(
-    batch: EncodedBatch, packed: Array, rng_key: Array, globals_: dict, *, groups: Names
+    batch: EncodedBatch,
+    packed: Array,
+    rng_key: Array,
+    globals_: dict,
+    *,
+    groups: Names,
+    derived: Axes,
 ) -> dict[str, dict]:
     """Return by ArviZ group the latents of draws ``(batch, num_samples, size)``, and predictions.
 
@@ -157,12 +190,10 @@ def finish(
     keys = _noise_keys(batch, rng_key, len(packed))
     names = tuple(site.name for site in (*batch.encoding.sites, *batch.enumeration.sites))
     posterior = _values(batch, packed, globals_, keys, names)
-    derived = batch.encoding.run.sites.deterministic
     if not derived and "posterior_predictive" not in groups:
         return {"posterior": posterior}
-    predicted = _predictions(batch, packed, globals_, keys)
-    posterior |= {name: predicted.pop(name) for name in derived if name in predicted}
-    found = {"posterior": posterior, "posterior_predictive": predicted}
+    found = _predictions(batch, packed, globals_, keys, derived)
+    found["posterior"] = posterior | found["posterior"]
     return {group: variables for group, variables in found.items() if group in groups}
 
 

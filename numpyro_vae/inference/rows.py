@@ -19,6 +19,7 @@ from numpyro_vae.data.shapes import explained
 from numpyro_vae.guides.base import AmortizedGuide
 from numpyro_vae.model.missing import require_finite_observations
 from numpyro_vae.model.plan import check_observed
+from numpyro_vae.model.sites import choose_plate
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,8 @@ class Rows:
         plate: the name of the local plate.
         num_rows: how many rows it has.
         subsamples: whether the model selects rows in its own plate.
+        held: by plate its size and the rows that it is told to hold, where the model declares
+            another number of them than the data have.
         chosen: the numbers of the rows that results are wanted of, in that order.
         args: the model's arguments with all rows.
         kwargs: its keyword arguments, those that never change among them.
@@ -39,6 +42,7 @@ class Rows:
     plate: str
     num_rows: int
     subsamples: bool
+    held: dict[str, tuple[int, Any]]
     chosen: np.ndarray
     args: tuple
     kwargs: dict[str, Any]
@@ -57,9 +61,10 @@ class Rows:
         args, kwargs = arrays.whole()
         kwargs = {**kwargs, **static_kwargs}
         with explained(guide.argument_shapes, *arrays.whole(), arrays.layout.axes):
-            require_finite_observations(guide.reader, arrays, static_kwargs)
-            sites = guide.reader.sites(args, kwargs)
-        guide.setup(*args, **kwargs)
+            held = _held(guide, arrays, args, kwargs)
+            sites = guide.reader.sites(args, kwargs, held)
+            require_finite_observations(guide.reader, arrays, static_kwargs, held)
+        guide.read_model(args, kwargs, held)
         name = guide.plate.name
         plate = sites.plates.get(name)
         num_rows = arrays.num_data if plate is None or not arrays.is_whole else plate.size
@@ -70,9 +75,9 @@ class Rows:
                 "Declare the plate with the length of the data that the model is given; if no "
                 "argument has a row for each of the plate's, pass batch_axes=None."
             )
-        check_observed(guide.model, sites, plate, guide.segments, args, kwargs)
-        chosen = np.arange(plate.size)
-        return cls(arrays, name, plate.size, plate.length < plate.size, chosen, args, kwargs)
+        check_observed(sites, plate, guide.segments)
+        subsamples, chosen = plate.length < plate.size, np.arange(plate.size)
+        return cls(arrays, name, plate.size, subsamples, held, chosen, args, kwargs)
 
     def choose(self, rows: Any) -> Rows:
         """Return the same data, with results wanted of some rows only.
@@ -126,7 +131,7 @@ class Rows:
             plate=self.plate,
             num_data=self.num_rows,
             cuts=not (self.data.is_whole or self.subsamples),
-            fills_plate=self.subsamples,
+            fills_plate=not self.data.is_whole,
         )
 
     def whole(self) -> Batch:
@@ -134,8 +139,8 @@ class Rows:
         return self.batch(jnp.arange(self.num_rows if self.data.is_whole else 1))
 
     def everything(self) -> Batch:
-        """Return a batch whose arguments are all the data."""
-        return replace(self.whole(), cuts=False)
+        """Return all rows in one batch."""
+        return replace(self.batch(jnp.arange(self.num_rows)), cuts=False)
 
     def collect(self, fn: Callable[[Batch], Any], batch_size: int, row_axis: int = 0) -> Any:
         """Apply a compiled function to batches of the chosen rows, and join what it returns.
@@ -163,6 +168,34 @@ class Rows:
         for start, found in zip(starts, itertools.chain([first], results), strict=True):
             jax.tree.map(partial(_write, start, row_axis), out, found)
         return out
+
+
+def _held(guide: AmortizedGuide, data: ArrayData, args: tuple, kwargs: dict) -> dict:
+    """Return the rows that the local plate must be told to hold, as it declares another number.
+
+    Raises:
+        Exception: whatever the model raises, if it can take the data in no way.
+    """
+    failed: Exception | None = None
+    name = guide.plate_name if guide.plan is None else guide.plan.plate.name
+    try:
+        sites = guide.reader.sites(args, kwargs)
+        name = name or choose_plate(sites, None).name
+        plate = sites.plates.get(name)
+        if data.is_whole or plate is None or plate.size == data.num_data:
+            return {}
+    except Exception as error:  # of any kind, as the model's own code raises it
+        if name is None or data.is_whole:
+            raise
+        failed = error
+    held = {name: (data.num_data, jnp.arange(data.num_data))}
+    try:
+        guide.reader.sites(args, kwargs, held)
+    except Exception:
+        if failed is None:
+            return {}
+        raise failed from None
+    return held
 
 
 def rounded(number: int) -> int:

@@ -63,7 +63,7 @@ class Runner:
         if num_samples < 1:
             raise ValueError(f"num_samples is {num_samples}, expected at least 1.")
         if self.guide.globals is not None:
-            self.guide.globals.set_up(self.params, rows.args, rows.kwargs)
+            self.guide.globals.set_up(self.params, rows.args, rows.kwargs, rows.held)
         draw = partial(_draw_globals, self.guide, self.static_kwargs, num_samples)
         compiled = self._compiled((_draw_globals, num_samples), draw)
         key = jax.random.fold_in(rng_key, 2**32 - 1)  # of no row
@@ -111,9 +111,9 @@ class Runner:
         return rows.collect(run, batch_size or self._batch_size(num_draws, by_row), row_axis)
 
     def once(self, quantity: Quantity, rows: Rows, *args: Any, **static: Any) -> Any:
-        """Run a quantity that is the same for all rows; see `per_batch`."""
+        """Run a quantity of all rows at once; see `per_batch`."""
         compiled = self._compiled_quantity(_of_batch, quantity, static)
-        found = compiled(self.params, rows.whole(), *args)
+        found = compiled(self.params, rows.everything(), *args)
         return jax.tree.map(np.asarray, found)
 
     def per_row(

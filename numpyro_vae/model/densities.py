@@ -12,7 +12,7 @@ from numpyro.primitives import Messenger
 
 from numpyro_vae.data.ragged import Segments
 from numpyro_vae.model.run import Run
-from numpyro_vae.numpyro_internals import was_observed
+from numpyro_vae.numpyro_internals import declared_scale, was_observed
 
 Model = Callable[..., Any]
 
@@ -44,7 +44,8 @@ def row_densities(trace: dict[str, Any], run: Run) -> Float[Array, "batch"]:
     """Return each datum's log joint density given the global sites.
 
     All sites of the plate count, summed over all but the plate, and so do the observed sites of
-    the plates that hold the data's observations; the weight of a minibatch does not.
+    the plates that hold the data's observations. What the model scales is scaled; the weight of a
+    minibatch does not count.
 
     Args:
         trace: of the model on the batch.
@@ -57,11 +58,11 @@ def observed_densities(trace: dict[str, Any], run: Run) -> Float[Array, "batch"]
     """Return each datum's log-likelihood given all latent sites, of what is observed or drawn anew.
 
     Args:
-        trace: of the model on the batch, under ``handlers.uncondition`` or not.
+        trace: of the model on the batch, with the data or without.
         run: the run of the model that the guide has read.
     """
-    sites = (site for site in trace.values() if site["type"] == "sample")
-    return _sum_by_row((site for site in sites if was_observed(site)), run)
+    sites = (site for site in trace.values() if site["type"] == "sample" and was_observed(site))
+    return _sum_by_row((site for site in sites if not run.sites.is_computed(site["name"])), run)
 
 
 def _sum_by_row(sites: Iterable[dict], run: Run) -> Float[Array, "batch"]:
@@ -80,8 +81,11 @@ def _sum_by_row(sites: Iterable[dict], run: Run) -> Float[Array, "batch"]:
 
 
 def _by_row(site: dict, dim: int) -> Float[Array, "rows"]:
-    """Return a site's log-density, summed over all but one of its dimensions."""
-    log_prob = jnp.moveaxis(site["fn"].log_prob(site["value"]), dim, 0)
+    """Return a site's log-density as the model scales it, summed over all but one dimension."""
+    log_prob, scale = site["fn"].log_prob(site["value"]), declared_scale(site)
+    if scale is not None:
+        log_prob = scale * log_prob
+    log_prob = jnp.moveaxis(log_prob, dim, 0)
     return log_prob.reshape(log_prob.shape[0], -1).sum(-1)
 
 
@@ -89,28 +93,20 @@ def predicted_rows(trace: dict[str, Any], run: Run) -> dict[str, Array]:
     """Return what the model, run on a batch without its data, has drawn for them.
 
     Args:
-        trace: of the model under ``handlers.uncondition``.
+        trace: of the model without its data.
         run: the run of the model that the guide has read.
 
     Returns:
-        Observed and deterministic sites by name: the plate's axis in front, or that of the plate
-        which holds the data's observations.
+        Observed sites by name: the plate's axis in front, or that of the plate which holds the
+        data's observations.
     """
     plates = (run.plate.name, *run.groups)
     found = {}
     for name, site in trace.items():
-        observed = site["type"] == "sample" and was_observed(site)
-        dims = {frame.name: frame.dim for frame in site.get("cond_indep_stack", ())}
+        if site["type"] != "sample" or not was_observed(site) or run.sites.is_computed(name):
+            continue
+        dims = {frame.name: frame.dim for frame in site["cond_indep_stack"]}
         plate = next((plate for plate in plates if plate in dims), None)
-        if observed and not jnp.size(site["value"]):
-            continue  # a numpyro.factor
-        if plate and (observed or site["type"] == "deterministic"):
-            event_dim = site["fn"].event_dim if observed else _event_dim(site)
-            found[name] = jnp.moveaxis(site["value"], dims[plate] - event_dim, 0)
+        if plate and jnp.size(site["value"]):  # a numpyro.factor has no values
+            found[name] = jnp.moveaxis(site["value"], dims[plate] - site["fn"].event_dim, 0)
     return found
-
-
-def _event_dim(site: dict) -> int:
-    """Guess a deterministic site's event dimensions: all that its plates do not account for."""
-    batch_dim = max(-frame.dim for frame in site["cond_indep_stack"])
-    return max(jnp.ndim(site["value"]) - batch_dim, 0)

@@ -16,6 +16,7 @@ from numpyro_vae.model.plates import all_rows
 from numpyro_vae.model.reading import ModelReader
 from numpyro_vae.model.run import Run, run_model
 from numpyro_vae.model.sites import Plate, Site
+from numpyro_vae.model.trace import Rows
 
 MAX_COMBINATIONS = 10_000
 
@@ -63,9 +64,11 @@ class Enumeration:
         return cls(plate, sites, values, supports)
 
     @classmethod
-    def of_model(cls, reader: ModelReader, plate: str, args: tuple, kwargs: dict) -> Enumeration:
-        """Read the enumerated sites of a plate off the model."""
-        with handlers.block(), all_rows():
+    def of_model(
+        cls, reader: ModelReader, plate: str, args: tuple, kwargs: dict, rows: Rows
+    ) -> Enumeration:
+        """Read the enumerated sites of a plate off the model, whose plates hold given rows."""
+        with handlers.block(), all_rows(rows=rows):
             return cls.read(run_model(reader, plate, {}, args, kwargs))
 
     @property

@@ -9,10 +9,11 @@ import numpy as np
 
 from numpyro_vae.data.arrays import ArrayData
 from numpyro_vae.model.reading import ModelReader
+from numpyro_vae.model.trace import Rows
 
 
 def require_finite_observations(
-    reader: ModelReader, data: ArrayData, static_kwargs: dict[str, Any]
+    reader: ModelReader, data: ArrayData, static_kwargs: dict[str, Any], rows: Rows
 ) -> None:
     """Raise if a value that is not finite gets into an observed site.
 
@@ -23,6 +24,7 @@ def require_finite_observations(
         reader: of the model.
         data: its arguments.
         static_kwargs: its keyword arguments that never change.
+        rows: by plate, the size and the rows that it is to hold.
 
     Raises:
         ValueError: naming the data and the site.
@@ -30,7 +32,7 @@ def require_finite_observations(
     if not data.not_finite:
         return
     args, kwargs = data.whole()
-    values = reader.read_all(args, {**kwargs, **static_kwargs}).values
+    values = reader.read_all(args, {**kwargs, **static_kwargs}, rows).values
     bad = [name for name, value in values.items() if not np.asarray(jnp.isfinite(value)).all()]
     if bad:
         raise ValueError(

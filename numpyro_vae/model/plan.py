@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
 from typing import Any
 
-import jax
-from numpyro import handlers
-from numpyro.infer.inspect import get_dependencies
-from numpyro.ops.provenance import eval_provenance
-
+from numpyro_vae.model.provenance import RANDOM
 from numpyro_vae.model.reading import ModelReader
 from numpyro_vae.model.sites import ModelSites, Plate, Site, choose_plate
-from numpyro_vae.model.trace import trace_model
+from numpyro_vae.model.trace import Rows
 
 
 @dataclass(frozen=True)
@@ -28,6 +24,7 @@ class GuidePlan:
         globals: the names of all other latent sites.
         bounds: what the supports of these are made of, where they are computed: a guide of global
             sites keeps the values that it has seen.
+        scaled: the names of the sites that the model scales.
     """
 
     sites: ModelSites
@@ -35,12 +32,14 @@ class GuidePlan:
     local: tuple[Site, ...]
     globals: tuple[str, ...]
     bounds: tuple[Any, ...] = ()
+    scaled: tuple[str, ...] = ()
 
 
 def plan_guide(
     reader: ModelReader,
     args: tuple,
     kwargs: dict[str, Any],
+    rows: Rows,
     *,
     plate: str | None,
     condition_on: Sequence[str],
@@ -52,6 +51,7 @@ def plan_guide(
         reader: of the model.
         args: its positional arguments.
         kwargs: its keyword arguments.
+        rows: by plate, the size and the rows that it is to hold.
         plate: the local plate's name, or None to choose it.
         condition_on: global sites that heads read.
         dependencies: by local site, local sites that its head reads.
@@ -61,11 +61,12 @@ def plan_guide(
             support of one depends on other values, or a site that is to be read does not exist or
             not in time.
     """
-    sites = reader.sites(args, kwargs)
+    reading = reader.abstract(args, kwargs, rows)
+    sites = reading.sites
     local_plate = choose_plate(sites, plate)
     for site in sites.local(local_plate.name):
         _check_continuous(site, local_plate)
-    _check_supports(reader, sites, local_plate, args, kwargs)
+    _check_supports(sites, local_plate)
     local = _in_order(sites.local(local_plate.name), dependencies, local_plate)
     globals_ = tuple(site.name for site in sites.globals(local_plate.name))
     wrong = [name for name in condition_on if name not in globals_]
@@ -74,48 +75,39 @@ def plan_guide(
             f"condition_on= names {wrong}; the latent sites outside plate {local_plate.name!r} are "
             f"{list(globals_)}. Name these; local sites go into dependencies=."
         )
-    bounds = reader.bounds(args, kwargs, globals_)
-    return GuidePlan(sites, local_plate, local, globals_, bounds)
+    bounds = reader.bounds(args, kwargs, rows, globals_)
+    return GuidePlan(sites, local_plate, local, globals_, bounds, tuple(reading.scales))
 
 
-def check_observed(
-    model: Callable[..., Any],
-    sites: ModelSites,
-    plate: Plate,
-    groups: Collection[str],
-    args: tuple,
-    kwargs: dict[str, Any],
-) -> None:
+def outside(
+    sites: ModelSites, plate: Plate, groups: Collection[str]
+) -> Iterator[tuple[Site, list[str]]]:
+    """Yield the observed sites outside some plates that read local sites, and which they read."""
+    local = {site.name for site in (*sites.local(plate.name), *sites.enumerated(plate.name))}
+    for site in sites.sites.values():
+        reads = local & sites.reads.distributions.get(site.name, frozenset())
+        if reads and not {plate.name, *groups} & set(site.plates):
+            yield site, sorted(reads)
+
+
+def check_observed(sites: ModelSites, plate: Plate, groups: Collection[str]) -> None:
     """Raise if an observation depends on local sites, and nothing says on which datum's.
 
     Args:
-        model: a NumPyro model.
-        sites: what it holds.
+        sites: what the model holds.
         plate: the local plate.
         groups: the names of the plates whose rows are known to belong to data.
-        args: the model's arguments.
-        kwargs: its keyword arguments.
 
     Raises:
         ValueError: naming the observed site, its plates, and the local sites.
     """
-    known = {plate.name, *groups}
-    apart = [s for s in sites.sites.values() if s.is_observed and not known & set(s.plates)]
-    if not apart:
-        return
-    local = {s.name for s in sites.sites.values() if not s.is_observed and plate.name in s.plates}
-    with handlers.block(), handlers.seed(rng_seed=0):
-        found: Any = get_dependencies(model, args, kwargs)
-    reads = found["prior_dependencies"]
-    for site in apart:
-        if local & set(reads[site.name]):
-            raise ValueError(
-                f"The observed site {site.name!r} lies in the plates {list(site.plates)} and "
-                f"depends on the local sites {sorted(local & set(reads[site.name]))} of plate "
-                f"{plate.name!r}, so it is unknown which datum it belongs to. Say so with "
-                "segments={plate: function of the model's arguments that returns a row of "
-                f"{plate.name!r} for each of that plate's rows}}."
-            )
+    for site, reads in outside(sites, plate, groups):
+        raise ValueError(
+            f"The observed site {site.name!r} lies in the plates {list(site.plates)} and depends "
+            f"on the local sites {reads} of plate {plate.name!r}, so it is unknown which "
+            "datum it belongs to. Say so with segments={plate: function of the model's arguments "
+            f"that returns a row of {plate.name!r} for each of that plate's rows}}."
+        )
 
 
 def _check_continuous(site: Site, plate: Plate) -> None:
@@ -129,37 +121,16 @@ def _check_continuous(site: Site, plate: Plate) -> None:
         )
 
 
-def _check_supports(
-    reader: ModelReader, sites: ModelSites, plate: Plate, args: tuple, kwargs: dict
-) -> None:
+def _check_supports(sites: ModelSites, plate: Plate) -> None:
     """Raise if the support of a local site depends on what is sampled or learned."""
-    local = [site.name for site in sites.local(plate.name)]
-    if not set(local) & set(reader.supports(args, kwargs)):
-        return
-    found: dict[str, Any] = {}
-
-    def supports(**values: Any) -> dict[str, Any]:
-        """Trace the model, and return the bounds of the local sites, given values of all sites."""
-        given = handlers.substitute(reader.model, data=values)
-        trace = trace_model(given, args, kwargs, jax.random.key(0), {})
-        found.update(
-            {
-                name: jax.eval_shape(lambda msg=msg: msg["value"])
-                for name, msg in trace.items()
-                if msg["type"] == "param" or (msg["type"] == "sample" and not msg["is_observed"])
-            }
-        )
-        return {name: jax.tree.leaves(trace[name]["fn"].support) for name in local}
-
-    jax.eval_shape(supports)
-    for name, reads in eval_provenance(supports, **found).items():
-        moving = sorted(frozenset().union(*reads))
+    for site in sites.local(plate.name):
+        moving = sorted(sites.reads.supports.get(site.name, frozenset()) - {RANDOM, *sites.plates})
         if moving:
             raise ValueError(
-                f"The support of site {name!r} in plate {plate.name!r} depends on {moving}; that "
-                "of a guide's site is fixed. Write the prior as a TransformedDistribution of one "
-                "with a fixed support, and wrap the model in numpyro.handlers.reparam with "
-                f"config={{{name!r}: TransformReparam()}}."
+                f"The support of site {site.name!r} in plate {plate.name!r} depends on {moving}; "
+                "that of a guide's site is fixed. Write the prior as a TransformedDistribution of "
+                "one with a fixed support, and wrap the model in numpyro.handlers.reparam with "
+                f"config={{{site.name!r}: TransformReparam()}}."
             )
 
 

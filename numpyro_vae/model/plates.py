@@ -9,9 +9,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 from numpyro.primitives import Messenger
 
+from numpyro_vae.model.trace import Rows
+
 
 class all_rows(Messenger):  # noqa: N801 - handlers are lower case, as in numpyro.handlers
     """Let every plate hold all of its rows, in order, whatever it would subsample.
+
+    Args:
+        fn: a model or a guide.
+        rows: by the name of a plate that is to hold others, its size and these rows.
 
     Example:
         >>> import numpyro
@@ -23,12 +29,20 @@ class all_rows(Messenger):  # noqa: N801 - handlers are lower case, as in numpyr
         Array([0, 1, 2, 3, 4], dtype=int32)
     """
 
+    def __init__(self, fn: Callable[..., Any] | None = None, rows: Rows | None = None):
+        self.rows = rows or {}
+        super().__init__(fn)
+
     def process_message(self, msg: Any) -> None:
-        """Give a plate that subsamples all of its indices."""
-        if msg["type"] == "plate" and msg["args"][1] not in (None, msg["args"][0]):
-            size = msg["args"][0]
-            msg["value"] = jnp.arange(size)
-            msg["args"] = (size, size)
+        """Give a plate its rows: those given, or all if it subsamples."""
+        if msg["type"] != "plate":
+            return
+        size, length = msg["args"]
+        if msg["name"] in self.rows:
+            size, msg["value"] = self.rows[msg["name"]]
+            msg["args"] = (size, len(msg["value"]))
+        elif length not in (None, size):
+            msg["value"], msg["args"] = jnp.arange(size), (size, size)
 
 
 class minibatch(Messenger):  # noqa: N801

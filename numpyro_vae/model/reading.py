@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -12,11 +13,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Int
+from numpyro import handlers
 from numpyro.distributions import constraints
+from numpyro.primitives import Messenger
 
-from numpyro_vae.data.arrays import Layout
-from numpyro_vae.model.sites import ModelSites, Plate
-from numpyro_vae.model.trace import Model, Rows, mask_of, sites_of_trace, trace_model
+from numpyro_vae.data.arrays import Layout, is_array
+from numpyro_vae.model.provenance import sources
+from numpyro_vae.model.sites import ModelSites, Plate, Reads
+from numpyro_vae.model.trace import Model, Rows, counts, sites_of_trace, trace_model
+from numpyro_vae.numpyro_internals import declared_scale
+
+Values = tuple[dict[str, Any], ...]
 
 # What JAX raises when a model asks for the values of an abstract array.
 NEEDS_VALUES = (
@@ -39,7 +46,7 @@ class Param:
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=("indices", "values", "masks", "supports", "choices", "params"),
+    data_fields=("indices", "values", "masks", "scales", "supports", "choices", "params"),
     meta_fields=("sites", "fixed_supports", "has_state"),
 )
 @dataclass(frozen=True, eq=False)
@@ -50,6 +57,7 @@ class Reading:
         indices: by plate the rows that it holds. A plate inside a ``scan`` is not seen.
         values: by observed site its values.
         masks: by site the mask of its distribution, where it has one.
+        scales: by site the factor of its log-density, where the model has one.
         supports: by latent site its support, where it is made of values.
         choices: by enumerated site the values that it can take.
         params: by name the parameters that the model declares.
@@ -61,6 +69,7 @@ class Reading:
     indices: dict[str, Any]  # unchecked, as JAX puts what it likes into the place of arrays
     values: dict[str, Any]
     masks: dict[str, Any]
+    scales: dict[str, Any]
     supports: dict[str, Any]
     choices: dict[str, Any]
     params: dict[str, Any]
@@ -75,6 +84,10 @@ class Reading:
     def rows(self, plate: Plate) -> Int[Array, "rows"]:
         """Return the rows that a plate holds: all of them if it stands in a ``scan``."""
         return self.indices[plate.name] if plate.name in self.indices else jnp.arange(plate.length)
+
+    def with_reads(self, reads: Reads) -> Reading:
+        """Return the reading with what is known of what reads what."""
+        return replace(self, sites=replace(self.sites, reads=reads))
 
     def with_sizes(self, sizes: Mapping[str, int]) -> Reading:
         """Return the reading with other sizes of plates; the rows that they hold are the same."""
@@ -121,7 +134,9 @@ class ModelReader:
 
     def __init__(self, model: Model):
         self.model = model
+        self._traced = jax.jit(self._trace, static_argnums=(0, 1))
         self._compiled = jax.jit(self._read, static_argnums=(0, 1))
+        self._reads: dict[Any, Reads] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the model alone: what is compiled cannot be pickled."""
@@ -147,69 +162,143 @@ class ModelReader:
         """
         return self._run(args, kwargs, rows or {}, rng_key, lambda fn, *args: fn(*args))
 
-    def sites(self, args: tuple, kwargs: dict[str, Any]) -> ModelSites:
-        """Return what the model holds, without computing anything, at any size of the data.
+    def abstract(self, args: tuple, kwargs: dict[str, Any], rows: Rows | None = None) -> Reading:
+        """Return a reading of shapes, without computing anything, at any size of the data.
 
         Args:
             args: its positional arguments; arrays may be replaced by `jax.ShapeDtypeStruct`.
             kwargs: its keyword arguments.
+            rows: as in `read`.
         """
-        return self._run(args, kwargs, {}, None, jax.eval_shape).sites
+        return self._run(args, kwargs, rows or {}, None, jax.eval_shape)
 
-    def supports(self, args: tuple, kwargs: dict[str, Any]) -> tuple[str, ...]:
-        """Return the names of the latent sites with a support that is computed."""
-        return tuple(self._run(args, kwargs, {}, None, jax.eval_shape).supports)
+    def sites(self, args: tuple, kwargs: dict[str, Any], rows: Rows | None = None) -> ModelSites:
+        """Return what the model holds; see `abstract`."""
+        return self.abstract(args, kwargs, rows).sites
+
+    def deterministic(
+        self, args: tuple, kwargs: dict[str, Any], rows: Rows
+    ) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of the deterministic sites, with rows as in `read`."""
+        layout, sizes, *arguments = self._arguments(args, kwargs, rows, None)
+        trace = partial(self._traced if _is_hashable(layout) else self._trace, layout, sizes)
+        _, values = jax.eval_shape(trace, *arguments)
+        return {name: jnp.shape(value) for name, value in values[-1].items()}
+
+    def plates_met(self, args: tuple, kwargs: dict[str, Any]) -> tuple[str, ...]:
+        """Return the names of the plates that the model enters, before it fails if it does."""
+        watch = _Plates()
+
+        def run() -> None:
+            with handlers.block(), watch:
+                handlers.seed(self.model, jax.random.key(0))(*args, **kwargs)
+
+        with suppress(Exception):  # of any kind, as the model's own code raises it
+            jax.eval_shape(run)
+        return tuple(watch.names)
 
     def bounds(
-        self, args: tuple, kwargs: dict[str, Any], names: Collection[str]
+        self, args: tuple, kwargs: dict[str, Any], rows: Rows, names: Collection[str]
     ) -> tuple[Any, ...]:
         """Return what the supports of latent sites are made of, to be compared with those of later.
 
         Supports that are not computed have no bounds. Bounds that cannot be known now, in compiled
         code, equal no others.
         """
-        computed = [name for name in self.supports(args, kwargs) if name in names]
+        computed = [name for name in self.abstract(args, kwargs, rows).supports if name in names]
         if not computed:
             return ()
-        supports = self.read(args, kwargs).supports
+        supports = self.read(args, kwargs, rows).supports
         leaves = jax.tree.leaves([supports[name] for name in computed])
         if any(isinstance(leaf, Tracer) for leaf in leaves):
             return (object(),)
         return tuple(np.asarray(leaf).tobytes() for leaf in leaves)
 
-    def read_all(self, args: tuple, kwargs: dict[str, Any]) -> Reading:
-        """Read the model with all rows in each plate, whatever it would subsample."""
-        plates = self.sites(args, kwargs).plates.values()
+    def read_all(self, args: tuple, kwargs: dict[str, Any], rows: Rows) -> Reading:
+        """Read the model with given rows in plates, and in others all, whatever they subsample."""
+        plates = self.sites(args, kwargs, rows).plates.values()
         short = [plate for plate in plates if plate.length < plate.size]
-        rows = {plate.name: (plate.size, jnp.arange(plate.size)) for plate in short}
-        return self.read(args, kwargs, rows)
+        every = {plate.name: (plate.size, jnp.arange(plate.size)) for plate in short}
+        return self.read(args, kwargs, every | rows)
 
     def _run(
         self, args: tuple, kwargs: dict, rows: Rows, rng_key: Array | None, call: Callable
     ) -> Reading:
+        layout, sizes, key, arrays, indices = self._arguments(args, kwargs, rows, rng_key)
+        if _is_hashable(layout):
+            try:
+                found = call(partial(self._compiled, layout, sizes), key, arrays, indices)
+                return found.with_reads(self._reads_of(layout, sizes, key, arrays, indices))
+            except NEEDS_VALUES:
+                pass
+        found = call(lambda: self._trace(layout, sizes, key, arrays, indices)[0])
+        trace = partial(self._trace, layout, sizes, arrays=arrays, indices=indices)
+        return found.with_reads(_reads(trace, key))
+
+    def _arguments(self, args: tuple, kwargs: dict, rows: Rows, rng_key: Array | None) -> tuple:
+        """Return the arguments of `_trace`, of which the first two are static."""
         arrays, layout = Layout.of(args, kwargs)
         sizes = tuple((name, size) for name, (size, _) in rows.items())
         indices = [indices for _, indices in rows.values()]
         key = jax.random.key(0) if rng_key is None else rng_key
-        if _is_hashable(layout):
-            try:
-                return call(partial(self._compiled, layout, sizes), key, arrays, indices)
-            except NEEDS_VALUES:
-                pass
-        return call(lambda: self._read(layout, sizes, key, arrays, indices))
+        return layout, sizes, key, arrays, indices
 
-    def _read(
+    def _trace(
         self,
         layout: Layout,
         sizes: tuple[tuple[str, int], ...],
         rng_key: Array,
         arrays: list[Any],
         indices: list[Array],
-    ) -> Reading:
+    ) -> tuple[Reading, Values]:
+        """Return what the model holds, and the values that decide on what reads what."""
         args, kwargs = layout.whole(arrays)
         pairs = zip(sizes, indices, strict=True)
         rows = {name: (size, held) for (name, size), held in pairs}
-        return reading_of(trace_model(self.model, args, kwargs, rng_key, rows))
+        trace = trace_model(self.model, args, kwargs, rng_key, rows)
+        return reading_of(trace), values_of(trace)
+
+    def _read(self, *args: Any) -> Reading:
+        """Return what the model holds, and let the rest be computed by no one."""
+        return self._traced(*args)[0]
+
+    def _reads_of(self, layout: Layout, sizes: tuple, *args: Any) -> Reads:
+        """Return what reads what, found once for arguments of the same shapes."""
+        like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)), args)
+        shapes = tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(like))
+        known = (layout, sizes, shapes)
+        if known not in self._reads:
+            self._reads[known] = _reads(partial(self._traced, layout, sizes), *like)
+        return self._reads[known]
+
+
+def _reads(trace: Callable[..., tuple[Reading, Values]], *args: Any) -> Reads:
+    """Return what the values that a trace returns come from."""
+    jaxpr, shapes = jax.make_jaxpr(lambda *args: trace(*args)[1], return_shape=True)(*args)
+    leaves = iter(sources(jaxpr))
+    found = jax.tree.map(lambda _: next(leaves), shapes)
+    return Reads(*(_united(names) for names in found))
+
+
+def _united(by_name: dict[str, Any]) -> dict[str, frozenset[str]]:
+    leaves = {name: jax.tree.leaves(names, is_leaf=_is_names) for name, names in by_name.items()}
+    return {name: frozenset().union(*found) for name, found in leaves.items()}
+
+
+def _is_names(x: Any) -> bool:
+    return isinstance(x, frozenset)
+
+
+class _Plates(Messenger):
+    """Remembers the names of plates."""
+
+    def __init__(self) -> None:
+        self.names: dict[str, None] = {}
+        super().__init__(None)
+
+    def process_message(self, msg: Any) -> None:
+        if msg["type"] == "plate":
+            self.names[msg["name"]] = None
 
 
 def _is_hashable(value: Any) -> bool:
@@ -226,7 +315,8 @@ def reading_of(trace: dict[str, Any]) -> Reading:
     latent = [site.name for site in sites.latent() if not site.is_discrete]
     supports = {name: trace[name]["fn"].support for name in latent}
     computed = {name: support for name, support in supports.items() if jax.tree.leaves(support)}
-    masks = {name: mask_of(trace[name]["fn"]) for name in sites.sites}
+    masks = {name: counts(trace, name) for name in sites.sites}
+    scales = {name: declared_scale(trace[name]) for name in sites.sites}
     return Reading(
         indices={name: msg["value"] for name, msg in _of_type(trace, "plate")},
         values={
@@ -235,6 +325,7 @@ def reading_of(trace: dict[str, Any]) -> Reading:
             if site.is_observed and trace[name]["value"] is not None
         },
         masks={name: mask for name, mask in masks.items() if mask is not None},
+        scales={name: scale for name, scale in scales.items() if scale is not None},
         supports=computed,
         choices={
             site.name: trace[site.name]["fn"].enumerate_support(expand=False)
@@ -246,6 +337,25 @@ def reading_of(trace: dict[str, Any]) -> Reading:
         fixed_supports=Fixed({name: x for name, x in supports.items() if name not in computed}),
         has_state=any(True for _ in _of_type(trace, "mutable")),
     )
+
+
+def values_of(trace: dict[str, Any]) -> Values:
+    """Return the values of which `Reads` says, field by field, what they come from."""
+    sites = [(name, msg) for name, msg in _of_type(trace, "sample") if msg["fn"] is not None]
+    observed = {name: msg for name, msg in sites if msg["is_observed"]}
+    latent = {name: msg["fn"] for name, msg in sites if not msg["is_observed"]}
+    return (
+        {name: msg["value"] for name, msg in observed.items()},
+        {name: _log_prob_inputs(msg) for name, msg in observed.items()},
+        {name: jax.tree.leaves(fn.support) for name, fn in latent.items()},
+        {name: msg["value"] for name, msg in _of_type(trace, "deterministic")},
+    )
+
+
+def _log_prob_inputs(msg: dict[str, Any]) -> list[Any]:
+    """Return what the log-density of an observed site is computed from, but its value."""
+    leaves = jax.tree.leaves(msg["fn"])
+    return leaves if all(map(is_array, leaves)) else [msg["fn"].log_prob(msg["value"])]
 
 
 def _of_type(trace: dict[str, Any], kind: str) -> Iterable[tuple[str, dict[str, Any]]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -10,12 +10,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpyro
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int
 from numpyro import handlers
 
 from numpyro_vae.data.ragged import Masked, Segments
 from numpyro_vae.model.reading import ModelReader, Reading
 from numpyro_vae.model.sites import ModelSites, Plate, Site
+from numpyro_vae.model.trace import Rows
 from numpyro_vae.numpyro_internals import declare_plate
 
 Groups = Mapping[str, Callable[..., Any]]
@@ -57,6 +58,19 @@ class Run:
     def mask(self, site: Site) -> Bool[Array, "..."] | None:
         """Return which entries of a site count in this run; None if all do."""
         return self.reading.masks.get(site.name)
+
+    def scale(self, site: Site) -> Any:
+        """Return the factor of a site's log-density in this run; None if it has none."""
+        return self.reading.scales.get(site.name)
+
+    def row_scale(self, sites: Iterable[Site]) -> Float[Array, "rows"] | None:
+        """Return the factor that the log-densities of sites of the plate share, by row."""
+        first = next((site for site in sites if self.scale(site) is not None), None)
+        if first is None:
+            return None
+        by_entry = jnp.broadcast_to(self.scale(first), first.batch_shape)
+        rows = jnp.moveaxis(by_entry, first.axis(self.plate), 0)
+        return rows.reshape(rows.shape[0], -1)[:, 0]
 
     def enter_plates(self, names: tuple[str, ...]) -> ExitStack:
         """Enter plates with the very indices that the model drew."""
@@ -191,7 +205,7 @@ def run_model(
         ValueError: if the model has no site in one of the plates this time, or a group is not one
             of the local plate's rows.
     """
-    reading = _with_rows(reader, args, kwargs)
+    reading = _with_rows(reader, plate, args, kwargs)
     plates = reading.sites.plates
     for name in (plate, *groups):
         if name not in plates:
@@ -206,21 +220,29 @@ def run_model(
     return Run(plates[plate], reading, found, args, kwargs)
 
 
-def _with_rows(reader: ModelReader, args: tuple, kwargs: dict[str, Any]) -> Reading:
+def _with_rows(reader: ModelReader, local: str, args: tuple, kwargs: dict[str, Any]) -> Reading:
     """Read a model whose plates hold the rows that the enclosing handlers give them.
 
-    It is read again where a handler gives a plate other rows than it has by itself.
+    It is read again where a handler gives a plate other rows than it has by itself. Those of the
+    local plate are asked for first, as the model may not run with another number of them.
     """
-    reading = reader.read(args, kwargs)
-    rows, sizes = {}, {}
-    for name in reading.indices:
+    given = given_rows(local)
+    reading, rows = reader.read(args, kwargs, given), dict(given)
+    sizes = {name: size for name, (size, _) in given.items()}
+    for name in reading.indices.keys() - given.keys():
         plate = reading.sites.plates.get(name)
         if plate is None:  # it holds no site
             continue
         sizes[name], indices, is_given = declare_plate(name, plate.size, plate.length)
         if is_given:
             rows[name] = (sizes[name], indices)
-    return (reader.read(args, kwargs, rows) if rows else reading).with_sizes(sizes)
+    return (reader.read(args, kwargs, rows) if rows != given else reading).with_sizes(sizes)
+
+
+def given_rows(plate: str) -> Rows:
+    """Return the rows that a handler gives a plate whatever it declares, with its size."""
+    size, indices, is_given = declare_plate(plate, 1, None)
+    return {plate: (size, indices)} if is_given and size > 1 else {}
 
 
 def _ids(ids: Any, elements: Plate, plate: Plate) -> Array:

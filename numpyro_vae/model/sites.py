@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax.numpy as jnp
@@ -82,15 +81,34 @@ class Site:
 
 
 @dataclass(frozen=True)
+class Reads:
+    """From which latent sites and parameters the values in a model are computed.
+
+    Attributes:
+        values: by observed site, what its value is computed from; of data, nothing.
+        distributions: by observed site, what its distribution is made of.
+        supports: by latent site, what its support is made of.
+        deterministic: by deterministic site, what its value is computed from.
+    """
+
+    values: dict[str, Any] = field(default_factory=dict)
+    distributions: dict[str, Any] = field(default_factory=dict)
+    supports: dict[str, Any] = field(default_factory=dict)
+    deterministic: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class ModelSites:
     """What a model holds: sites by name, in the order they are met, and plates by name.
 
-    ``deterministic`` has the names of the plates around each deterministic site.
+    ``deterministic`` has the names of the plates around each deterministic site, and ``reads``
+    what the values of sites are computed from.
     """
 
     sites: dict[str, Site]
     plates: dict[str, Plate]
     deterministic: dict[str, tuple[str, ...]]
+    reads: Reads = field(default_factory=Reads)
 
     def __hash__(self) -> int:
         """Return a hash, so that compiled functions can depend on what a model holds."""
@@ -113,15 +131,17 @@ class ModelSites:
         """Return the latent sites outside the plate."""
         return [site for site in self.latent() if plate not in site.plates]
 
-    def derived(self, plates: Iterable[str]) -> tuple[str, ...]:
-        """Return the names of the deterministic sites outside all of the plates."""
-        found = self.deterministic.items()
-        return tuple(name for name, around in found if not set(plates) & set(around))
-
     def observed(self, plate: str) -> list[Site]:
-        """Return the observed sites inside the plate; of a ``numpyro.factor`` nothing is seen."""
+        """Return the sites inside the plate that observe data.
+
+        Of a ``numpyro.factor`` nothing is seen, and what is computed from latents is no data.
+        """
         seen = [site for site in self.sites.values() if site.is_observed and site.size]
-        return [site for site in seen if plate in site.plates]
+        return [site for site in seen if plate in site.plates and not self.is_computed(site.name)]
+
+    def is_computed(self, name: str) -> bool:
+        """Return whether the value of an observed site is computed from latent sites."""
+        return bool(self.reads.values.get(name, frozenset()) & {s.name for s in self.latent()})
 
 
 def choose_plate(sites: ModelSites, plate: str | None) -> Plate:

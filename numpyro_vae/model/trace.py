@@ -7,16 +7,22 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpyro.distributions as dist
-from jaxtyping import Array, Int
+from jaxtyping import Array
 from numpyro import handlers
 from numpyro.distributions import biject_to, constraints
 from numpyro.primitives import Messenger
 
+from numpyro_vae.model.provenance import named_values
 from numpyro_vae.model.sites import ModelSites, Plate, Site
-from numpyro_vae.numpyro_internals import draw_improper, is_improper, mask_of_masked
+from numpyro_vae.numpyro_internals import (
+    draw_improper,
+    is_improper,
+    is_switched_off,
+    mask_of_masked,
+)
 
 Model = Callable[..., Any]
-Rows = dict[str, tuple[int, Int[Array, "rows"]]]
+Rows = dict[str, tuple[int, Any]]  # by plate its size, and the rows that it holds
 
 
 def trace_model(
@@ -37,7 +43,7 @@ def trace_model(
         The messages by site name.
     """
     draw = handlers.substitute(substitute_fn=draw_improper)
-    with handlers.block(), hold_rows(rows), own_trace() as trace, draw:
+    with handlers.block(), hold_rows(rows), named_values(), own_trace() as trace, draw:
         handlers.seed(model, rng_key)(*args, **kwargs)
     return trace
 
@@ -47,11 +53,12 @@ class hold_rows(Messenger):  # noqa: N801 - handlers are lower case, as in numpy
 
     Args:
         rows: by the name of a plate, its size and the rows that it holds.
+        fn: a model.
     """
 
-    def __init__(self, rows: Rows):
+    def __init__(self, rows: Rows, fn: Model | None = None):
         self.rows = rows
-        super().__init__(None)
+        super().__init__(fn)
 
     def process_message(self, msg: Any) -> None:
         """Give a plate its rows."""
@@ -74,36 +81,65 @@ class own_trace(handlers.trace):  # noqa: N801
         super().postprocess_message({**msg, **own})
 
 
+class replicated(handlers.uncondition):  # noqa: N801
+    """Draw the observed sites anew, each of the shape of what it observed.
+
+    Where NumPyro broadcasts the event of a distribution to that of the data, it draws one value for
+    all of them; here each is drawn.
+    """
+
+    def process_message(self, msg: Any) -> None:
+        """Forget what is observed, but its shape."""
+        if msg["type"] == "sample" and msg["is_observed"]:
+            msg["fn"] = _with_event(msg["fn"], _event_shape(msg))
+        super().process_message(msg)
+
+
+def _with_event(fn: dist.Distribution, event_shape: tuple[int, ...]) -> dist.Distribution:
+    """Return a distribution of independent values with a larger event."""
+    if fn.event_shape == event_shape:
+        return fn
+    if isinstance(fn, dist.MaskedDistribution):
+        return _with_event(fn.base_dist, event_shape).mask(mask_of_masked(fn))
+    if isinstance(fn, dist.ExpandedDistribution):
+        return _with_event(fn.base_dist, event_shape).expand(fn.batch_shape)
+    if not isinstance(fn, dist.Independent):
+        return fn
+    count = fn.reinterpreted_batch_ndims
+    return fn.base_dist.expand(fn.batch_shape + event_shape[:count]).to_event(count)
+
+
 def sites_of_trace(trace: dict) -> ModelSites:
     """Describe the sites and plates of a trace; nothing in the result is an array."""
     sites, plates, deterministic = {}, {}, {}
     for name, msg in trace.items():
         # A site that `handlers.do` intervenes on comes with its plates twice.
         frames = tuple(dict.fromkeys(msg.get("cond_indep_stack", ())))
-        if msg["type"] == "deterministic":
-            deterministic[name] = tuple(frame.name for frame in frames)
-        if msg["type"] != "sample":
+        if msg["type"] not in ("sample", "deterministic"):
             continue
         for frame in frames:
             size = trace[frame.name]["args"][0] if frame.name in trace else frame.size
             plates[frame.name] = Plate(frame.name, size, frame.size, frame.dim)
+        if msg["type"] == "deterministic":
+            deterministic[name] = tuple(frame.name for frame in frames)
+            continue
         _check_observation(name, msg, frames)
         sites[name] = Site(
             name,
             tuple(msg["fn"].batch_shape),
-            tuple(msg["fn"].event_shape),
+            _event_shape(msg),
             _unconstrained_shape(msg),
             tuple(frame.name for frame in frames),
             msg["is_observed"],
             _is_discrete(msg["fn"]),
             _is_enumerated(msg),
-            is_improper(msg["fn"]),
+            is_improper(msg["fn"]) or is_switched_off(msg["fn"]),
         )
     return ModelSites(sites, plates, deterministic)
 
 
 def _check_observation(name: str, msg: dict, frames: tuple) -> None:
-    """Raise if values would be compared with a distribution that is not of their shape.
+    """Raise if values would be compared with a distribution of other rows.
 
     NumPyro broadcasts one against the other, so that ``x`` of shape ``(n, 1)`` in a plate of ``n``
     scalars makes ``n * n`` comparisons.
@@ -111,17 +147,32 @@ def _check_observation(name: str, msg: dict, frames: tuple) -> None:
     if not (msg["is_observed"] and frames):
         return
     fn, shape = msg["fn"], jnp.shape(msg["value"])
-    expected = fn.batch_shape + fn.event_shape
     try:
-        fits = jnp.broadcast_shapes(shape, expected) == expected
+        fits = jnp.broadcast_shapes(shape, fn.batch_shape + _event_shape(msg))
     except ValueError:
-        fits = False
-    if not fits or shape[len(shape) - fn.event_dim :] != fn.event_shape:
+        fits = None
+    if fits != fn.batch_shape + _event_shape(msg):
         raise ValueError(
             f"Site {name!r} in plate {frames[0].name!r} observes values of shape {shape}, and its "
-            f"distribution has shape {expected}: batch {fn.batch_shape}, event {fn.event_shape}. "
-            "Give values of this shape, or a distribution of theirs; NumPyro would broadcast them."
+            f"distribution has shape {fn.batch_shape + fn.event_shape}: batch {fn.batch_shape}, "
+            f"event {fn.event_shape}. Give values of this shape, or a distribution of theirs; "
+            "NumPyro would broadcast them."
         )
+
+
+def _event_shape(msg: dict) -> tuple[int, ...]:
+    """Return the event shape of a site: that of its values too, if they are observed.
+
+    One may be broadcast to the other: ``Normal(z[:, None], 1.0).to_event(1)`` is a distribution of
+    any number of values.
+    """
+    fn, shape = msg["fn"], jnp.shape(msg["value"])
+    if not msg["is_observed"]:
+        return tuple(fn.event_shape)
+    try:
+        return jnp.broadcast_shapes(fn.event_shape, shape[max(len(shape) - fn.event_dim, 0) :])
+    except ValueError:
+        return tuple(fn.event_shape)
 
 
 def _is_discrete(fn: Any) -> bool:
@@ -137,7 +188,7 @@ def _unconstrained_shape(msg: dict) -> tuple[int, ...]:
     """Return the shape, batch apart, of the values that map to the site's support."""
     fn = msg["fn"]
     if msg["is_observed"] or _is_discrete(fn):
-        return tuple(fn.event_shape)
+        return _event_shape(msg)
     shape = biject_to(fn.support).inverse_shape(fn.batch_shape + fn.event_shape)
     return tuple(shape[len(fn.batch_shape) :])
 
@@ -147,6 +198,25 @@ def is_real(support: Any) -> bool:
     while isinstance(support, constraints.independent):
         support = support.base_constraint
     return support is constraints.real
+
+
+def scoring(trace: dict, name: str) -> dist.Distribution | None:
+    """Return the distribution that scores a latent site: its own, or that of another site.
+
+    ``z ~ prior.mask(False)`` with ``sample("z_aux", prior, obs=z)`` scores a latent elsewhere. None
+    if nothing scores it, so that its prior is flat.
+    """
+    msg = trace[name]
+    if not is_switched_off(msg["fn"]):
+        return msg["fn"]
+    sites = (site for site in trace.values() if site["type"] == "sample" and site["is_observed"])
+    return next((site["fn"] for site in sites if site["value"] is msg["value"]), None)
+
+
+def counts(trace: dict, name: str) -> Array | None:
+    """Return which entries of a site count, or None if all do; see `mask_of`."""
+    fn = trace[name]["fn"] if trace[name]["is_observed"] else scoring(trace, name)
+    return None if fn is None else mask_of(fn)
 
 
 def mask_of(fn: dist.Distribution) -> Array | None:

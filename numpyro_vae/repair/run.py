@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -9,8 +10,9 @@ import numpy as np
 from jaxtyping import Array
 
 from numpyro_vae.checks.report import Report
+from numpyro_vae.inference.derived import derived_sites
 from numpyro_vae.inference.encoded import EncodedBatch
-from numpyro_vae.inference.quantities import finish
+from numpyro_vae.inference.quantities import Axes, finish
 from numpyro_vae.inference.rows import Rows
 from numpyro_vae.inference.runner import Runner
 from numpyro_vae.repair.methods import CENTERS, METHODS, Attempt, attempt, measured, pooled, spread
@@ -46,14 +48,19 @@ def run_repair(
     packed = spread(pooled(made.draws), num_samples)
     of_held = spread(np.arange(size * number)[None] // number, num_samples)[0]
     given = {name: np.asarray(value)[of_held] for name, value in held.items()}
-    groups = runner.per_batch(_finish, chosen, rng_key, given, by_row=packed, row_axis=1)
+    derived = tuple(derived_sites(runner, chosen).by_row.items())
+    finish = partial(runner.per_batch, _finish, derived=derived, row_axis=1)
+    groups = finish(chosen, rng_key, given, by_row=packed)
     return Repair(columns(plate, chosen.chosen, made.columns, by), groups)
 
 
-def _finish(batch: EncodedBatch, packed: Array, rng_key: Array, globals_: Held) -> dict[str, dict]:
+def _finish(
+    batch: EncodedBatch, packed: Array, rng_key: Array, globals_: Held, *, derived: Axes
+) -> dict[str, dict]:
     """Return the draws by group, without what lies in another plate than the rows."""
     plate, sites = batch.encoding.run.plate.name, batch.encoding.run.sites
-    found = finish(batch, packed, rng_key, globals_, groups=("posterior", "posterior_predictive"))
+    groups = ("posterior", "posterior_predictive")
+    found = finish(batch, packed, rng_key, globals_, groups=groups, derived=derived)
     around = {name: site.plates for name, site in sites.sites.items()} | sites.deterministic
     return {
         group: {name: x for name, x in variables.items() if plate in around[name]}

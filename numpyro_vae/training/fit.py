@@ -267,8 +267,10 @@ def _validator(
             f"validation has the structure {data.layout}, the data {source.data.layout}. Pass "
             "validation data in the form of the training data."
         )
-    require_finite_observations(trainer.reader, data, trainer.svi.static_kwargs)
     batches, real = zip(*source.batches(data), strict=True)
+    require_finite_observations(
+        trainer.reader, data, trainer.svi.static_kwargs, batches[0].every(data.num_data)
+    )
     keys = jax.random.split(rng_key, len(batches))
 
     def score(state: SVIState) -> dict[str, float]:

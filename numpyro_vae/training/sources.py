@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
@@ -15,10 +16,12 @@ from numpyro.infer.svi import SVIState
 from numpyro_vae.data.arrays import ArrayData
 from numpyro_vae.data.batch import Batch, padded_batches, prefetch
 from numpyro_vae.model.missing import require_finite_observations
-from numpyro_vae.model.sites import ModelSites, Plate, choose_plate
+from numpyro_vae.model.sites import ModelSites, choose_plate
+from numpyro_vae.model.trace import Rows
 from numpyro_vae.numpyro_internals import takes_row_weights
 from numpyro_vae.training.guarded import guarded_steps
 from numpyro_vae.training.step import Trainer
+from numpyro_vae.training.taking import Taking, require_rowwise
 
 
 @runtime_checkable
@@ -74,47 +77,25 @@ class ArraySource:
                 f"batch_size is {batch_size}, expected a number from 1 to the {data.num_data} rows "
                 "of the data."
             )
-        require_finite_observations(trainer.reader, data, trainer.svi.static_kwargs)
         self.trainer, self.data, self.batch_size = trainer, data, batch_size
         self.num_steps = -(-data.num_data // batch_size)
-        self.sites, seen, self.cuts = self._read(plate)
-        self.plate, self.fills_plate = seen.name, seen.length < seen.size
+        self.taking = self._read(plate)
+        self.sites, self.plate = self.taking.sites, self.taking.plate.name
         self._first = self._batch(data, jnp.arange(batch_size), None)
+        rows = self._first.every(data.num_data)
+        require_finite_observations(trainer.reader, data, trainer.svi.static_kwargs, rows)
         self._run: Callable[..., Any] | None = None
 
-    def _read(self, plate: str | None) -> tuple[ModelSites, Plate, bool]:
-        """Return what the model holds, its plate, and whether it is given the rows of a batch.
-
-        A model may take these, or all the data and subsample in its plate. Most take the rows, so
-        that this is tried first; a model that cannot is asked with all the data.
-        """
-        rows: tuple[ModelSites, Plate] | Exception
-        try:
-            sites = read_sites(self.trainer, *self.data.rows(jnp.arange(self.batch_size)))
-            rows = sites, choose_plate(sites, plate)
-        except Exception as error:  # of any kind, as the model's own code raises it
-            rows = error
-        if isinstance(rows, tuple) and rows[1].length == rows[1].size == self.batch_size:
-            return *rows, True
-        whole = read_sites(self.trainer, *self.data.whole())
-        declared = choose_plate(whole, plate)
-        if declared.length < declared.size:
-            self._check(declared, declared.length, "subsamples", self.batch_size)
-            self._check(declared, declared.size, "has", self.data.num_data)
-            return whole, declared, False
-        if isinstance(rows, Exception):
-            raise rows
-        self._check(rows[1], rows[1].length, "keeps, whatever the data,", self.batch_size)
-        return *rows, True
-
-    def _check(self, plate: Plate, found: int, verb: str, expected: int) -> None:
-        if found != expected:
-            raise ValueError(
-                f"The model's plate {plate.name!r} {verb} {found} rows, but the data say "
-                f"{expected} (batch_size={self.batch_size}, {self.data.num_data} rows in all). "
-                "Declare the plate with the length of the data that the model is given, or with "
-                "subsample_size equal to batch_size."
-            )
+    def _read(self, plate: str | None) -> Taking:
+        """Return how the model takes the rows of a batch."""
+        rows = self.data.rows(jnp.arange(self.batch_size))
+        given = {True: rows, False: self.data.whole()}
+        read = partial(_read_given, self.trainer, given)
+        met = partial(plates_met, self.trainer, *rows)
+        sizes = (self.batch_size, self.data.num_data)
+        taking = Taking.find(read, met, plate, sizes)
+        require_rowwise(taking.sites, taking.plate, *sizes)
+        return taking
 
     def _batch(self, data: ArrayData, indices: Array, weights: Array | None) -> Batch:
         return Batch(
@@ -124,8 +105,8 @@ class ArraySource:
             layout=data.layout,
             plate=self.plate,
             num_data=self.data.num_data,
-            cuts=self.cuts,
-            fills_plate=self.fills_plate,
+            cuts=self.taking.cuts,
+            fills_plate=self.taking.fills_plate,
         )
 
     def first(self) -> Batch:
@@ -187,7 +168,7 @@ class WholeSource:
                 "but batch_axes=None gives it all data at once. Remove its subsample_size, or say "
                 "with batch_axes= which axis of each argument counts the data."
             )
-        require_finite_observations(trainer.reader, data, trainer.svi.static_kwargs)
+        require_finite_observations(trainer.reader, data, trainer.svi.static_kwargs, {})
         self.trainer, self.data, self.plate = trainer, data, seen
 
     def first(self) -> Batch:
@@ -230,10 +211,24 @@ class IterableSource:
         first = next(iter(batches), None)
         if first is None:
             raise ValueError("data yields no batch. Pass an iterable that can be iterated anew.")
-        self.data = self._read(first, "the first batch")
+        self.data = ArrayData.read(first, batch_axes, "the first batch")
         self.batch_size = self.data.num_data
-        self.sites = read_sites(trainer, *self.data.whole())
-        self.plate = choose_plate(self.sites, plate).name
+        self.taking = self._take(plate)
+        self.sites, self.plate = self.taking.sites, self.taking.plate.name
+        self._require_finite(self.data)
+
+    def _take(self, plate: str | None) -> Taking:
+        """Return how the model takes the rows of a batch."""
+        given = self.data.whole()
+        read = partial(_read_given, self.trainer, {True: given, False: given})
+        sizes = (self.batch_size, self.num_data)
+        taking = Taking.find(read, partial(plates_met, self.trainer, *given), plate, sizes)
+        require_rowwise(taking.sites, taking.plate, *sizes)
+        return taking
+
+    def _require_finite(self, data: ArrayData) -> None:
+        rows, static = self._pad(data).every(data.num_data), self.trainer.svi.static_kwargs
+        require_finite_observations(self.trainer.reader, data, static, rows)
 
     def first(self) -> Batch:
         """Return the first batch."""
@@ -245,7 +240,7 @@ class IterableSource:
         for indices, weights, count in _padded(data, self.batch_size, self.trainer):
             rows = data.layout.take(data.arrays, indices)
             batch = _given_batch(rows, indices, weights, data.layout, self.plate, self.num_data)
-            found.append((batch, count))
+            found.append((replace(batch, fills_plate=self.taking.fills_plate), count))
         return found
 
     def _pad(self, data: ArrayData) -> Batch:
@@ -263,7 +258,7 @@ class IterableSource:
 
     def _read(self, batch: Any, name: str) -> ArrayData:
         data = ArrayData.read(batch, self.batch_axes, name)
-        require_finite_observations(self.trainer.reader, data, self.trainer.svi.static_kwargs)
+        self._require_finite(data)
         return data
 
     def run(self, state: SVIState, rng_key: Array, epoch: int) -> tuple[SVIState, np.ndarray]:
@@ -278,9 +273,22 @@ class IterableSource:
         return state, losses
 
 
-def read_sites(trainer: Trainer, args: tuple, kwargs: dict[str, Any]) -> ModelSites:
+def read_sites(
+    trainer: Trainer, args: tuple, kwargs: dict[str, Any], rows: Rows | None = None
+) -> ModelSites:
     """Return what the model of a trainer holds, without computing it."""
-    return trainer.reader.sites(args, {**kwargs, **trainer.svi.static_kwargs})
+    return trainer.reader.sites(args, {**kwargs, **trainer.svi.static_kwargs}, rows)
+
+
+def _read_given(
+    trainer: Trainer, given: Mapping[bool, tuple[tuple, dict]], is_batch: bool, rows: Rows
+) -> ModelSites:
+    return read_sites(trainer, *given[is_batch], rows)
+
+
+def plates_met(trainer: Trainer, args: tuple, kwargs: dict[str, Any]) -> tuple[str, ...]:
+    """Return the names of the plates that a model enters, before it fails."""
+    return trainer.reader.plates_met(args, {**kwargs, **trainer.svi.static_kwargs})
 
 
 def _whole_batch(data: ArrayData, plate: str, size: int) -> Batch:
@@ -293,7 +301,7 @@ def _given_batch(
     """Return a batch whose arrays have its rows, and no others."""
     return Batch(
         arrays,
-        indices,
+        jnp.arange(len(indices)),
         weights,
         layout=layout,
         plate=plate,

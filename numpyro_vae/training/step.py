@@ -73,7 +73,7 @@ class Trainer:
             minibatch,
             plate=batch.plate,
             num_data=batch.num_data,
-            indices=batch.indices if batch.fills_plate else None,
+            indices=batch.held,
             weights=batch.weights,
         )
         guide = svi.guide
@@ -93,7 +93,7 @@ class Trainer:
         if isinstance(guide, AmortizedGuide):
             guide.reset()  # or the result would depend on what the guide was used for
             (args, kwargs), known = batch.arguments(), guide.plan
-            guide.setup(*args, **kwargs, **self.svi.static_kwargs)
+            guide.read_model(args, {**kwargs, **self.svi.static_kwargs}, batch.rows)
             compiled = guide.globals is None
             if guide.plan != known:
                 self._compile()
@@ -114,9 +114,8 @@ class Trainer:
     def _read(self, rng_key: Array, batch: Batch) -> Reading:
         """Read the model, with the parameters that ``SVI.init`` would give it."""
         args, kwargs = batch.arguments()
-        rows = {batch.plate: (batch.num_data, batch.indices)} if batch.fills_plate else {}
         kwargs = {**kwargs, **self.svi.static_kwargs}
-        return self.reader.read(args, kwargs, rows, init_model_key(rng_key))
+        return self.reader.read(args, kwargs, batch.rows, init_model_key(rng_key))
 
     # -- steps ------------------------------------------------------------------------------------
 

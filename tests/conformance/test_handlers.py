@@ -99,8 +99,8 @@ def test_scale_around_model_and_guide(loss):
     np.testing.assert_allclose(loss.loss(KEY, params, *scaled, X), 3 * once, rtol=1e-5)
 
 
-def test_scale_inside_the_model_is_not_the_guides():
-    """A plate's sites scaled by the model alone weigh so in the model alone."""
+def test_scale_inside_the_model_is_the_guides():
+    """What the model scales, the guide scales; a scale around the guide comes on top."""
 
     def model(x):
         with handlers.scale(scale=3.0), numpyro.plate("data", len(x)):
@@ -109,9 +109,9 @@ def test_scale_inside_the_model_is_not_the_guides():
 
     guide = AutoAmortizedNormal(model, SMALL)
     trace = trace_of(guide, X)
-    assert trace["z"]["scale"] is None
-    both = handlers.scale(guide, scale=3.0)
-    assert trace_of(both, X)["z"]["scale"] == 3.0
+    assert trace["z"]["scale"] == 3.0
+    both = handlers.scale(guide, scale=2.0)
+    assert trace_of(both, X)["z"]["scale"] == 6.0
 
 
 @by_guide

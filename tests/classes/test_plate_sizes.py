@@ -1,0 +1,102 @@
+"""How many rows a plate has is what the data say, whatever number the model wrote into it."""
+
+import jax
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import pytest
+from helpers import make_svi
+from numpyro.infer import Trace_ELBO
+
+from numpyro_vae import Posterior, fit
+
+KEY = jax.random.key(0)
+X = np.random.default_rng(0).normal(0, 1.1, (60, 2)).astype(np.float32)
+
+
+def model_of(plate):
+    def model(x):
+        b = numpyro.sample("b", dist.Normal(0.0, 1.0))
+        with plate(x) as rows:
+            z = numpyro.sample("z", dist.Normal(0.0, 1.0))
+            loc = (z + b)[:, None]
+            numpyro.sample("x", dist.Normal(loc, 0.5).to_event(1), obs=x[rows])
+
+    return model
+
+
+PLATES = {
+    "constant": lambda x: numpyro.plate("data", 64),
+    "of all rows": lambda x: numpyro.plate("data", 60),
+    "of all rows, some of which are given": lambda x: numpyro.plate(
+        "data", 60, subsample_size=len(x)
+    ),
+    "that subsamples": lambda x: numpyro.plate("data", len(x), subsample_size=16),
+    "that subsamples another number": lambda x: numpyro.plate("data", len(x), subsample_size=9),
+}
+BATCHES = {"array": (X, {"batch_size": 16}), "iterable": ([X[:16], X[16:32]], {"num_data": 60})}
+
+
+def run(plate, batches):
+    data, options = BATCHES[batches]
+    svi = make_svi(model_of(plate), loss=Trace_ELBO())
+    result = fit(svi, KEY, data, num_epochs=2, validation=X[:20], progress_bar=False, **options)
+    posterior = Posterior(svi.guide, result)
+    return result, posterior.log_weights(KEY, X[:20], 3), posterior.predict(KEY, X[:20], 3)["x"]
+
+
+@pytest.fixture(scope="module", params=BATCHES)
+def plain(request):
+    return request.param, run(lambda x: numpyro.plate("data", len(x)), request.param)
+
+
+@pytest.mark.parametrize("case", PLATES)
+def test_a_plate_of_another_size_is_that_of_the_data(case, plain):
+    batches, (result, weights, predictions) = plain
+    if batches == "iterable" and "subsamples" in case:
+        pytest.skip("such a model takes all the data")
+    found, *arrays = run(PLATES[case], batches)
+    np.testing.assert_allclose(found.losses, result.losses, rtol=1e-6)
+    np.testing.assert_allclose(*(r.history["validation_loss"] for r in (found, result)), rtol=1e-6)
+    np.testing.assert_allclose(arrays[0], weights, rtol=1e-5)
+    assert arrays[1].shape == predictions.shape
+    if case in ("constant", "of all rows"):  # a plate that subsamples uses a key of its own
+        np.testing.assert_allclose(arrays[1], predictions, rtol=1e-5)
+
+
+def test_what_reads_local_latents_outside_their_plate_is_refused_in_minibatches():
+    """Its density on a batch is no estimate of that on all data; on all data it is served."""
+
+    def factor(x):
+        with numpyro.plate("data", len(x)):
+            z = numpyro.sample("z", dist.Normal(0.0, 1.0))
+            numpyro.sample("x", dist.Normal(z[:, None], 0.5).to_event(1), obs=x)
+        numpyro.factor("balance", -(z.sum() ** 2))
+
+    svi = make_svi(factor, loss=Trace_ELBO())
+    with pytest.raises(ValueError, match=r"Site 'balance' lies outside plate 'data'.*\['z'\]"):
+        fit(svi, KEY, X, batch_size=20, num_epochs=1, progress_bar=False)
+    assert fit(svi, KEY, X, batch_size=60, num_epochs=1, progress_bar=False).losses.size == 1
+
+
+def test_a_plate_inside_a_subsampling_plate_subsamples_too():
+    """Both plates weigh, in model and guide alike, and all rows of both count afterwards."""
+
+    def model(x):
+        n, k = x.shape
+        with numpyro.plate("data", n, subsample_size=10, dim=-2) as rows:
+            z = numpyro.sample("z", dist.Normal(0.0, 1.0))
+            with numpyro.plate("items", k, subsample_size=2, dim=-1) as items:
+                w = numpyro.sample("w", dist.Normal(0.0, 1.0))
+                observed = x[rows][:, items]
+                numpyro.sample("x", dist.Normal(z + w, 0.5), obs=observed)
+
+    x = np.random.default_rng(0).normal(size=(30, 4)).astype(np.float32)
+    svi = make_svi(model, loss=Trace_ELBO(), plate="data", inputs=lambda x: x)
+    key = jax.random.key(3)
+    trace = numpyro.handlers.trace(numpyro.handlers.seed(svi.guide, key)).get_trace(x)
+    assert trace["z"]["scale"] == 3.0
+    assert trace["w"]["scale"] == 6.0
+    replayed = numpyro.handlers.replay(numpyro.handlers.seed(model, key), trace)
+    of_model = numpyro.handlers.trace(replayed).get_trace(x)
+    assert of_model["w"]["scale"] == of_model["x"]["scale"] == 6.0
