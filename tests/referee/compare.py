@@ -29,6 +29,7 @@ from reference import (
     is_local,
     normal_log_q,
     rows_in_front,
+    shared_scale,
     total,
 )
 
@@ -214,13 +215,17 @@ def elbo(subject: Subject) -> None:
 
 
 def weights(subject: Subject) -> None:
-    """The weights of the draws of a row add up its terms of NumPyro's log-densities."""
-    if not subject.has_density:
+    """The weights of a row are the sums of its terms of NumPyro's log-densities.
+
+    They are divided by the factor that the model scales all latents of the row with.
+    """
+    scale = shared_scale(subject.log_p[0][1], NUM_DATA)
+    if not subject.has_density or scale is None:
         return
     found = subject.posterior.log_weights(KEY, subject.case.data, NUM_SAMPLES)
     for number in range(NUM_SAMPLES):
         expected = _rows_of(subject.log_p[number]) - _rows_of(subject.log_q[number])
-        close(found[number], expected, f"log weights of draw {number}")
+        close(found[number], expected / scale, f"log weights of draw {number}")
 
 
 def _rows_of(densities: tuple[dict[str, Array], dict]) -> np.ndarray:
@@ -437,6 +442,8 @@ def predictions(subject: Subject) -> None:
             assert name in found, f"{name} is not predicted"
             rows = rows_in_front(expected[name], site, site["fn"].event_dim)
             rows = np.moveaxis(np.asarray(rows), 0, 1)
+            if kind.event is not None:  # NumPyro draws one value for all that it broadcasts it to
+                rows = np.broadcast_to(rows, rows.shape[: -len(kind.event)] + kind.event)
             assert found[name].shape == rows.shape, f"{name}: {found[name].shape}, {rows.shape}"
             if kind.is_noisy:
                 close(found[name], rows, f"prediction of {name}", 3.0)

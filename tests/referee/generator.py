@@ -80,6 +80,7 @@ MODIFIERS = {
     "auxiliary": 0.1,
     "scale_latent": 0.15,
     "scale_latent_rows": 0.1,
+    "scale_mixed": 0.1,
     "scale_observed": 0.15,
     "scale_observed_rows": 0.1,
     "scale_global": 0.2,
@@ -301,12 +302,13 @@ def _local(
     kind = "real" if entries else choices.kind(tuple(LATENTS), "real", name)
     event = () if entries else _event(choices, name)
     extra = 2 if not entries and choices.has("extra_batch", name) else None
-    modifiers = Modifiers(_scale(choices, "latent", name), _latent_mask(choices, name, kind))
+    scaled = name if choices.has("scale_mixed", name) else "all latents"
+    modifiers = Modifiers(_scale(choices, "latent", scaled), _latent_mask(choices, name, kind))
     return Latent(name, kind, around, event, Predictor(tuple(reads)), modifiers, entries, extra)
 
 
-def _scale(choices: Choices, of: str, name: str) -> float | str | None:
-    found = choices.first((f"scale_{of}", f"scale_{of}_rows"), name)
+def _scale(choices: Choices, of: str, where: str) -> float | str | None:
+    found = choices.first((f"scale_{of}", f"scale_{of}_rows"), where)
     return {None: None, f"scale_{of}": 0.6, f"scale_{of}_rows": "rows"}[found]
 
 

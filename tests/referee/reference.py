@@ -46,6 +46,17 @@ def rows_in_front(value: Any, site: dict, event_dim: int) -> Any:
     return jnp.moveaxis(value, dim - event_dim, 0)
 
 
+def shared_scale(trace: dict, num_data: int) -> np.ndarray | None:
+    """Return the factor of each row's latents, or None if they have several."""
+    factors = []
+    for site in trace.values():
+        if is_latent(site) and is_local(site):
+            scale = jnp.broadcast_to(1.0 if site["scale"] is None else site["scale"], site["fn"].batch_shape)
+            factors.append(np.asarray(rows_in_front(scale, site, 0)).reshape(num_data, -1))
+    by_row = np.concatenate(factors, axis=1)
+    return by_row[:, 0] if np.ptp(by_row, axis=1).max() == 0 else None
+
+
 # -- masks, supports and volumes ------------------------------------------------------------------
 
 

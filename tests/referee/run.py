@@ -29,9 +29,12 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 from compare import COMPARISONS, Subject, settings
-from generator import FEATURES, RATES, generate
+from generator import FEATURES, generate
 
-AT_ONCE = 10  # models in a process, before it is replaced: what is compiled is never freed
+AT_ONCE = 20  # models in a process, before it is replaced: what is compiled is never freed
+
+# By comparison the features that were found to fail, which others that fail most often have too.
+KNOWN: dict[str, list[tuple[str, ...]]] = {}
 
 
 @dataclass(frozen=True)
@@ -74,14 +77,23 @@ def _message(error: Exception) -> str:
 
 
 def reduced(seed: int, enabled: Collection[str], comparison: str) -> tuple[str, ...]:
-    """Return the fewest features, left out one by one, with which a comparison fails."""
-    kept = set(generate(seed, enabled).features)
+    """Return few features with which a comparison fails: those that cannot be left out."""
     chosen = [] if comparison == "guide" else [comparison]
-    order = sorted(kept, key=lambda name: (name in RATES, name))
-    for name in order:
-        if comparison in failures(seed, kept - {name}, chosen):
-            kept.discard(name)
-    return tuple(sorted(set(generate(seed, kept).features)))
+    kept = list(generate(seed, enabled).features)
+    for known in KNOWN.get(comparison, ()):
+        rest = frozenset(kept) - set(known)
+        if set(known) <= set(kept) and comparison not in failures(seed, rest, chosen):
+            return known
+    size = len(kept)
+    while size:
+        for start in reversed(range(0, len(kept), size)):
+            rest = kept[:start] + kept[start + size :]
+            if comparison in failures(seed, rest, chosen):
+                kept = rest
+        size //= 2
+    found = generate(seed, kept).features
+    KNOWN.setdefault(comparison, []).append(found)
+    return found
 
 
 def examine(seed: int, enabled: Collection[str], comparisons: Sequence[str]) -> list[Failure]:
