@@ -1,0 +1,182 @@
+"""What NumPyro says of a case: its own log-densities and predictions, and changes of variables."""
+
+from __future__ import annotations
+
+from itertools import chain, combinations
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro.distributions as dist
+from jax import Array
+from numpyro import handlers
+from numpyro.distributions import biject_to, constraints
+from numpyro.infer.util import compute_log_probs
+from program import DATA
+
+
+def is_local(site: dict) -> bool:
+    return any(frame.name == DATA for frame in site["cond_indep_stack"])
+
+
+def is_latent(site: dict) -> bool:
+    return site["type"] == "sample" and not site["is_observed"]
+
+
+def density(fn: Any, args: tuple, kwargs: dict, values: dict) -> tuple[dict[str, Array], dict]:
+    """Return the log-density of each site, scaled and not summed, and the trace."""
+    return compute_log_probs(handlers.seed(fn, 0), args, kwargs, values, sum_log_prob=False)
+
+
+def total(log_probs: dict[str, Array]) -> float:
+    return float(sum(np.asarray(jnp.sum(x), np.float64) for x in log_probs.values()))
+
+
+def by_row(log_prob: Array, site: dict, num_data: int) -> np.ndarray:
+    """Sum what has the shape of a site's batch over all but the local plate."""
+    dim = next(frame.dim for frame in site["cond_indep_stack"] if frame.name == DATA)
+    rows = np.moveaxis(np.asarray(log_prob, np.float64), dim, 0)
+    assert len(rows) == num_data
+    return rows.reshape(num_data, -1).sum(-1)
+
+
+def rows_in_front(value: Any, site: dict, event_dim: int) -> Any:
+    dim = next(frame.dim for frame in site["cond_indep_stack"] if frame.name == DATA)
+    return jnp.moveaxis(value, dim - event_dim, 0)
+
+
+def shared_scale(trace: dict, num_data: int) -> np.ndarray | None:
+    """Return the factor of each row's latents, or None if they have several."""
+    factors = []
+    for site in trace.values():
+        if is_latent(site) and is_local(site):
+            scale = jnp.broadcast_to(1.0 if site["scale"] is None else site["scale"], site["fn"].batch_shape)
+            factors.append(np.asarray(rows_in_front(scale, site, 0)).reshape(num_data, -1))
+    by_row = np.concatenate(factors, axis=1)
+    return by_row[:, 0] if np.ptp(by_row, axis=1).max() == 0 else None
+
+
+# -- masks, supports and volumes ------------------------------------------------------------------
+
+
+def mask_of(fn: dist.Distribution) -> Any:
+    """Return a site's mask, of the shape of its batch or with axes of its event; None if it has none.
+
+    A mask of ``False`` says that a site is scored elsewhere; the guide's part is scored all the same.
+    """
+    if isinstance(fn, dist.Independent):
+        return mask_of(fn.base_dist)
+    if isinstance(fn, dist.ExpandedDistribution):
+        inner = mask_of(fn.base_dist)
+        missing = 0 if inner is None else len(fn.base_dist.batch_shape)
+        return None if inner is None else jnp.broadcast_to(inner, fn.batch_shape + inner.shape[missing:])
+    if not isinstance(fn, dist.MaskedDistribution):
+        return None
+    if isinstance(fn._mask, bool):
+        return mask_of(fn.base_dist)
+    return jnp.broadcast_to(fn._mask, fn.batch_shape)
+
+
+def log_det(support: Any, unconstrained: Array, event_dim: int) -> Array:
+    """Return the log-volume of the map to a support by autodiff, with the shape of the batch.
+
+    Args:
+        support: a constraint.
+        unconstrained: values that are mapped to it, the batch in front.
+        event_dim: of the site.
+    """
+    base = support
+    while isinstance(base, constraints.independent):
+        base = base.base_constraint
+    transform = biject_to(base)
+    own = transform.domain.event_dim
+    shape = unconstrained.shape
+    flat = unconstrained.reshape(-1, *shape[len(shape) - own :])
+    volumes = jax.vmap(lambda u: _log_volume(base, transform, u))(flat)
+    volumes = volumes.reshape(shape[: len(shape) - own])
+    extra = event_dim - support_event_dim(base)
+    return volumes.sum(tuple(range(volumes.ndim - extra, volumes.ndim)))
+
+
+def support_event_dim(support: Any) -> int:
+    return support.event_dim
+
+
+def _log_volume(base: Any, transform: Any, u: Array) -> Array:
+    jacobian = jax.jacfwd(lambda u: _free(base, transform(u)))(u).reshape(-1, u.size)
+    if jacobian.shape[0] == u.size:
+        return jnp.linalg.slogdet(jacobian)[1]
+    return 0.5 * jnp.linalg.slogdet(jacobian.T @ jacobian)[1]
+
+
+def _free(base: Any, value: Array) -> Array:
+    """Return the coordinates of a value that are free."""
+    if base is constraints.simplex:
+        return value[:-1]
+    if base is constraints.lower_cholesky:
+        return value[jnp.tril_indices(len(value))]
+    if base is constraints.corr_cholesky:
+        return value[jnp.tril_indices(len(value), -1)]
+    return value
+
+
+# -- the guide, from what it says of each datum ----------------------------------------------------
+
+
+def normal_log_q(encoded: dict, trace: dict, values: dict) -> dict[str, np.ndarray]:
+    """Return by local site the log-density of a diagonal Normal guide, a number for each datum.
+
+    Args:
+        encoded: ``loc`` and ``scale`` of the unconstrained values, rows in front.
+        trace: the model's, with all rows.
+        values: of the latent sites.
+    """
+    found = {}
+    for name, (loc, scale) in encoded.items():
+        site = trace[name]
+        fn, support = site["fn"], site["fn"].support
+        unconstrained = biject_to(support).inv(values[name])
+        event_dim = unconstrained.ndim - len(fn.batch_shape)
+        rows = rows_in_front(unconstrained, site, event_dim)
+        normal = dist.Normal(jnp.reshape(loc, rows.shape), jnp.reshape(scale, rows.shape))
+        log_prob = normal.log_prob(rows)
+        mask = mask_of(fn)
+        if mask is not None:
+            missing = unconstrained.ndim - mask.ndim
+            mask_rows = mask.reshape(mask.shape + (1,) * missing)
+            mask_rows = jnp.broadcast_to(mask_rows, unconstrained.shape)
+            log_prob = jnp.where(rows_in_front(mask_rows, site, event_dim), log_prob, 0.0)
+        sums = log_prob.sum(tuple(range(log_prob.ndim - event_dim, log_prob.ndim)))
+        volume = log_det(support, unconstrained, fn.event_dim)
+        if mask is not None and mask.ndim == volume.ndim:
+            volume = jnp.where(mask, volume, 0.0)
+        terms = jnp.moveaxis(sums, 0, _axis(site, sums)) - volume
+        terms = terms if site["scale"] is None else site["scale"] * terms
+        found[name] = by_row(terms, site, len(rows))
+    return found
+
+
+def _axis(site: dict, value: Array) -> int:
+    dim = next(frame.dim for frame in site["cond_indep_stack"] if frame.name == DATA)
+    return value.ndim + dim
+
+
+def auxiliary_values(guide_trace: dict, trace: dict, values: dict) -> dict[str, Array]:
+    """Return the values of a guide's joint sites that give the latents their values."""
+    local = [name for name, site in trace.items() if is_latent(site) and is_local(site)]
+    subsets = chain.from_iterable(combinations(local, n) for n in range(1, len(local) + 1))
+    by_name = {"_auto_" + "_".join(names) + "_latent": names for names in subsets}
+    found = {}
+    for name in (name for name in guide_trace if name in by_name):
+        parts = [_unconstrained_rows(trace[part], values[part]) for part in by_name[name]]
+        shape = guide_trace[name]["value"].shape
+        found[name] = jnp.concatenate(parts, -1).reshape(shape)
+    return found
+
+
+def _unconstrained_rows(site: dict, value: Any) -> Array:
+    unconstrained = biject_to(site["fn"].support).inv(value)
+    event_dim = unconstrained.ndim - len(site["fn"].batch_shape)
+    rows = rows_in_front(unconstrained, site, event_dim)
+    return rows.reshape(len(rows), -1)
