@@ -87,6 +87,12 @@ class Layout:
         static = tuple(None if is_array(leaf) else leaf for leaf in leaves)
         return arrays, cls(static, (None,) * len(arrays), treedef)
 
+    @property
+    def every_axis(self) -> tuple[int | None, ...]:
+        """The datum axis of each array among the arguments, constants among them."""
+        axes, arrays = iter(self.axes), [leaf for leaf in self.static if _is_slot(leaf)]
+        return tuple(next(axes) if leaf is None else None for leaf in arrays)
+
     def rows(self, arrays: Sequence[Array], indices: Array) -> tuple[tuple, dict[str, Any]]:
         """Return the model's arguments with just the given rows of each batched array."""
         return self.whole(self.take(arrays, indices))
@@ -109,6 +115,11 @@ class Layout:
         filled = [next(rest) if leaf is None else leaf for leaf in self.static]
         leaves = [leaf.value if isinstance(leaf, Constant) else leaf for leaf in filled]
         return jax.tree.unflatten(self.treedef, leaves)
+
+
+def _is_slot(leaf: Any) -> bool:
+    """Return whether a static leaf stands where the arguments have an array."""
+    return leaf is None or isinstance(leaf, Constant)
 
 
 @dataclass(frozen=True, eq=False)

@@ -75,7 +75,7 @@ def explained(
         found = argument_shapes(args, kwargs)
         differ = [
             f"argument {name} has shape {now}, where it had {known[name]}"
-            for (name, now), axis in zip(found.items(), axes, strict=False)
+            for (name, now), axis in zip(found.items(), axes, strict=True)
             if name in known and _without(axis, known[name]) != _without(axis, now)
         ]
         if not differ:

@@ -58,7 +58,7 @@ class EncodedBatch:
         """Encode the rows of a batch."""
         hold = all_rows(rows=batch.rows)
         layout = batch.layout
-        with explained(guide.argument_shapes, *layout.whole(batch.arrays), layout.axes):
+        with explained(guide.argument_shapes, *layout.whole(batch.arrays), layout.every_axis):
             args, kwargs = batch.arguments()
             kwargs = {**kwargs, **static_kwargs}
             encoding = guide.encode_rows(hold, params, args, kwargs)

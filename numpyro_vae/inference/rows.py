@@ -77,8 +77,8 @@ class Rows:
         kwargs: dict[str, Any],
     ) -> Rows:
         """Return the rows of arrays, as the model takes them."""
-        require_rows(guide.argument_shapes, *arrays.whole(), arrays.layout.axes)
-        with explained(guide.argument_shapes, *arrays.whole(), arrays.layout.axes):
+        require_rows(guide.argument_shapes, *arrays.whole(), arrays.layout.every_axis)
+        with explained(guide.argument_shapes, *arrays.whole(), arrays.layout.every_axis):
             held = _held(guide, arrays, args, kwargs)
             sites = guide.reader.sites(args, kwargs, held)
             require_finite_observations(guide.reader, arrays, static_kwargs, held)

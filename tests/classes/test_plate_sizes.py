@@ -34,7 +34,10 @@ PLATES = {
     "that subsamples": lambda x: numpyro.plate("data", len(x), subsample_size=16),
     "that subsamples another number": lambda x: numpyro.plate("data", len(x), subsample_size=9),
 }
-BATCHES = {"array": (X, {"batch_size": 16}), "iterable": ([X[:16], X[16:32]], {"num_data": 60})}
+BATCHES = {
+    "array": (X, {"batch_size": 16}),
+    "iterable": ([X[:16], X[16:32], X[32:48], X[48:]], {"num_data": 60}),
+}
 
 
 def run(plate, batches):

@@ -311,18 +311,6 @@ def test_what_is_no_data_is_refused():
         quick(make_svi(hierarchical_model), jax.random.key(0), 3)
 
 
-def test_a_plate_of_another_size_is_refused():
-    def fixed(x):
-        with numpyro.plate("data", 100):
-            z = numpyro.sample("z", dist.Normal(0.0, 1.0))
-            numpyro.sample("x", dist.Normal(z.mean(), 1.0), obs=x.mean())
-
-    with pytest.raises(ValueError, match="plate 'data' keeps, whatever the data, 100 rows"):
-        quick(make_svi(fixed, inputs=lambda x: x), jax.random.key(0), X)
-    with pytest.raises(ValueError, match=r"plate 'data' subsamples 32 rows.*say 20"):
-        quick(make_svi(subsampling_model), jax.random.key(0), X, batch_size=20)
-
-
 def test_nan_is_welcome_where_the_model_leaves_it_out():
     """What is missing gives the result of any number in its place; what is observed may not be."""
 
