@@ -307,7 +307,8 @@ class Posterior:
 
         Raises:
             ValueError: if a check is unknown, is there twice, or was asked for and does not apply;
-                or if a row's weights are not finite.
+                if there is none; if ``coords`` names no dimension; or if a row's weights are not
+                finite.
         """
         return run_checks(
             self._runner, rng_key, data, checks, progress_bar=progress_bar, coords=coords
@@ -342,8 +343,8 @@ class Posterior:
             num_samples: draws of each row.
 
         Raises:
-            ValueError: if a row does not exist, the method is unknown, the guide has no density, or
-                no draw of a row has any importance weight.
+            ValueError: if a row does not exist, the report is on other data, the method is unknown,
+                the guide has no density, or no draw of a row has any importance weight.
         """
         return run_repair(self._runner, rng_key, data, rows, method, num_samples)
 
@@ -374,7 +375,7 @@ class Posterior:
             coords: coordinates by dimension.
 
         Raises:
-            ValueError: if a group or a site does not exist.
+            ValueError: if a group, a site or a dimension of ``coords`` does not exist.
 
         Returns:
             The groups ``posterior``; ``posterior_predictive``, draws of the observed sites;
@@ -392,4 +393,4 @@ class Posterior:
         if "posterior" in found:
             latent = found["posterior"]
             found["posterior"] = {name: latent[name] for name in names if name in latent}
-        return build_datatree(found, dims, coords)
+        return build_datatree(found, dims, rows, sites, coords or {})

@@ -55,6 +55,7 @@ ORDER = {
         "divergences",
         "encoded",
         "quantities",
+        "fingerprint",
         "rows",
         "runner",
         "rounding",

@@ -34,12 +34,11 @@ def run_repair(
         raise ValueError(f"method is {method!r}, expected 'auto' or one of {list(METHODS)}.")
     every = runner.read(data)
     if isinstance(rows, Report):
-        rows = rows.flagged_of(every.num_rows)
+        rows = rows.flagged_of(every.fingerprint)
     chosen = every.choose(np.unique(every.choose(rows).chosen))
-    plate, count = runner.guide.plate.name, len(chosen.chosen)
-    if not count:
+    if not len(chosen.chosen):
         nothing = measured(0, passed=np.zeros(0, bool))
-        return Repair(columns(plate, chosen.chosen, nothing, np.zeros(0, int)), {})
+        return Repair(columns(chosen, nothing, np.zeros(0, int)), {})
     size = min(NUM_HELD, num_samples) if runner.guide.global_names else 1
     held = runner.draw_globals(rng_key, chosen, size)
     methods = METHODS if method == "auto" else (method,)
@@ -51,7 +50,7 @@ def run_repair(
     derived = tuple(derived_sites(runner, chosen).by_row.items())
     finish = partial(runner.per_batch, _finish, derived=derived, row_axis=1)
     groups = finish(chosen, rng_key, given, by_row=packed)
-    return Repair(columns(plate, chosen.chosen, made.columns, by), groups)
+    return Repair(columns(chosen, made.columns, by), groups)
 
 
 def _finish(
