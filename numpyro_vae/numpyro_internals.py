@@ -22,7 +22,7 @@ from numpyro.infer.autoguide import AutoGuide
 from numpyro.infer.elbo import ELBO
 from numpyro.infer.hmc import HMCState
 from numpyro.infer.util import transform_fn
-from numpyro.primitives import Messenger
+from numpyro.primitives import Messenger, apply_stack
 
 # Handlers sit in one stack for all threads: what runs a model holds this, so that no other
 # thread's handlers see its sites. Compiled code runs none.
@@ -65,7 +65,7 @@ def plate_indices(plate: Any) -> Array:
     return plate._indices
 
 
-def declare_plate(name: str, size: int, length: int | None) -> tuple[int, Array, bool]:
+def declare_plate(name: str, size: int, length: int) -> tuple[int, Array, bool]:
     """Show a plate to the enclosing handlers, as ``numpyro.plate(name, size, length)`` does.
 
     Returns:
@@ -76,6 +76,20 @@ def declare_plate(name: str, size: int, length: int | None) -> tuple[int, Array,
     with watch:
         numpyro.plate(name, size, length)
     return watch.size, watch.after, watch.after is not watch.before
+
+
+def ask_handlers(kind: str, **message: Any) -> Any:
+    """Return what an enclosing handler sets as the value of a message of a type of our own.
+
+    It has no name, and so ``handlers.trace`` does not record it.
+    """
+    found = {"type": kind, "fn": _nothing, "args": (), "kwargs": {}, "value": None, **message}
+    apply_stack(found)
+    return found["value"]
+
+
+def _nothing() -> None:
+    """Be the value of a message that no handler has answered."""
 
 
 class _Watch(Messenger):

@@ -300,7 +300,8 @@ class Posterior:
 
         Raises:
             ValueError: if a check is unknown, is there twice, or was asked for and does not apply;
-                or if no row has finite weights.
+                if there is none; if ``coords`` names no dimension; or if no row has finite
+                weights.
         """
         return run_checks(
             self._runner, rng_key, data, checks, progress_bar=progress_bar, coords=coords
@@ -336,7 +337,8 @@ class Posterior:
             num_samples: draws of each row.
 
         Raises:
-            ValueError: if a row does not exist, the method is unknown, or the guide has no density.
+            ValueError: if a row does not exist, the report is on other data, the method is unknown,
+                or the guide has no density.
         """
         return run_repair(self._runner, rng_key, data, rows, method, num_samples)
 
@@ -367,7 +369,8 @@ class Posterior:
             coords: coordinates by dimension.
 
         Raises:
-            ValueError: if a group or a site does not exist, or one has the name of a dimension.
+            ValueError: if a group, a site or a dimension of ``coords`` does not exist, or a site
+                has the name of a dimension.
 
         Returns:
             The groups ``posterior``; ``posterior_predictive``, draws of the observed sites;
@@ -387,4 +390,4 @@ class Posterior:
         if "posterior" in found:
             latent = found["posterior"]
             found["posterior"] = {name: latent[name] for name in names if name in latent}
-        return build_datatree(found, dims, coords)
+        return build_datatree(found, dims, rows, sites, coords or {})

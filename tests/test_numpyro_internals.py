@@ -249,3 +249,38 @@ def test_handlers_are_shared_by_threads():
         other.start()
         other.join()
     assert "x" in trace
+
+
+def test_a_message_of_our_own_reaches_handlers_and_no_trace():
+    """A handler answers it, from around a trace too, and traces do not record it."""
+
+    class Answer(Messenger):
+        def process_message(self, msg):
+            if msg["type"] == "ours":
+                msg["value"] = msg["question"] + 1
+
+    def asks(question):
+        numpyro.deterministic("found", ask_handlers("ours", question=question) or 0)
+
+    trace = handlers.trace(handlers.seed(Answer(asks), 0)).get_trace(1)
+    assert list(trace) == ["found"]
+    assert trace["found"]["value"] == 2
+    with handlers.block(), handlers.trace() as trace:
+        assert ask_handlers("ours", question=1) is None
+    assert not trace
+
+
+def test_a_scale_and_a_switch_are_what_the_model_says():
+    """The factor of a subsampling plate is no part of the scale; False is not an array of False."""
+
+    def model():
+        with handlers.scale(scale=3.0), numpyro.plate("data", 10, subsample_size=5):
+            numpyro.sample("z", dist.Normal(0.0, 1.0).mask(False))
+            with handlers.scale(scale=2.0):
+                numpyro.sample("w", dist.Normal(0.0, 1.0).mask(jnp.zeros(5, bool)))
+        numpyro.sample("v", dist.Normal(0.0, 1.0))
+
+    trace = handlers.trace(handlers.seed(model, 0)).get_trace()
+    assert [declared_scale(trace[name]) for name in "zwv"] == [3.0, 6.0, None]
+    assert trace["z"]["scale"] == 6.0
+    assert [is_switched_off(trace[name]["fn"]) for name in "zwv"] == [True, False, False]

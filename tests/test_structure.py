@@ -60,6 +60,7 @@ ORDER = {
         "encoded",
         "quantities",
         "memory",
+        "fingerprint",
         "rows",
         "runner",
         "rounding",

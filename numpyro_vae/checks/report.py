@@ -14,7 +14,14 @@ from numpyro_vae.checks.base import AbstractCheck, Finding
 from numpyro_vae.checks.collapse import count_collapsed
 from numpyro_vae.checks.importance import VERDICTS, meanings, verdicts
 from numpyro_vae.checks.page import draw_checks, write_page
-from numpyro_vae.inference.datatree import for_tree
+from numpyro_vae.inference.datatree import for_tree, tree_name
+from numpyro_vae.inference.fingerprint import (
+    NAME,
+    Fingerprint,
+    of_all,
+    require_same_rows,
+    require_same_tree,
+)
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -73,17 +80,20 @@ class Report:
         """The numbers of the rows that are not fine, for `Posterior.repair`."""
         return np.flatnonzero(self.verdict)
 
-    def flagged_of(self, num_rows: int) -> np.ndarray:
-        """Return `flagged` for data of so many rows.
+    def flagged_of(self, fingerprint: Fingerprint) -> np.ndarray:
+        """Return `flagged` for the data with this fingerprint.
 
         Raises:
             ValueError: if the report is on other data.
         """
-        if self.dataset.attrs["num_data"] != num_rows:
+        remedy = "Pass the data that were checked, or the rows' numbers."
+        if self.dataset.attrs["num_data"] != len(fingerprint):
             raise ValueError(
                 f"The report is on {self.dataset.attrs['num_data']} rows of data, and the data "
-                f"have {num_rows}. Pass the data that were checked, or the rows' numbers."
+                f"have {len(fingerprint)}. {remedy}"
             )
+        known = self.dataset.coords.get(NAME, fingerprint)
+        require_same_rows("The report", known, fingerprint, remedy)
         return self.flagged
 
     def collapsed(self) -> dict[str, tuple[int, int]]:
@@ -120,7 +130,14 @@ class Report:
 
         The ranks of the calibration check, if it was run, become the group ``prior_sbc``, which
         `arviz.plot_ecdf_pit` reads.
+
+        Raises:
+            ValueError: if the tree is of other data.
         """
+        known = self.dataset.coords.get(NAME)
+        if known is not None:
+            (plate,) = map(str, known.dims)
+            require_same_tree("The report", of_all(known.values), tree, tree_name(plate))
         groups = {"checks": type(tree)(for_tree(self.dataset))}
         ranks = {name: x for name, x in self.dataset.items() if str(name).startswith("pit_")}
         if ranks:

@@ -88,6 +88,11 @@ class Layout:
         return arrays, cls(static, (None,) * len(arrays), treedef)
 
     @property
+    def constants(self) -> tuple[Array, ...]:
+        """The arrays that never change."""
+        return tuple(leaf.value for leaf in self.static if isinstance(leaf, Constant))
+
+    @property
     def every_axis(self) -> tuple[int | None, ...]:
         """The datum axis of each array among the arguments, constants among them."""
         axes, arrays = iter(self.axes), [leaf for leaf in self.static if _is_slot(leaf)]

@@ -24,9 +24,9 @@ from numpyro_vae.guides.global_sites import GlobalGuide, require_maker
 from numpyro_vae.guides.local_sites import sample_local
 from numpyro_vae.guides.network import Encoder, Network, declare_network
 from numpyro_vae.model.plan import GuidePlan, plan_guide
-from numpyro_vae.model.plates import all_rows
+from numpyro_vae.model.plates import all_rows, given_rows
 from numpyro_vae.model.reading import ModelReader
-from numpyro_vae.model.run import Run, given_rows, run_model
+from numpyro_vae.model.run import Run, run_model
 from numpyro_vae.model.sites import ModelSites, Site
 from numpyro_vae.model.trace import Rows
 from numpyro_vae.numpyro_internals import (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from jaxtyping import Array
 from numpyro_vae.data.arrays import ArrayData
 from numpyro_vae.inference import quantities
 from numpyro_vae.inference.derived import derive_whole, derived_sites
+from numpyro_vae.inference.fingerprint import NAME, of_all
 from numpyro_vae.inference.predictable import names_of, undrawn_sites, warn_of_undrawn
 from numpyro_vae.inference.rows import Rows
 from numpyro_vae.inference.runner import Runner
@@ -119,6 +120,27 @@ def site_dims(sites: ModelSites) -> dict[str, list[str]]:
     return found
 
 
+def require_known_dims(
+    coords: Mapping[str, Any], sites: ModelSites, found: Iterable[Hashable]
+) -> None:
+    """Raise ValueError for coordinates of a dimension that neither the model nor a result has.
+
+    Args:
+        coords: by dimension.
+        sites: of the model, whose dimensions need not all be in each result.
+        found: the dimensions of the result.
+    """
+    known = {"chain", "draw", *sites.plates, *map(str, found)}
+    for site in sites.sites.values():
+        known |= {f"{site.name}_dim_{axis}" for axis in range(len(site.event_shape))}
+    unknown = sorted(set(coords) - known)
+    if unknown:
+        raise ValueError(
+            f"coords has {unknown}, which are no dimensions here. Give coordinates of some of "
+            f"{sorted(known)}."
+        )
+
+
 def rows_first(
     dims: Mapping[str, list[str]], names: Iterable[str], plates: Sequence[str]
 ) -> dict[str, list[str]]:
@@ -213,20 +235,25 @@ def check_names(sites: ModelSites) -> None:
 def build_datatree(
     groups: Mapping[str, Mapping[str, np.ndarray]],
     dims: Mapping[str, list[str]],
-    coords: Mapping[str, Any] | None = None,
+    rows: Rows,
+    sites: ModelSites,
+    coords: Mapping[str, Any],
 ) -> DataTree:
-    """Return arrays as a DataTree in ArviZ's schema.
+    """Return arrays as a DataTree in ArviZ's schema, with the fingerprint of their rows.
 
     Args:
         groups: by group and variable; in the sampled groups the draws are the leading axis, and
             become the dimensions ``chain`` and ``draw``.
         dims: by variable, the names of its leading dimensions but these.
+        rows: the data.
+        sites: those of the model.
         coords: coordinates by dimension.
 
     Slashes in names become points, see `tree_name`.
 
     Raises:
-        ValueError: if a coordinate has another length than its dimension.
+        ValueError: if a coordinate has another length than its dimension, or there is no such
+            dimension.
     """
     import arviz as az
     from xarray import DataTree
@@ -245,4 +272,7 @@ def build_datatree(
         values = {tree_name(name): value for name, value in values.items()}
         tree = az.from_dict({group: values}, dims=known, coords=coords)
         found[group] = tree[group].to_dataset()
-    return DataTree.from_dict(found)
+    require_known_dims(coords, sites, (dim for group in found.values() for dim in group.dims))
+    tree = DataTree.from_dict(found)
+    tree.attrs[NAME] = of_all(rows.fingerprint)
+    return tree

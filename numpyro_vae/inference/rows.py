@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import jax
@@ -17,6 +17,7 @@ from numpyro_vae.data.arrays import ArrayData
 from numpyro_vae.data.batch import Batch, padded_batches, prefetch
 from numpyro_vae.data.shapes import explained, require_rows
 from numpyro_vae.guides.base import AmortizedGuide
+from numpyro_vae.inference.fingerprint import Fingerprint, fingerprint_rows
 from numpyro_vae.model.missing import require_finite_observations
 from numpyro_vae.model.plan import check_observed
 from numpyro_vae.model.reading import read_for
@@ -97,6 +98,11 @@ class Rows:
         subsamples, chosen = plate.length < plate.size, np.arange(plate.size)
         unobserved = guide.is_unobserved(sites)
         return cls(arrays, name, plate.size, subsamples, unobserved, held, chosen, args, kwargs)
+
+    @cached_property
+    def fingerprint(self) -> Fingerprint:
+        """A number for each row, by which a result is known to be on it."""
+        return fingerprint_rows(self.data, self.num_rows)
 
     def choose(self, rows: Any) -> Rows:
         """Return the same data, with results wanted of some rows only.

@@ -9,6 +9,8 @@ import numpy as np
 import xarray as xr
 
 from numpyro_vae.inference.datatree import tree_name
+from numpyro_vae.inference.fingerprint import NAME, of_all, require_same_tree
+from numpyro_vae.inference.rows import Rows
 from numpyro_vae.repair.methods import METHODS
 
 if TYPE_CHECKING:
@@ -68,9 +70,11 @@ class Repair:
                 opened from a file.
 
         Raises:
-            ValueError: if the tree has fewer rows than were repaired, or another number of draws.
+            ValueError: if the tree is of other data, or has another number of draws.
         """
         plate, posterior = tree_name(self.plate), self._posterior_of(tree)
+        if NAME in self.dataset.attrs:
+            require_same_tree("The repair", self.dataset.attrs[NAME], tree, plate)
         equal = np.zeros((posterior.sizes["draw"], len(self.rows)))
         repaired = {**self.groups, "sample_stats": {"log_weights": equal}}
         groups = {
@@ -128,10 +132,10 @@ class Repair:
         return xr.Dataset(found, coords={coord.name: coord})
 
 
-def columns(
-    plate: str, rows: np.ndarray, found: dict[str, np.ndarray], methods: np.ndarray
-) -> Dataset:
+def columns(rows: Rows, found: dict[str, np.ndarray], methods: np.ndarray) -> Dataset:
     """Return diagnostics by row, and the method that made the row's draws, by its number."""
+    plate, numbers = rows.plate, rows.chosen
     variables = {"method": (plate, np.array(METHODS)[methods])}
     variables |= {name: (plate, values) for name, values in found.items()}
-    return xr.Dataset(variables, coords={plate: rows})
+    coords = {plate: numbers, NAME: (plate, rows.fingerprint[numbers])}
+    return xr.Dataset(variables, coords=coords, attrs={NAME: of_all(rows.fingerprint)})

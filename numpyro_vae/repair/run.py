@@ -48,12 +48,11 @@ def run_repair(
         raise ValueError(f"method is {method!r}, expected 'auto' or one of {list(METHODS)}.")
     every = runner.read(data)
     if isinstance(rows, Report):
-        rows = rows.flagged_of(every.num_rows)
+        rows = rows.flagged_of(every.fingerprint)
     chosen = every.choose(np.unique(every.choose(rows).chosen))
-    plate, count = runner.guide.plate.name, len(chosen.chosen)
-    if not count:
+    if not len(chosen.chosen):
         nothing = measured(0, passed=np.zeros(0, bool))
-        return Repair(columns(plate, chosen.chosen, nothing, np.zeros(0, int)), {})
+        return Repair(columns(chosen, nothing, np.zeros(0, int)), {})
     size = min(NUM_HELD, num_samples) if runner.guide.global_names else 1
     held = runner.draw_globals(rng_key, chosen, size)
     methods = METHODS if method == "auto" else (method,)
@@ -64,7 +63,7 @@ def run_repair(
     of_held = spread(np.arange(size * number)[None] // number, num_samples)[0]
     given = {name: np.asarray(value)[of_held] for name, value in held.items()}
     groups = _groups(runner, chosen, rng_key, given, packed)
-    return Repair(columns(plate, chosen.chosen, made.columns, by), groups)
+    return Repair(columns(chosen, made.columns, by), groups)
 
 
 def _look_ahead(runner: Runner, rows: Rows, num_samples: int) -> None:
