@@ -25,6 +25,7 @@ from numpyro.infer import (
 )
 from numpyro.infer.autoguide import AutoNormal
 from numpyro.infer.hmc import hmc
+from numpyro.primitives import Messenger
 
 from numpyro_vae import numpyro_internals as internals
 
@@ -260,13 +261,13 @@ def test_a_message_of_our_own_reaches_handlers_and_no_trace():
                 msg["value"] = msg["question"] + 1
 
     def asks(question):
-        numpyro.deterministic("found", ask_handlers("ours", question=question) or 0)
+        numpyro.deterministic("found", internals.ask_handlers("ours", question=question) or 0)
 
     trace = handlers.trace(handlers.seed(Answer(asks), 0)).get_trace(1)
     assert list(trace) == ["found"]
     assert trace["found"]["value"] == 2
     with handlers.block(), handlers.trace() as trace:
-        assert ask_handlers("ours", question=1) is None
+        assert internals.ask_handlers("ours", question=1) is None
     assert not trace
 
 
@@ -281,6 +282,6 @@ def test_a_scale_and_a_switch_are_what_the_model_says():
         numpyro.sample("v", dist.Normal(0.0, 1.0))
 
     trace = handlers.trace(handlers.seed(model, 0)).get_trace()
-    assert [declared_scale(trace[name]) for name in "zwv"] == [3.0, 6.0, None]
+    assert [internals.declared_scale(trace[name]) for name in "zwv"] == [3.0, 6.0, None]
     assert trace["z"]["scale"] == 6.0
-    assert [is_switched_off(trace[name]["fn"]) for name in "zwv"] == [True, False, False]
+    assert [internals.is_switched_off(trace[name]["fn"]) for name in "zwv"] == [True, False, False]

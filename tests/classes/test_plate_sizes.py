@@ -133,3 +133,21 @@ def test_a_model_with_several_plates_is_not_told_which_is_the_local_one():
 
     with pytest.raises(ValueError, match="Several plates hold latent sites"):
         fit(make_svi(model, loss=Trace_ELBO()), KEY, X, num_epochs=1, progress_bar=False)
+
+
+def test_a_global_site_after_the_local_ones_is_trained_by_any_svi():
+    """What the guide asks of its handlers leaves no trace, which the model would be replayed on."""
+
+    def model(x):
+        with numpyro.plate("data", len(x)):
+            z = numpyro.sample("z", dist.Normal(0.0, 1.0))
+        b = numpyro.sample("b", dist.Normal(0.0, 1.0))
+        with numpyro.plate("data", len(x)):
+            numpyro.sample("x", dist.Normal((z + b)[:, None], 0.5).to_event(1), obs=x)
+
+    svi = make_svi(model, loss=Trace_ELBO())
+    state, loss = svi.update(svi.init(KEY, X), X)
+    assert np.isfinite(loss)
+    guide = numpyro.handlers.seed(svi.guide, KEY)
+    trace = numpyro.handlers.trace(numpyro.handlers.substitute(guide, svi.get_params(state)))
+    assert trace.get_trace(X)["data"]["value"].shape == (60,)
