@@ -81,6 +81,15 @@ def test_parts_are_of_one_size_and_compiled_once(posterior, cut):
     assert {fn._fn._cache_size() for fn in before.values()} == {1}
 
 
+def test_a_check_adds_up_draws_in_parts(posterior, monkeypatch):
+    whole = posterior.check(KEY, X, "importance", progress_bar=False).dataset
+    monkeypatch.setattr(runner, "DRAWS", 900)
+    parts = posterior.check(KEY, X, "importance", progress_bar=False).dataset
+    error = np.hypot(whole["elbo_mcse"], parts["elbo_mcse"])
+    assert (np.abs(whole["elbo"] - parts["elbo"]) / error).max() < 4
+    assert (whole["elbo"] != parts["elbo"]).all()
+
+
 def test_repaired_draws_in_parts(posterior, cut):
     found = posterior.repair(KEY, X, [1, 4], method="importance", num_samples=NUM_SAMPLES)
     z = found.groups["posterior"]["z"]

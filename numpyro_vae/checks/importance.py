@@ -221,8 +221,9 @@ def _sums_of_all(subject: Subject, num_samples: int) -> Sums:
     runner, rows = subject.runner, subject.rows
     start = Sums.start(len(rows.chosen), tail_length(num_samples) + 1)
     sums = jax.tree.map(np.asarray, start)
-    for number, done in enumerate(range(0, num_samples, CHUNK)):
-        size, key = min(CHUNK, num_samples - done), jax.random.fold_in(subject.rng_key, number)
+    at_once = min(CHUNK, runner.draws_at_once(rows))
+    for number, done in enumerate(range(0, num_samples, at_once)):
+        size, key = min(at_once, num_samples - done), jax.random.fold_in(subject.rng_key, number)
         globals_ = runner.draw_globals(key, rows, size)
         sizes = {"num_draws": size, "num_samples": size}
         sums = runner.per_batch(_accumulate, rows, key, globals_, by_row=sums, **sizes)

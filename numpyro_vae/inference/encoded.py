@@ -80,10 +80,20 @@ class EncodedBatch:
         return Enumeration.read(self.encoding.run)
 
     def over_draws(self, fn: Callable[..., Any], *draws: Any, per_draw: int = 1) -> Any:
-        """Map a function over the leading axis of draws, in chunks of at most ``PAIRS`` pairs."""
+        """Map a function over the leading axis of draws, in chunks of at most ``PAIRS`` pairs.
+
+        Chunks are of one size, as the function would be compiled a second time for a smaller one:
+        some draws are computed twice instead.
+        """
         pairs = len(self.indices) * per_draw * self.enumeration.num_combinations
-        at_once = max(1, PAIRS // pairs)
-        return jax.lax.map(lambda args: fn(*args), draws, batch_size=at_once)
+        number = len(jax.tree.leaves(draws)[0])
+        num_chunks = -(-number // max(1, PAIRS // pairs))
+        size = -(-number // num_chunks)
+        if size * num_chunks > number:
+            places = jnp.arange(size * num_chunks).clip(max=number - 1)
+            draws = jax.tree.map(lambda x: x[places], draws)
+        found = jax.lax.map(lambda args: fn(*args), draws, batch_size=size)
+        return jax.tree.map(lambda x: x[:number], found)
 
     def trace(self, values: dict[str, Array], rng_key: Array, *, observed: bool = True) -> dict:
         """Run the model on the rows, with their observations or without."""

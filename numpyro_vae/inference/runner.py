@@ -181,7 +181,7 @@ class Runner:
         Raises:
             MemoryError: if the results do not fit in memory; nothing is computed then.
         """
-        parts = self._num_parts(rows, num_samples)
+        parts = -(-num_samples // self.draws_at_once(rows))
         size = -(-num_samples // parts)
         sizes = {"batch_size": _batch_size(size * self.width(observed=observed)), "times": parts}
         run = partial(self.per_batch, quantity, rows, num_samples=size, row_axis=1, **sizes)
@@ -242,11 +242,13 @@ class Runner:
         seen = self.guide.sites.observed(plate.name) if observed else ()
         return sum(site.datum_size(plate) for site in (*self.guide.local_sites, *seen))
 
-    def _num_parts(self, rows: Rows, num_samples: int) -> int:
-        """Return in how many parts draws are made, the same for all that is computed of them."""
+    def draws_at_once(self, rows: Rows) -> int:
+        """Return how many draws of a row fit the device, the same for all that is computed of them.
+
+        Of data that the model takes whole, it is draws of all rows.
+        """
         rows_at_once = rows.num_rows if rows.data.is_whole else 1
-        at_once = DRAWS // max(self.width(observed=True) * rows_at_once, 1)
-        return -(-num_samples // max(at_once, 1))
+        return max(DRAWS // max(self.width(observed=True) * rows_at_once, 1), 1)
 
     def _compiled_quantity(self, of: Callable, quantity: Quantity, static: dict) -> Compiled:
         encode = partial(_encode, self.guide, self.static_kwargs)
