@@ -13,15 +13,8 @@ from numpyro.infer.autoguide import AutoGuide
 from numpyro_vae.checks.report import Report
 from numpyro_vae.checks.run import Checks, run_checks
 from numpyro_vae.inference import quantities as compiled
-from numpyro_vae.inference.datatree import (
-    build_datatree,
-    check_names,
-    choose_groups,
-    gather,
-    names_of,
-)
-from numpyro_vae.inference.derived import derived_sites
-from numpyro_vae.inference.predictable import require_predicted
+from numpyro_vae.inference.datatree import build_datatree, check_names, choose_groups, gather
+from numpyro_vae.inference.predictable import predict
 from numpyro_vae.inference.runner import Runner, choose_names, require_trained
 from numpyro_vae.model.enumeration import Enumeration
 from numpyro_vae.numpyro_internals import HANDLERS
@@ -175,17 +168,8 @@ class Posterior:
             ValueError: if ``num_samples`` is below 1 or a site does not exist.
         """
         rows = self._runner.read(data, of_prior=True)
-        globals_ = self._runner.draw_globals(rng_key, rows, num_samples)
-        derived = tuple(derived_sites(self._runner, rows).by_row.items())
-        predict = partial(self._runner.per_draw, compiled.predict)
-        if rows.is_unobserved:
-            predict = partial(self._runner.per_draw, compiled.imagine, **names_of(self._runner))
-        options = {"num_samples": num_samples, "derived": derived, "observed": True}
-        by_group = predict(rows, rng_key, globals_, **options)
-        found = {name: by_group["posterior"][name] for name, _ in derived}
-        found |= by_group["posterior_predictive"]
         names = None if var_names is None else list(var_names)
-        require_predicted(self._runner, rows, found, names)
+        found = predict(self._runner, rows, rng_key, num_samples, names)
         return {name: found[name] for name in choose_names(names, found)}
 
     def log_weights(self, rng_key: Array, data: Any, num_samples: int) -> np.ndarray:

@@ -14,7 +14,7 @@ from jaxtyping import Array
 from numpyro_vae.data.arrays import ArrayData
 from numpyro_vae.inference import quantities
 from numpyro_vae.inference.derived import derive_whole, derived_sites
-from numpyro_vae.inference.predictable import undrawn_sites, warn_of_undrawn
+from numpyro_vae.inference.predictable import names_of, undrawn_sites, warn_of_undrawn
 from numpyro_vae.inference.rows import Rows
 from numpyro_vae.inference.runner import Runner
 from numpyro_vae.model.sites import ModelSites
@@ -97,12 +97,6 @@ def gather(
     by_row = {name for group in found.values() for name in group} - set(whole)
     dims = rows_first(site_dims(guide.sites), by_row, (guide.plate.name, *guide.segments))
     return {group: found[group] for group in groups if group in found}, dims | derived.dims
-
-
-def names_of(runner: Runner) -> dict[str, tuple[str, ...]]:
-    """Return the names of the sites that are drawn for rows without observations."""
-    observed = runner.guide.sites.observed(runner.guide.plate.name)
-    return {"latent": runner.local_names, "observed": tuple(site.name for site in observed)}
 
 
 def _local(runner: Runner, draws: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -1,18 +1,57 @@
-"""Which observed sites can be predicted: compiled code must be able to draw them."""
+"""Predictions, of the observed sites that compiled code is able to draw."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Collection
+from functools import partial
 from operator import itemgetter
 
 import jax
+import numpy as np
 from jaxtyping import Array
 
+from numpyro_vae.inference import quantities
+from numpyro_vae.inference.derived import derived_sites
 from numpyro_vae.inference.encoded import EncodedBatch
 from numpyro_vae.inference.rows import Rows
 from numpyro_vae.inference.runner import Runner
 from numpyro_vae.model.redraw import explain_undrawn, undrawn
+
+
+def predict(
+    runner: Runner,
+    rows: Rows,
+    rng_key: Array,
+    num_samples: int,
+    names: Collection[str] | None,
+) -> dict[str, np.ndarray]:
+    """Return draws of observed and deterministic sites; see `Posterior.predict`.
+
+    Args:
+        runner: the trained guide.
+        rows: the rows.
+        rng_key: the random key.
+        num_samples: draws of each row.
+        names: the sites that were asked for, if any were.
+    """
+    globals_ = runner.draw_globals(rng_key, rows, num_samples)
+    derived = tuple(derived_sites(runner, rows).by_row.items())
+    draw = partial(runner.per_draw, quantities.predict)
+    if rows.is_unobserved:
+        draw = partial(runner.per_draw, quantities.imagine, **names_of(runner))
+    options = {"num_samples": num_samples, "derived": derived, "observed": True}
+    by_group = draw(rows, rng_key, globals_, **options)
+    found = {name: by_group["posterior"][name] for name, _ in derived}
+    found |= by_group["posterior_predictive"]
+    require_predicted(runner, rows, found, names)
+    return found
+
+
+def names_of(runner: Runner) -> dict[str, tuple[str, ...]]:
+    """Return the names of the sites that are drawn for rows without observations."""
+    observed = runner.guide.sites.observed(runner.guide.plate.name)
+    return {"latent": runner.local_names, "observed": tuple(site.name for site in observed)}
 
 
 def undrawn_sites(

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from numpyro.distributions import constraints
 
-from numpyro_vae.model.trace import is_real, mask_of
+from numpyro_vae.model.trace import event_shape_of, is_real, mask_of
 from numpyro_vae.numpyro_internals import checked_support
 
 
@@ -50,7 +50,7 @@ def outside_support(msg: dict[str, Any]) -> Outside | None:
     bounds = jax.tree.leaves(support)
     while isinstance(support, constraints.independent):
         support = support.base_constraint
-    value = jnp.broadcast_to(msg["value"], fn.batch_shape + fn.event_shape)
+    value = jnp.broadcast_to(msg["value"], fn.batch_shape + event_shape_of(msg))
     outside, mask = ~support(value), mask_of(fn)
     if mask is not None:
         outside = outside & mask.reshape(mask.shape + (1,) * (outside.ndim - mask.ndim))

@@ -17,10 +17,10 @@ import numpyro
 import optax
 from generator import BATCH, NUM_DATA, Case
 from jax import Array
+from kinds import OBSERVED
 from numpyro import handlers
 from numpyro.infer import SVI, Predictive, Trace_ELBO
 from program import DATA, Data
-from kinds import OBSERVED
 from reference import (
     auxiliary_values,
     by_row,

@@ -318,9 +318,7 @@ def _latent_mask(choices: Choices, name: str, kind: str) -> str | None:
     return "rows" if choices.has("mask_latent", name) else None
 
 
-def _locals(
-    choices: Choices, plates: tuple[PlateSpec, ...], globals_: list[Step]
-) -> list[Latent]:
+def _locals(choices: Choices, plates: tuple[PlateSpec, ...], globals_: list[Step]) -> list[Latent]:
     number = int(choices.rng("locals").integers(2, 5)) if choices.has("many_locals") else 1
     known = [] if choices.has("globals_last") else list(globals_)
     found: list[Latent] = []
