@@ -1,4 +1,4 @@
-"""NumPyro's examples ``vae.py`` and ``prodlda.py`` with their guides, and with the library's instead.
+"""NumPyro's examples ``vae.py`` and ``prodlda.py``, with their guides and with the library's.
 
     python benchmarks/hand_written.py --data mnist.npz --documents ap.npz
 
@@ -14,7 +14,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import mnist_elbo as vae
 import numpy as np
 import optax
@@ -108,14 +107,13 @@ def train_by_library(program: Program, seed: int) -> tuple[dict[str, Any], Any]:
 
 def held_out(program: Program, params: dict[str, Any], svi: SVI, guide: Any) -> tuple[float, float]:
     """Return the ELBO in nats a datum, one particle at a time, and its Monte Carlo error."""
-    x = program.test
-    kwargs = program.evaluated
 
     @jax.jit
     def elbo(rng_key, x):
-        return -Trace_ELBO().loss(rng_key, params, svi.model, guide, x, **kwargs) / len(x)
+        loss = Trace_ELBO().loss(rng_key, params, svi.model, guide, x, **program.evaluated)
+        return -loss / len(x)
 
-    found = [elbo(rng_key, x) for rng_key in jax.random.split(jax.random.key(99), 16)]
+    found = [elbo(rng_key, program.test) for rng_key in jax.random.split(jax.random.key(99), 16)]
     return float(np.mean(found)), float(np.std(found, ddof=1) / np.sqrt(len(found)))
 
 
@@ -127,14 +125,11 @@ def compare(title: str, program: Program, seeds: int, repeats: int) -> None:
             params, guide = train(program, seed)
             elbo, error = held_out(program, params, program.svis[name](), guide)
             print(f"  seed {seed}  {name:<14}{elbo:10.3f}  (se {error:.3f})", flush=True)
-    svi = program.svis[BY_HAND]()
-    state = first_state(program, svi, 0)
-    epoch = program.epoch(svi, program.train, program.batch_size)
+    svi, x, size = program.svis[BY_HAND](), program.train, program.batch_size
+    state, epoch = first_state(program, svi, 0), program.epoch(svi, x, size)
     runs = {
         BY_HAND: lambda: jax.block_until_ready(epoch(state, jax.random.key(1))),
-        LIBRARY: library_epoch(
-            program.svis[LIBRARY](), np.asarray(program.train), program.batch_size
-        ),
+        LIBRARY: library_epoch(program.svis[LIBRARY](), np.asarray(x), size),
     }
     report(f"{title}: an epoch", interleave(runs, repeats), BY_HAND)
 

@@ -124,9 +124,7 @@ def make_model(sizes: Sizes) -> Callable[..., None]:
             counts = numpyro.subsample(counts, event_dim=1)
             shares = numpyro.sample("shares", dist.Dirichlet(jnp.ones(sizes.topics)))
             length = counts.sum(-1).astype(int)
-            words = dist.MultinomialLogits(
-                decode(shares), length, total_count_max=sizes.num_words
-            )
+            words = dist.MultinomialLogits(decode(shares), length, total_count_max=sizes.num_words)
             numpyro.sample("counts", words, obs=counts)
 
     return model
