@@ -113,3 +113,22 @@ def test_checks_that_draw_data_do_not_apply(posterior):
     assert {"predictive", "calibration"} <= set(report.skipped)
     assert "total_count_max" in report.skipped["predictive"]
     assert "khat" in report.dataset
+
+
+def test_without_observations_latents_come_from_their_prior():
+    def regression(x, y=None):
+        with numpyro.plate("data", len(x)):
+            slope = numpyro.sample("slope", dist.Normal(3.0, 0.1))
+            numpyro.deterministic("mean", slope * x)
+            numpyro.sample("y", dist.Normal(slope * x, 0.5), obs=y)
+
+    svi = make_svi(regression)
+    result = fit(svi, KEY, (Y, Y), num_epochs=1, progress_bar=False)
+    posterior = Posterior(svi.guide, result)
+    found = posterior.predict(KEY, (Y,), 1000)
+    assert set(found) == {"mean", "y"}
+    error = np.abs(found["mean"].mean(0) - 3.0 * Y) / np.abs(0.1 * Y) * np.sqrt(1000)
+    assert error.max() < 4
+    np.testing.assert_allclose(found["y"].std(0), np.sqrt(0.25 + (0.1 * Y) ** 2), rtol=0.1)
+    tree = posterior.to_datatree(KEY, (Y,), 4, groups=("posterior", "posterior_predictive"))
+    assert tree.posterior_predictive["y"].shape == (1, 4, 3)

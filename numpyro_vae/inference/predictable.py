@@ -51,7 +51,7 @@ def predict(
 def names_of(runner: Runner) -> dict[str, tuple[str, ...]]:
     """Return the names of the sites that are drawn for rows without observations."""
     observed = runner.guide.sites.observed(runner.guide.plate.name)
-    return {"latent": runner.local_names, "observed": tuple(site.name for site in observed)}
+    return {"latent": runner.local_names, "drawn": tuple(site.name for site in observed)}
 
 
 def undrawn_sites(

@@ -180,7 +180,7 @@ def imagine(
     *,
     num_samples: int,
     latent: Names,
-    observed: Names,
+    drawn: Names,
     derived: Axes,
 ) -> dict[str, dict]:
     """Return by ArviZ group what is drawn of rows without observations: from the prior.
@@ -196,8 +196,8 @@ def imagine(
     def one(globals_: dict, rng_key: Array) -> dict[str, dict]:
         trace = batch.trace(globals_, rng_key)
         found = {name: jnp.moveaxis(trace[name]["value"], axis, 0) for name, axis in derived}
-        drawn = rows_of(trace, latent) | found
-        return {"posterior": drawn, "posterior_predictive": rows_of(trace, observed)}
+        posterior = rows_of(trace, latent) | found
+        return {"posterior": posterior, "posterior_predictive": rows_of(trace, drawn)}
 
     return batch.over_draws(one, globals_, _noise_keys(batch, rng_key, num_samples))
 
