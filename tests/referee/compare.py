@@ -17,10 +17,10 @@ import numpyro
 import optax
 from generator import BATCH, NUM_DATA, Case
 from jax import Array
+from kinds import OBSERVED
 from numpyro import handlers
 from numpyro.infer import SVI, Predictive, Trace_ELBO
 from program import DATA, Data
-from kinds import OBSERVED
 from reference import (
     auxiliary_values,
     by_row,
@@ -70,7 +70,7 @@ class Subject:
         state = self.svi.init(jax.random.key(0), *args, **kwargs)
         rng = np.random.default_rng(self.case.seed)
         start = self.svi.optim.get_params(state.optim_state)
-        moved = jax.tree.map(lambda x: x + 0.3 * rng.normal(size=x.shape).astype(x.dtype), start)
+        moved = jax.tree.map(lambda x: x + 0.2 * rng.normal(size=x.shape).astype(x.dtype), start)
         return self.svi.constrain_fn(moved)
 
     def _posterior(self, static: dict[str, Any]) -> Posterior:
@@ -153,10 +153,15 @@ def _arguments(data: Any) -> tuple[tuple, dict[str, Any]]:
 
 
 def close(found: Any, expected: Any, what: str, scale: float = 1.0) -> None:
-    """Compare sums of log-densities, or values."""
+    """Compare sums of log-densities, or values.
+
+    With 32 bits, the inverse of a map to a support is far from exact near the support's bounds.
+    """
     found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
     assert found.shape == expected.shape, f"{what}: shape {found.shape}, expected {expected.shape}"
-    np.testing.assert_allclose(found, expected, rtol=2e-4, atol=1e-3 * scale, err_msg=what)
+    is_x64 = bool(jax.config.jax_enable_x64)  # ty: ignore
+    rtol, atol = (1e-5, 1e-4 * scale) if is_x64 else (2e-3, 2e-2 * scale)
+    np.testing.assert_allclose(found, expected, rtol=rtol, atol=atol, err_msg=what)
 
 
 # -- the objective ------------------------------------------------------------------------------

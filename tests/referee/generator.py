@@ -125,7 +125,7 @@ ARGUMENTS = {
     "delta": 0.06,
     "global_delta": 0.15,
     "global_joint": 0.15,
-    "x64": 0.25,
+    "x64": 0.6,
 }
 KINDS = tuple(name for name in (*LATENTS, *OBSERVED) if name not in ("real", "normal"))
 RATES = {**STRUCTURE, **MODIFIERS, **DETERMINISTIC, **ARGUMENTS}
@@ -318,9 +318,7 @@ def _latent_mask(choices: Choices, name: str, kind: str) -> str | None:
     return "rows" if choices.has("mask_latent", name) else None
 
 
-def _locals(
-    choices: Choices, plates: tuple[PlateSpec, ...], globals_: list[Step]
-) -> list[Latent]:
+def _locals(choices: Choices, plates: tuple[PlateSpec, ...], globals_: list[Step]) -> list[Latent]:
     number = int(choices.rng("locals").integers(2, 5)) if choices.has("many_locals") else 1
     known = [] if choices.has("globals_last") else list(globals_)
     found: list[Latent] = []
@@ -511,7 +509,7 @@ def _guide(choices: Choices, latents: list[Latent]) -> Callable[..., Any]:
             options["global_guide"] = {"global_delta": AutoDelta}.get(chosen, AutoDiagonalNormal)
     family = choices.first(FAMILIES, "family")
     make = AutoAmortizedNormal if family is None else FAMILIES[family]
-    return partial(make, encoder=partial(MLP, hidden_sizes=(3,)), **options)
+    return partial(make, encoder=partial(MLP, hidden_sizes=(3,), activation=jnp.tanh), **options)
 
 
 def _params(choices: Choices, plates: tuple[PlateSpec, ...]) -> list[Step]:

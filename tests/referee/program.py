@@ -317,5 +317,7 @@ class Param:
         sizes = {state.specs[name].axis: state.specs[name].size for name in self.plates}
         shape = tuple(sizes.get(axis, 1) for axis in range(-state.depth(self.plates), 0))
         with entered(state, self.plates, Modifiers(), self.name):
-            value = numpyro.param(self.name, jnp.full(shape, 0.7), constraint=constraint, event_dim=0)
+            value = numpyro.param(
+                self.name, jnp.full(shape, 0.7), constraint=constraint, event_dim=0
+            )
         state.put(self.name, self.plates, jnp.asarray(value), 0)

@@ -51,7 +51,9 @@ def shared_scale(trace: dict, num_data: int) -> np.ndarray | None:
     factors = []
     for site in trace.values():
         if is_latent(site) and is_local(site):
-            scale = jnp.broadcast_to(1.0 if site["scale"] is None else site["scale"], site["fn"].batch_shape)
+            scale = jnp.broadcast_to(
+                1.0 if site["scale"] is None else site["scale"], site["fn"].batch_shape
+            )
             factors.append(np.asarray(rows_in_front(scale, site, 0)).reshape(num_data, -1))
     by_row = np.concatenate(factors, axis=1)
     return by_row[:, 0] if np.ptp(by_row, axis=1).max() == 0 else None
@@ -70,7 +72,11 @@ def mask_of(fn: dist.Distribution) -> Any:
     if isinstance(fn, dist.ExpandedDistribution):
         inner = mask_of(fn.base_dist)
         missing = 0 if inner is None else len(fn.base_dist.batch_shape)
-        return None if inner is None else jnp.broadcast_to(inner, fn.batch_shape + inner.shape[missing:])
+        return (
+            None
+            if inner is None
+            else jnp.broadcast_to(inner, fn.batch_shape + inner.shape[missing:])
+        )
     if not isinstance(fn, dist.MaskedDistribution):
         return None
     if isinstance(fn._mask, bool):

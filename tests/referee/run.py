@@ -28,8 +28,12 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", CACHE)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
-from compare import COMPARISONS, Subject, settings
+from compare import COMPARISONS as BY_NUMBER
+from compare import Subject, settings
 from generator import FEATURES, generate
+from trees import datatree
+
+COMPARISONS = {**BY_NUMBER, "datatree": datatree}
 
 AT_ONCE = 20  # models in a process, before it is replaced: what is compiled is never freed
 
@@ -146,7 +150,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             for failure in mine:
                 print(f"seed {seed}: {failure.comparison}: {' '.join(failure.features)}")
                 print(f"    {failure.message}", flush=True)
-            if number % 50 == 0:
+            if number % 20 == 0:
                 print(f"{number} of {len(seeds)} models, {len(failed)} fail", flush=True)
     print(table(found))
     print(f"{len(failed)} of {len(seeds)} models fail")
