@@ -10,11 +10,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax.numpy as jnp
+import numpy as np
 import numpyro.distributions as dist
 from jax import Array
 from numpyro.distributions import constraints, transforms
 
-WEIGHTS = jnp.array([0.9, -0.6, 0.3])
+WEIGHTS = np.array([0.9, -0.6, 0.3], np.float32)
 
 
 def real(m: Array) -> dist.Distribution:
@@ -91,6 +92,13 @@ def improper(m: Array) -> dist.Distribution:
     return dist.ImproperUniform(constraints.positive, m.shape, ())
 
 
+ENUMERATED = "enumerated"  # a kind of its own: sites that objectives and weights sum over
+
+
+def enumerated(m: Array) -> dist.Distribution:
+    return dist.Categorical(logits=m[..., None] * WEIGHTS[:2])
+
+
 LATENTS: dict[str, Callable[[Array], dist.Distribution]] = {
     "real": real,
     "positive": positive,
@@ -114,7 +122,7 @@ LATENTS: dict[str, Callable[[Array], dist.Distribution]] = {
 
 def with_event(kind: str, m: Array, event: tuple[int, ...]) -> dist.Distribution:
     """Return a distribution with dimensions in front of its kind's own event."""
-    make = LATENTS[kind]
+    make = enumerated if kind == ENUMERATED else LATENTS[kind]
     if not event:
         return make(m)
     spread = 0.2 * jnp.arange(1.0 * math.prod(event)).reshape(event)

@@ -12,12 +12,13 @@ import numpyro
 import numpyro.distributions as dist
 from flax import linen, nnx
 from jax import Array
-from kinds import OBSERVED, with_event
+from kinds import ENUMERATED, OBSERVED, with_event
 from numpyro import handlers
 from numpyro.contrib.module import flax_module, nnx_module
 from numpyro.distributions import constraints
 
 DATA = "data"  # the local plate
+NUM_DATA, BATCH = 6, 3  # its rows, and those of a batch
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class Program:
     axis: int = -1  # of the data in the first argument, counted from the right
     scale_all: float | None = None
     uses_subsample: bool = False  # numpyro.subsample in place of indexing
+    declares_size: bool = False  # the size of the local plate is an argument
 
     def run(self, arguments: dict[str, Any]) -> None:
         state = State(self, arguments)
@@ -65,11 +67,13 @@ class State:
         self.around: dict[str, tuple[str, ...]] = {}
 
     def _declare(self, spec: PlateSpec) -> Any:
-        size = spec.size
+        size, length = spec.size, spec.subsample
         if spec.name == DATA:
             size = self.arguments["x0"].shape[self.program.axis]
+            if self.program.declares_size:
+                size, length = self.arguments["num_data"], size
         options = {} if spec.dim is None else {"dim": spec.dim}
-        return numpyro.plate(spec.name, size, subsample_size=spec.subsample, **options)
+        return numpyro.plate(spec.name, size, subsample_size=length, **options)
 
     def depth(self, plates: tuple[str, ...]) -> int:
         return max((-self.specs[name].axis for name in plates), default=0)
@@ -211,8 +215,11 @@ class Latent:
     def __call__(self, state: State) -> None:
         with entered(state, self.plates, self.modifiers, self.name):
             fn = self.distribution(state)
-            value = numpyro.sample(self.name, fn)
-        state.put(self.name, self.plates, jnp.asarray(value), fn.event_dim)
+            infer = {"enumerate": "parallel"} if self.kind == ENUMERATED else None
+            value = jnp.asarray(numpyro.sample(self.name, fn, infer=infer))
+        if self.kind == ENUMERATED:
+            value = value.astype(float)
+        state.put(self.name, self.plates, value, fn.event_dim)
 
 
 @dataclass(frozen=True)
@@ -226,6 +233,7 @@ class Data:
     modifiers: Modifiers = Modifiers()
     mask_entries: bool = False
     obs_mask: bool = False
+    fills: bool = False  # what is masked is missing, and the model puts a zero in its place
 
     def distribution(self, m: Array, arguments: dict[str, Any]) -> dist.Distribution:
         return OBSERVED[self.kind].make(m, arguments.get("noise", 1.0))
@@ -240,6 +248,8 @@ class Data:
             if self.obs_mask:
                 options["obs_mask"] = state.batch(f"{self.name}_obs_mask", self.plates, 0)
             obs = state.batch(self.name, self.plates, fn.event_dim)
+            if self.fills:
+                obs = jnp.where(jnp.isnan(obs), 0.0, obs)
             value = numpyro.sample(self.name, fn, obs=obs, **options)
         state.put(self.name, self.plates, jnp.asarray(value), fn.event_dim)
 

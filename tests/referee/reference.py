@@ -24,6 +24,10 @@ def is_latent(site: dict) -> bool:
     return site["type"] == "sample" and not site["is_observed"]
 
 
+def is_enumerated(site: dict) -> bool:
+    return site["infer"].get("enumerate") == "parallel"
+
+
 def density(fn: Any, args: tuple, kwargs: dict, values: dict) -> tuple[dict[str, Array], dict]:
     """Return the log-density of each site, scaled and not summed, and the trace."""
     return compute_log_probs(handlers.seed(fn, 0), args, kwargs, values, sum_log_prob=False)
@@ -63,9 +67,9 @@ def shared_scale(trace: dict, num_data: int) -> np.ndarray | None:
 
 
 def mask_of(fn: dist.Distribution) -> Any:
-    """Return a site's mask, of the shape of its batch or with axes of its event; None if it has none.
+    """Return a site's mask, of its batch or with axes of its event too; None if it has none.
 
-    A mask of ``False`` says that a site is scored elsewhere; the guide's part is scored all the same.
+    A mask of ``False`` says that a site is scored elsewhere, and its guide's part is scored.
     """
     if isinstance(fn, dist.Independent):
         return mask_of(fn.base_dist)
@@ -170,7 +174,8 @@ def _axis(site: dict, value: Array) -> int:
 
 def auxiliary_values(guide_trace: dict, trace: dict, values: dict) -> dict[str, Array]:
     """Return the values of a guide's joint sites that give the latents their values."""
-    local = [name for name, site in trace.items() if is_latent(site) and is_local(site)]
+    latent = {name: site for name, site in trace.items() if is_latent(site)}
+    local = [name for name, site in latent.items() if is_local(site) and not is_enumerated(site)]
     subsets = chain.from_iterable(combinations(local, n) for n in range(1, len(local) + 1))
     by_name = {"_auto_" + "_".join(names) + "_latent": names for names in subsets}
     found = {}

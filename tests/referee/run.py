@@ -20,16 +20,11 @@ from collections.abc import Collection, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
-
-CACHE = os.path.join(tempfile.gettempdir(), "numpyro_vae_referee")
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", CACHE)
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
-
-from compare import COMPARISONS, Subject, settings
-from generator import FEATURES, generate
+import jax
+from compare import COMPARISONS
+from features import FEATURES
+from generator import generate
+from subject import Subject, settings
 
 AT_ONCE = 20  # models in a process, before it is replaced: what is compiled is never freed
 
@@ -49,6 +44,16 @@ class Failure:
     @property
     def kind(self) -> tuple[str, tuple[str, ...]]:
         return self.comparison, self.features
+
+
+def prepare() -> None:
+    """Let a process compile for the CPU, without optimizing, and keep what it has compiled."""
+    jax.config.update("jax_platforms", "cpu")
+    os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+    folder = os.path.join(tempfile.gettempdir(), "numpyro_vae_referee")
+    jax.config.update("jax_compilation_cache_dir", folder)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 def failures(seed: int, enabled: Collection[str], comparisons: Sequence[str]) -> dict[str, str]:
@@ -136,8 +141,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     enabled = frozenset(FEATURES if options.features is None else options.features.split(","))
     enabled -= set(options.without.split(","))
     comparisons, found, failed = options.comparisons.split(","), [], set()
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(options.workers, context, max_tasks_per_child=AT_ONCE) as pool:
+    pool = ProcessPoolExecutor(
+        options.workers,
+        multiprocessing.get_context("spawn"),
+        initializer=prepare,
+        max_tasks_per_child=AT_ONCE,
+    )
+    with pool:
         jobs = [pool.submit(examine, seed, enabled, comparisons) for seed in seeds]
         for number, (seed, job) in enumerate(zip(seeds, jobs, strict=True), 1):
             mine = job.result()
@@ -146,7 +156,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             for failure in mine:
                 print(f"seed {seed}: {failure.comparison}: {' '.join(failure.features)}")
                 print(f"    {failure.message}", flush=True)
-            if number % 50 == 0:
+            if number % 20 == 0:
                 print(f"{number} of {len(seeds)} models, {len(failed)} fail", flush=True)
     print(table(found))
     print(f"{len(failed)} of {len(seeds)} models fail")

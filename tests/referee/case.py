@@ -1,0 +1,75 @@
+"""A model with data and a guide."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from kinds import ENUMERATED
+from numpyro import handlers
+from program import PlateSpec, Program
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model with data and a guide.
+
+    Attributes:
+        seed: of the generator.
+        features: those that it has.
+        program: what the model does.
+        data: as for `numpyro_vae.fit`.
+        batch_axes: the datum axis of each.
+        static_kwargs: keyword arguments that never change.
+        guide: from a model to its guide.
+        is_x64: whether it runs with 64 bits.
+        reparam: the configuration of ``handlers.reparam``.
+        names: of the model's arguments.
+    """
+
+    seed: int
+    features: tuple[str, ...]
+    program: Program
+    data: Any
+    batch_axes: Any
+    static_kwargs: dict[str, Any]
+    guide: Callable[..., Any]
+    is_x64: bool
+    reparam: dict[str, Any]
+    names: tuple[str, ...]
+
+    def model(self, *, subsamples: bool = True) -> Callable[..., Any]:
+        """Return the model; without subsampling its plates hold all of their rows."""
+        program = self.program
+        if not subsamples:
+            plates = tuple(replace(plate, subsample=None) for plate in program.plates)
+            program = replace(program, plates=plates)
+        model = as_model(program, self.names)
+        return handlers.reparam(model, config=self.reparam) if self.reparam else model
+
+    @property
+    def is_enumerated(self) -> bool:
+        """Whether it has discrete latents, which are summed over."""
+        return ENUMERATED in self.features
+
+    @property
+    def subsampled(self) -> dict[str, PlateSpec]:
+        return {p.name: p for p in self.program.plates if p.subsample is not None}
+
+
+def as_model(program: Program, names: Sequence[str]) -> Callable[..., Any]:
+    """Return a model with a signature of its own."""
+    parameters = [
+        inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None)
+        for name in names
+    ]
+    signature = inspect.Signature(parameters)
+
+    def model(*args: Any, **kwargs: Any) -> None:
+        bound = signature.bind(*args, **kwargs).arguments
+        program.run({"noise": 1.0, "power": 2, **bound})
+
+    model.__signature__ = signature  # ty: ignore
+    return model

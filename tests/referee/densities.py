@@ -1,0 +1,235 @@
+"""What is compared of densities: a function each, which raises AssertionError if answers differ."""
+
+from __future__ import annotations
+
+from itertools import product
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from numpyro import handlers
+from numpyro.infer import Trace_ELBO
+from program import BATCH, DATA, NUM_DATA
+from reference import (
+    auxiliary_values,
+    by_row,
+    density,
+    is_enumerated,
+    is_latent,
+    is_local,
+    normal_log_q,
+    shared_scale,
+    total,
+)
+from subject import NUM_SAMPLES, Subject, close
+
+from numpyro_vae.data.arrays import ArrayData
+from numpyro_vae.training.sources import ArraySource
+from numpyro_vae.training.step import Trainer
+
+# -- the objective ------------------------------------------------------------------------------
+
+
+def _traces(subject: Subject, key: Array) -> tuple[dict, dict]:
+    """Trace guide and model as an objective does with a key."""
+    model_key, guide_key = jax.random.split(key)
+    guide = handlers.substitute(handlers.seed(subject.guide, guide_key), data=subject.params)
+    guide_trace = handlers.trace(guide).get_trace(*subject.args, **subject.kwargs)
+    model = handlers.substitute(handlers.seed(subject.model, model_key), data=subject.params)
+    model = handlers.replay(model, guide_trace)
+    return guide_trace, handlers.trace(model).get_trace(*subject.args, **subject.kwargs)
+
+
+def sites(subject: Subject) -> None:
+    """The guide has the model's latent sites, of the same shapes, plates, scales and masks."""
+    guide_trace, model_trace = _traces(subject, subject.key)
+    latent = {name: site for name, site in model_trace.items() if is_latent(site)}
+    latent = {name: site for name, site in latent.items() if not is_enumerated(site)}
+    ours = {
+        name: site
+        for name, site in guide_trace.items()
+        if is_latent(site) and not site["infer"].get("is_auxiliary")
+    }
+    assert set(ours) == set(latent), f"guide has {sorted(ours)}, the model {sorted(latent)}"
+    for name, site in latent.items():
+        shape, expected = ours[name]["fn"].shape(), site["fn"].shape()
+        assert shape == expected, f"{name}: guide {shape}, model {expected}"
+        one = {_scale(site), _scale(ours[name])}
+        assert len(one) == 1, f"{name}: scales of model and guide {one}"
+
+
+def _scale(site: dict) -> Any:
+    scale = site["scale"]
+    return 1.0 if scale is None else tuple(np.ravel(np.asarray(scale, np.float32)).round(5))
+
+
+def elbo(subject: Subject) -> None:
+    """The loss is the guide's log-density less the model's, at the values that the key gives."""
+    if subject.case.is_enumerated:
+        return
+    guide_trace, _ = _traces(subject, subject.key)
+    values = {
+        name: site["value"]
+        for name, site in guide_trace.items()
+        if site["type"] == "plate" or is_latent(site)
+    }
+    values = {**subject.params, **values}
+    args, kwargs = subject.args, subject.kwargs
+    log_p, _ = density(subject.model, args, kwargs, values)
+    log_q, _ = density(subject.guide, args, kwargs, values)
+    loss = Trace_ELBO().loss(
+        subject.key, subject.params, subject.model, subject.guide, *args, **kwargs
+    )
+    close(loss, total(log_q) - total(log_p), "loss")
+
+
+# -- weights ------------------------------------------------------------------------------------
+
+
+def weights(subject: Subject) -> None:
+    """The weights of a row are the sums of its terms of NumPyro's log-densities.
+
+    They are divided by the factor that the model scales all latents of the row with.
+    """
+    scale = shared_scale(subject.log_p[0][1], NUM_DATA)
+    if not subject.has_density or scale is None:
+        return
+    found = subject.posterior.log_weights(subject.key, subject.case.data, NUM_SAMPLES)
+    for number in range(NUM_SAMPLES):
+        log_p = _summed(subject, number, scale)
+        log_q = _rows_of(subject.log_q[number]) / scale
+        close(found[number], log_p - log_q, f"log weights of draw {number}")
+
+
+def _summed(subject: Subject, number: int, scale: np.ndarray) -> np.ndarray:
+    """Return a row's log-density over the scale, summed over the values of discrete latents."""
+    trace, values = subject.log_p[number][1], subject.values(number)
+    discrete = [name for name in subject.local if is_enumerated(trace[name])]
+    found = []
+    for combination in product(range(2), repeat=len(discrete)):
+        chosen = zip(discrete, combination, strict=True)
+        given = {name: jnp.full_like(values[name], value) for name, value in chosen}
+        densities = density(subject.full, subject.args, subject.kwargs, {**values, **given})
+        found.append(_rows_of(densities) / scale)
+    return np.logaddexp.reduce(found)
+
+
+def _rows_of(densities: tuple[dict[str, Array], dict]) -> np.ndarray:
+    log_probs, trace = densities
+    local = [name for name in log_probs if is_local(trace[name])]
+    return np.sum([by_row(log_probs[name], trace[name], NUM_DATA) for name in local], axis=0)
+
+
+def jacobians(subject: Subject) -> None:
+    """A Normal guide's log-density is that of its loc and scale, with volumes by autodiff."""
+    options = subject.guide
+    if not (subject.is_factorized and subject.has_density):
+        return
+    if options.dependencies or options.condition_on:
+        return
+    encoded = subject.posterior.encode(subject.case.data)
+    for number in range(NUM_SAMPLES):
+        _, trace = subject.log_p[number]
+        expected = normal_log_q(encoded, trace, subject.values(number))
+        log_probs, guide_trace = subject.log_q[number]
+        for name, value in expected.items():
+            found = by_row(log_probs[name], guide_trace[name], NUM_DATA)
+            close(found, value, f"log q of {name}")
+
+
+def supports(subject: Subject) -> None:
+    """Draws lie in their supports, and have the shapes of their sites."""
+    for number in range(NUM_SAMPLES):
+        for name, site in subject.log_p[number][1].items():
+            if is_latent(site):
+                value = subject.draws[name][number]
+                assert value.shape == site["fn"].shape(), f"{name}: shape {value.shape}"
+                inside = site["fn"].support.check(jnp.asarray(value))
+                assert np.asarray(inside).all(), f"{name} is out of its support"
+
+
+# -- minibatches -----------------------------------------------------------------------------------
+
+
+def minibatches(subject: Subject) -> None:
+    """The ELBOs of the batches of a partition, as the trainer has them, average to that of all.
+
+    With values of the discrete latents, if there are any.
+    """
+    case = subject.case
+    trainer = Trainer(subject.svi)
+    source = ArraySource(trainer, ArrayData.read(case.data, case.batch_axes), BATCH, DATA)
+    found = []
+    for held in _partition(subject):
+        batch = source.first().at(held[DATA])
+        svi = trainer._bind(batch, {}, evaluate=True)
+        args, kwargs = batch.arguments()
+        inner = {name: rows for name, rows in held.items() if name != DATA}
+        found.append(_elbo_of_rows(subject, svi.model, svi.guide, args, kwargs, held, inner))
+    close(np.mean(found), _elbo_of_all(subject), "mean ELBO of minibatches")
+
+
+def subsamples(subject: Subject) -> None:
+    """The ELBOs of a model that subsamples average to that of all rows, by NumPyro alone."""
+    if not subject.case.subsampled:
+        return
+    model, guide = subject.model, subject.guide.eval()
+    found = [
+        _elbo_of_rows(subject, model, guide, subject.args, subject.kwargs, held, held)
+        for held in _partition(subject)
+    ]
+    close(np.mean(found), _elbo_of_all(subject), "mean ELBO of subsamples")
+
+
+def _partition(subject: Subject) -> list[dict[str, Array]]:
+    """Return by plate the rows of each batch; those of other plates are left out."""
+    parts = {DATA: jax.random.permutation(subject.key, NUM_DATA).reshape(-1, BATCH)}
+    for name, spec in subject.case.subsampled.items():
+        if name != DATA:
+            parts[name] = jnp.arange(spec.size).reshape(-1, spec.subsample)
+    return [dict(zip(parts, rows, strict=True)) for rows in product(*parts.values())]
+
+
+def _elbo_of_all(subject: Subject) -> float:
+    return total(subject.log_p[0][0]) - _log_q(subject, *subject.log_q[0])
+
+
+def _log_q(subject: Subject, log_probs: dict[str, Array], trace: dict) -> float:
+    """Add up a guide's log-densities; a point's is one of none, and depends on rounding."""
+    if not subject.has_density:
+        log_probs = {name: x for name, x in log_probs.items() if not is_local(trace[name])}
+    return total(log_probs)
+
+
+def _elbo_of_rows(
+    subject: Subject,
+    model: Any,
+    guide: Any,
+    args: tuple,
+    kwargs: dict,
+    held: dict[str, Array],
+    given: dict[str, Array],
+) -> float:
+    """Return the ELBO at the first draw, of the rows that plates hold."""
+    kwargs = {**kwargs, **subject.static}
+    values = {**_cut(subject, held), **given}
+    log_p, trace = density(model, args, kwargs, values)
+    seeded = handlers.seed(handlers.substitute(guide, data={**subject.params, **given}), 0)
+    guide_trace = handlers.trace(seeded).get_trace(*args, **kwargs)
+    joint = auxiliary_values(guide_trace, trace, values)
+    if joint:
+        values = {k: v for k, v in values.items() if k not in subject.local}
+    return total(log_p) - _log_q(subject, *density(guide, args, kwargs, {**values, **joint}))
+
+
+def _cut(subject: Subject, held: dict[str, Array]) -> dict[str, Any]:
+    """Return the parameters, and the rows of the first draw that plates hold."""
+    trace, found = subject.log_p[0][1], subject.values(0)
+    for name in subject.draws:
+        for frame in trace[name]["cond_indep_stack"]:
+            if frame.name in held:
+                axis = frame.dim - trace[name]["fn"].event_dim
+                found[name] = jnp.take(found[name], held[frame.name], axis=axis)
+    return found
