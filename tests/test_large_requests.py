@@ -9,7 +9,7 @@ from helpers import make_svi
 from models import hierarchical_model
 
 from numpyro_vae import Posterior, SetEncoder, fit
-from numpyro_vae.inference import compiled, memory, runner
+from numpyro_vae.inference import compiled, encoded, memory, runner
 
 KEY = jax.random.key(0)
 X = np.linspace(-1, 1, 6, dtype=np.float32)
@@ -113,6 +113,14 @@ def test_data_taken_whole_are_cut_along_draws(cut):
     z = posterior.sample(KEY, (group, X), NUM_SAMPLES)["z"]
     y = posterior.predict(KEY, (group, X), NUM_SAMPLES)["y"]
     np.testing.assert_allclose(y, z[:, group], atol=1e-3)
+
+
+def test_chunks_of_draws_do_not_show(posterior, monkeypatch):
+    weights = posterior.log_weights(KEY, X, 101)
+    posterior.guide.compiled.clear()
+    monkeypatch.setattr(encoded, "PAIRS", 60)  # ten draws of the rows, which does not divide 101
+    np.testing.assert_allclose(posterior.log_weights(KEY, X, 101), weights, rtol=1e-4)
+    posterior.guide.compiled.clear()
 
 
 # -- what fits no memory --------------------------------------------------------------------------
