@@ -1,8 +1,8 @@
 """A VAE of dense layers: as a NumPyro model with the library's guide, and by hand in plain JAX.
 
 Both do the same arithmetic: an encoder of one hidden layer, of pixels that are not standardized, a
-Normal posterior sampled once, its analytic divergence from the prior, a decoder of one hidden layer,
-Bernoulli pixels, Adam.
+Normal posterior sampled once, its analytic divergence from the prior, a decoder of one hidden
+layer, Bernoulli pixels, Adam.
 """
 
 from collections.abc import Callable
