@@ -126,9 +126,8 @@ class UndeclaredScale:
         if not is_headless(params, guide.prefix):
             return
         kwargs = self.trainer.svi.static_kwargs
-        raw_scale = guide.compiled.setdefault(
-            _raw_scale, jax.jit(partial(_raw_scale, guide, kwargs))
-        )
+        compiled = jax.jit(partial(_raw_scale, guide, kwargs))
+        raw_scale = guide.compiled.setdefault((_raw_scale, self.trainer), compiled)
         if (np.asarray(raw_scale(params, self.batch)) >= 0).all():
             warnings.warn(
                 "The encoder returns a pair (loc, raw_scale), and after an epoch raw_scale is "
