@@ -93,10 +93,10 @@ def test_a_repair_has_the_latents_and_what_can_be_predicted(posterior):
 def test_a_repair_is_not_lost_with_its_predictions(posterior, monkeypatch):
     finish = repair_run.finish
 
-    def failing(*args, groups):
+    def failing(*args, groups, **options):
         if "posterior_predictive" in groups:
             raise RuntimeError("out of luck")
-        return finish(*args, groups=groups)
+        return finish(*args, groups=groups, **options)
 
     monkeypatch.setattr(repair_run, "finish", failing)
     monkeypatch.setattr(repair_run, "undrawn_sites", lambda *_: {})
