@@ -51,7 +51,9 @@ def hand_written_guide(x):
 
 
 def automatic_guide():
-    small = partial(MLP, hidden_sizes=(HIDDEN,), activation=jax.nn.softplus)
+    small = partial(
+        MLP, hidden_sizes=(HIDDEN,), activation=jax.nn.softplus, standardize=False
+    )  # as by hand
     return AutoAmortizedNormal(model, small)
 
 

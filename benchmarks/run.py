@@ -20,7 +20,7 @@ from functools import partial
 FOLDER = pathlib.Path(__file__).parent
 WITHOUT_DATA = ("latency.py", "epoch.py", "imports.py", "sampling.py")
 OPTIONAL_DATA = ("convolution.py",)
-NEED_DATA = ("checking.py", "mnist_elbo.py")
+NEED_DATA = ("checking.py", "mnist_elbo.py", "hand_written.py")
 # Nearly all of a smoke run is compiling, which takes half as long without optimization.
 COMPILE_FAST = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 

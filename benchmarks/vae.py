@@ -1,7 +1,8 @@
 """A VAE of dense layers: as a NumPyro model with the library's guide, and by hand in plain JAX.
 
-Both do the same arithmetic: an encoder of one hidden layer, a Normal posterior sampled once, its
-analytic divergence from the prior, a decoder of one hidden layer, Bernoulli pixels, Adam.
+Both do the same arithmetic: an encoder of one hidden layer, of pixels that are not standardized, a
+Normal posterior sampled once, its analytic divergence from the prior, a decoder of one hidden
+layer, Bernoulli pixels, Adam.
 """
 
 from collections.abc import Callable
@@ -72,7 +73,9 @@ def make_model(sizes: Sizes, subsample_size: int | None = None) -> Callable[...,
 
 
 def make_svi(model: Callable[..., None], sizes: Sizes) -> SVI:
-    guide = AutoAmortizedNormal(model, partial(MLP, hidden_sizes=(sizes.hidden,)))
+    guide = AutoAmortizedNormal(
+        model, partial(MLP, hidden_sizes=(sizes.hidden,), standardize=False)
+    )
     return SVI(model, guide, optax.adam(LEARNING_RATE), TraceMeanField_ELBO())
 
 

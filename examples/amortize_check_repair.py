@@ -7,9 +7,9 @@ too few houses to tell much; intercepts and slopes come from a Student t.
 
 The guide is a plain one, on purpose: a Normal in which the three are independent, though the
 houses of a county tie its slope to its intercept, and posteriors of few houses have heavy tails.
-Every county is checked; those with a high k-hat, or if there are none those with the largest gap,
-are repaired. A high k-hat is a matter of tails: the counties with the largest gaps or errors need
-not be among them. What comes out is compared with NUTS on the whole model. A repair holds the
+Every county is checked; those whose draws are not usable as they are, for a high k-hat or for their
+distance from the posterior, are repaired, or if there are none those with the largest gap. What
+comes out is compared with NUTS on the whole model. A repair holds the
 global sites at 32 draws of the guide's posterior of them, and no more can be expected of it than
 these allow: latents that hang on the globals, as slopes do, come no nearer to NUTS than they were.
 
@@ -310,7 +310,7 @@ def main() -> None:
     start = time.perf_counter()
     largest = np.argsort(-checked.dataset["gap_inference"].values)[:10]
     both = np.isin(largest, checked.flagged).sum()
-    print(f"\nOf the ten counties with the largest gaps, {both} have a high k-hat.")
+    print(f"\nOf the ten counties with the largest gaps, {both} are flagged.")
     chosen: Any = checked
     if args.quick or not checked.flagged.size:
         chosen = largest[:4]

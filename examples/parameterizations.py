@@ -1,9 +1,8 @@
 """Should a network learn ``log(scale)``, ``log(scale**2)`` or ``softplus``? Measured.
 
-One small VAE (1,797 handwritten digits of 8x8 pixels, each pixel a count out of 16, so a Binomial
-likelihood) is trained under every parameterization of `numpyro_vae`, from the same initial
-function, on the same minibatches, with the same noise, by SGD and by Adam. The step size of all
-parameters is varied, then that of the scale head alone, where the parameterizations differ.
+One small VAE (1,797 handwritten digits of 8x8 pixels, counts out of 16, Binomial likelihood) is
+trained with each, from the same initial function, on the same minibatches, with the same noise, by
+SGD and by Adam. The step size of all parameters is varied, then that of the scale head alone.
 
 ``python examples/parameterizations.py`` writes one figure and one table, and prints the table with
 what follows from it. ``docs/parameterizations.md`` has the mathematics.
@@ -28,8 +27,8 @@ from numpyro.distributions import kl_divergence
 from scipy.special import binom
 from sklearn.datasets import load_digits
 
-from numpyro_vae.scales.log_scale_normal import LogScaleNormal
-from numpyro_vae.scales.parameterization import PARAMETERIZATIONS, AbstractParameterization
+from numpyro_vae import LogScale, LogScaleNormal, LogVariance, Softplus
+from numpyro_vae.scales import AbstractParameterization
 
 PIXELS, LEVELS, HIDDEN, LATENT, BATCH, NUM_TRAIN = 64, 16, 64, 8, 128, 1408
 OPTIMIZERS = {"SGD": optax.sgd, "Adam": optax.adam}
@@ -38,6 +37,7 @@ EXPONENTS = np.array([-5, -4, -3, -2, -1, 0, 0.5, 1, 1.5, 2, 2.5, 3, 3.5, 4])
 STEPS = {name: base * 2.0**EXPONENTS for name, base in BASE_STEP.items()}
 FACTORS = 2.0 ** np.arange(0, 11)
 COLOURS = {"log_scale": "#0072B2", "log_variance": "#D55E00", "softplus": "#009E73"}
+PARAMETERIZATIONS = dict(zip(COLOURS, (LogScale, LogVariance, Softplus), strict=True))
 MARKERS = {"log_scale": "o", "log_variance": "s", "softplus": "^"}
 MATCHING = {"SGD": 4, "Adam": 2}  # by how much a log_variance head is slower than a log_scale one
 UNITS = "held-out ELBO (nats per datum)"

@@ -184,7 +184,7 @@ def main() -> None:
     optimizer = optax.adam(optax.cosine_decay_schedule(1e-2, num_steps))
     svi = SVI(model, guide, optimizer, TraceMeanField_ELBO(num_particles=4))
     result = svi.run(jax.random.key(0), num_steps, *data.houses, progress_bar=False)
-    posterior = Posterior(guide, result)
+    posterior = Posterior(guide, result, batch_axes=None)
     found = posterior.sample(jax.random.key(1), data.houses, num_samples)
 
     mcmc = MCMC(

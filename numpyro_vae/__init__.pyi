@@ -31,6 +31,7 @@ from .scales.log_scale_normal import LogScaleNormal
 from .scales.parameterization import (
     LogScale,
     LogVariance,
+    Scale,
     Softplus,
 )
 from .training.fit import FitResult, fit
@@ -65,6 +66,7 @@ __all__ = [
     "Repair",
     "Report",
     "ResidualMLP",
+    "Scale",
     "Segments",
     "SetEncoder",
     "Softplus",

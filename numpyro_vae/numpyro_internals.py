@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -21,7 +22,11 @@ from numpyro.infer.autoguide import AutoGuide
 from numpyro.infer.elbo import ELBO
 from numpyro.infer.hmc import HMCState
 from numpyro.infer.util import transform_fn
-from numpyro.primitives import Messenger
+from numpyro.primitives import Messenger, apply_stack
+
+# Handlers sit in one stack for all threads: what runs a model holds this, so that no other
+# thread's handlers see its sites. Compiled code runs none.
+HANDLERS = threading.RLock()
 
 
 def mask_of_masked(fn: dist.MaskedDistribution) -> Any:
@@ -43,12 +48,24 @@ def declared_scale(msg: dict[str, Any]) -> Any:
     return msg.get("plate_to_scale", {}).get(None)
 
 
+def checked_support(fn: Any) -> tuple[str, Any] | None:
+    """Return the name of a distribution, and the support outside of which its density is 0.
+
+    Returns:
+        None if it does not compare values with its support, by ``validate_args=False``.
+    """
+    support = fn.support
+    while isinstance(fn, dist.Independent | dist.ExpandedDistribution | dist.MaskedDistribution):
+        fn = fn.base_dist
+    return (type(fn).__name__, support) if fn._validate_args and support is not None else None
+
+
 def plate_indices(plate: Any) -> Array:
     """Return the rows that a plate holds."""
     return plate._indices
 
 
-def declare_plate(name: str, size: int, length: int | None) -> tuple[int, Array, bool]:
+def declare_plate(name: str, size: int, length: int) -> tuple[int, Array, bool]:
     """Show a plate to the enclosing handlers, as ``numpyro.plate(name, size, length)`` does.
 
     Returns:
@@ -59,6 +76,20 @@ def declare_plate(name: str, size: int, length: int | None) -> tuple[int, Array,
     with watch:
         numpyro.plate(name, size, length)
     return watch.size, watch.after, watch.after is not watch.before
+
+
+def ask_handlers(kind: str, **message: Any) -> Any:
+    """Return what an enclosing handler sets as the value of a message of a type of our own.
+
+    It has no name, and so ``handlers.trace`` does not record it.
+    """
+    found = {"type": kind, "fn": _nothing, "args": (), "kwargs": {}, "value": None, **message}
+    apply_stack(found)
+    return found["value"]
+
+
+def _nothing() -> None:
+    """Be the value of a message that no handler has answered."""
 
 
 class _Watch(Messenger):

@@ -12,12 +12,12 @@ from numpyro.infer.autoguide import AutoGuide
 
 from numpyro_vae.checks.report import Report
 from numpyro_vae.checks.run import Checks, run_checks
-from numpyro_vae.guides.base import AmortizedGuide
 from numpyro_vae.inference import quantities as compiled
-from numpyro_vae.inference.datatree import build_datatree, choose_groups, gather
-from numpyro_vae.inference.derived import derived_sites
-from numpyro_vae.inference.runner import Runner, choose_names
+from numpyro_vae.inference.datatree import build_datatree, check_names, choose_groups, gather
+from numpyro_vae.inference.predictable import predict
+from numpyro_vae.inference.runner import Runner, choose_names, require_trained
 from numpyro_vae.model.enumeration import Enumeration
+from numpyro_vae.numpyro_internals import HANDLERS
 from numpyro_vae.repair.result import Repair
 from numpyro_vae.repair.run import run_repair
 
@@ -52,7 +52,7 @@ class Posterior:
         batch_axes: the datum axis of each argument, as for `fit`; by default those of the fit.
 
     Raises:
-        TypeError: if the guide is not an amortized one.
+        TypeError: if the guide is not an amortized one, or the parameters are none.
 
     Example:
         >>> import jax, numpyro, numpyro.distributions as dist, optax
@@ -81,20 +81,16 @@ class Posterior:
         static_kwargs: Mapping[str, Any] | None = None,
         batch_axes: Any = OF_FIT,
     ):
-        if not isinstance(guide, AmortizedGuide):
-            raise TypeError(
-                f"The guide is a {type(guide).__name__}, expected an amortized guide such as "
-                "AutoAmortizedNormal. Pass the guide itself, not what wraps it."
-            )
+        trained = require_trained(guide, params)
         if static_kwargs is None:
             static_kwargs = getattr(params, "static_kwargs", {})
         if batch_axes is OF_FIT:
             batch_axes = getattr(params, "batch_axes", 0)
-        self.guide, self.batch_axes = guide, batch_axes
+        self.guide, self.batch_axes = trained, batch_axes
         self.static_kwargs = dict(static_kwargs)
         state = getattr(getattr(params, "state", None), "mutable_state", None)
         self.params = {**getattr(params, "params", params), **(state or {})}
-        self._runner = Runner(guide, self.params, self.static_kwargs, batch_axes)
+        self._runner = Runner(trained, self.params, self.static_kwargs, batch_axes)
 
     def encode(self, data: Any) -> dict[str, SiteEncoding]:
         """Return ``loc`` and ``scale`` of every local site's unconstrained values.
@@ -136,8 +132,7 @@ class Posterior:
         local = self._runner.local_names
         names = choose_names(var_names, (*local, *globals_))
         kept = tuple(name for name in local if name in names)
-        sizes = {"num_samples": num_samples, "num_draws": num_samples, "row_axis": 1}
-        draw = partial(self._runner.per_batch, compiled.sample, names=kept, **sizes)
+        draw = partial(self._runner.per_draw, compiled.sample, names=kept, num_samples=num_samples)
         draws = draw(rows, rng_key, globals_) if kept else {}
         for name, value in draws.items():
             axis = self.guide.sites.sites[name].axis(self.guide.plate)
@@ -155,7 +150,8 @@ class Posterior:
         """Draw the observed sites from the posterior predictive of every row.
 
         The latents are those that `sample` draws with the same key. Draws of the observed sites
-        depend on the batches.
+        depend on the batches. Where the model is given no observations, as in ``model(x, None)``,
+        the latents are drawn from their prior, given the posterior of the globals.
 
         Args:
             rng_key: the random key.
@@ -171,13 +167,10 @@ class Posterior:
         Raises:
             ValueError: if ``num_samples`` is below 1 or a site does not exist.
         """
-        rows = self._runner.read(data)
-        globals_ = self._runner.draw_globals(rng_key, rows, num_samples)
-        sizes = {"num_samples": num_samples, "num_draws": num_samples, "row_axis": 1}
-        derived = tuple(derived_sites(self._runner, rows).by_row.items())
-        predict = partial(self._runner.per_batch, compiled.predict, derived=derived, **sizes)
-        found = predict(rows, rng_key, globals_)
-        return {name: found[name] for name in choose_names(var_names, found)}
+        rows = self._runner.read(data, of_prior=True)
+        names = None if var_names is None else list(var_names)
+        found = predict(self._runner, rows, rng_key, num_samples, names)
+        return {name: found[name] for name in choose_names(names, found)}
 
     def log_weights(self, rng_key: Array, data: Any, num_samples: int) -> np.ndarray:
         r"""Return the log importance weight of every draw of every row.
@@ -200,9 +193,8 @@ class Posterior:
         self._runner.require_density()
         rows = self._runner.read(data)
         globals_ = self._runner.draw_globals(rng_key, rows, num_samples)
-        sizes = {"num_samples": num_samples, "num_draws": num_samples, "row_axis": 1}
-        found = self._runner.per_batch(compiled.weigh, rows, rng_key, globals_, **sizes)
-        return found["log_weights"]
+        run = partial(self._runner.per_draw, compiled.weigh, num_samples=num_samples)
+        return run(rows, rng_key, globals_)["log_weights"]
 
     def log_evidence(
         self,
@@ -231,9 +223,8 @@ class Posterior:
         self._runner.require_density()
         rows = self._runner.read(data)
         globals_ = self._runner.draw_globals(rng_key, rows, num_samples)
-        sizes = {"num_samples": num_samples, "particles": num_particles, "row_axis": 1}
-        found = self._runner.per_batch(compiled.evidence, rows, rng_key, globals_, **sizes)
-        return found["log_evidence"]
+        run = partial(self._runner.per_draw, compiled.evidence, particles=num_particles)
+        return run(rows, rng_key, globals_, num_samples=num_samples)["log_evidence"]
 
     def probabilities(
         self,
@@ -274,9 +265,11 @@ class Posterior:
         globals_ = self._runner.draw_globals(rng_key, rows, num_samples)
         sizes = {"num_samples": num_samples, "particles": num_particles}
         found = self._runner.per_batch(compiled.classify, rows, rng_key, globals_, **sizes)
-        return Enumeration.of_model(
-            self.guide.reader, self.guide.plate.name, rows.args, rows.kwargs, rows.held
-        ).probabilities(found["probabilities"])
+        with HANDLERS:
+            enumeration = Enumeration.of_model(
+                self.guide.reader, self.guide.plate.name, rows.args, rows.kwargs, rows.held
+            )
+        return enumeration.probabilities(found["probabilities"])
 
     def check(
         self,
@@ -289,7 +282,10 @@ class Posterior:
     ) -> Report:
         """Check the posterior of every row, without a refit; see the page on checks.
 
-        What is judged is the local posterior, given draws of the global latents.
+        What is judged is the local posterior, given draws of the global latents. The importance
+        check gives each row a verdict: *fine* if its draws are usable as they are, *reweight* if
+        they are usable with their importance weights, *borderline*, or *not to be trusted*. The
+        report's ``flagged`` are all rows that are not fine.
 
         Args:
             rng_key: the random key. What a check computes does not depend on the other checks.
@@ -304,7 +300,8 @@ class Posterior:
 
         Raises:
             ValueError: if a check is unknown, is there twice, or was asked for and does not apply;
-                or if a row's weights are not finite.
+                if there is none; if ``coords`` names no dimension; or if no row has finite
+                weights.
         """
         return run_checks(
             self._runner, rng_key, data, checks, progress_bar=progress_bar, coords=coords
@@ -324,7 +321,8 @@ class Posterior:
         ``"importance"`` weighs draws of the guide, and a few of the prior, and resamples them;
         ``"refine"`` does so after it has optimized the rows' own variational parameters; ``"nuts"``
         runs four chains of each row. ``"auto"`` tries them in this order on the rows that have not
-        passed yet.
+        passed yet. Rows that no method repairs, such as those whose data the model gives no
+        density, are named in `Repair.remaining`.
 
         Global latents are held at draws of their posterior, 32 of them, among which the draws of
         a row are divided evenly. So the draws of a row include the uncertainty of the globals,
@@ -339,8 +337,8 @@ class Posterior:
             num_samples: draws of each row.
 
         Raises:
-            ValueError: if a row does not exist, the method is unknown, the guide has no density, or
-                no draw of a row has any importance weight.
+            ValueError: if a row does not exist, the report is on other data, the method is unknown,
+                or the guide has no density.
         """
         return run_repair(self._runner, rng_key, data, rows, method, num_samples)
 
@@ -371,17 +369,20 @@ class Posterior:
             coords: coordinates by dimension.
 
         Raises:
-            ValueError: if a group or a site does not exist.
+            ValueError: if a group, a site or a dimension of ``coords`` does not exist, or a site
+                has the name of a dimension.
 
         Returns:
             The groups ``posterior``; ``posterior_predictive``, draws of the observed sites;
             ``log_likelihood``, marginal over the local sites, a value for each draw of the global
             ones; ``sample_stats`` with the importance weights of the posterior's draws;
             ``observed_data``; and ``constant_data``, the model's other data. A guide without a
-            density, of points, has neither log-likelihood nor weights.
+            density, of points, has neither log-likelihood nor weights. The slash in the name of
+            a site in a ``numpyro.handlers.scope`` becomes a point.
         """
-        rows = self._runner.read(data)
+        rows = self._runner.read(data, of_prior=True)
         sites, of_globals = self.guide.sites, self.guide.global_names
+        check_names(sites)
         known = (*self._runner.local_names, *of_globals, *sites.deterministic)
         names = choose_names(var_names, known)
         options = {"marginal": marginal, "groups": choose_groups(groups)}
@@ -389,4 +390,4 @@ class Posterior:
         if "posterior" in found:
             latent = found["posterior"]
             found["posterior"] = {name: latent[name] for name in names if name in latent}
-        return build_datatree(found, dims, coords)
+        return build_datatree(found, dims, rows, sites, coords or {})

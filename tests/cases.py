@@ -17,6 +17,7 @@ from numpyro_vae import (
     LogVariance,
     Masked,
     ResidualMLP,
+    Scale,
     Segments,
     SetEncoder,
     Softplus,
@@ -135,10 +136,12 @@ ENCODERS = {
 FAMILIES = {
     "diagonal": DiagonalNormal(LogScale(init_scale=0.1)),
     "diagonal, bounded": DiagonalNormal(Softplus(bounds=(1e-3, 10.0))),
+    "diagonal, of scales": DiagonalNormal(Scale(init_scale=0.1)),
     "full rank": FullRankNormal(LogScale(init_scale=0.1)),
     "rank 1": LowRankNormal(1, LogScale(init_scale=0.1)),
     "rank 2, variance": LowRankNormal(2, LogVariance()),
     "flow": Flow(parameterization=LogScale(init_scale=0.1)),
+    "flow, of scales": Flow(parameterization=Scale(init_scale=0.1)),
     "flow, deep": Flow(3, (8, 6), LogVariance()),
     "point": PointEstimate(),
 }

@@ -1,5 +1,8 @@
 """What the library takes for granted of NumPyro, and NumPyro does not promise."""
 
+import threading
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,6 +25,7 @@ from numpyro.infer import (
 )
 from numpyro.infer.autoguide import AutoNormal
 from numpyro.infer.hmc import hmc
+from numpyro.primitives import Messenger
 
 from numpyro_vae import numpyro_internals as internals
 
@@ -46,6 +50,19 @@ def test_the_mask_of_a_masked_distribution():
     mask = jnp.arange(8) < 5
     np.testing.assert_array_equal(internals.mask_of_masked(dist.Normal(X, 1.0).mask(mask)), mask)
     assert internals.mask_of_masked(dist.MaskedDistribution(dist.Normal(X, 1.0), True)) is True
+
+
+def test_values_outside_a_support_have_no_density_unless_they_are_not_looked_at():
+    for plain, value in ((dist.Bernoulli(0.3), 0.5), (dist.Exponential(jnp.ones(2)), -1.0)):
+        for fn in (plain, plain.expand([3, 2]), plain.expand([3, 2]).to_event(1), plain.mask(True)):
+            name, support = internals.checked_support(fn)
+            assert name == type(plain).__name__
+            assert not support(value * jnp.ones(fn.batch_shape + fn.event_shape)).any()
+            outside = jax.jit(fn.log_prob)(value * jnp.ones(fn.batch_shape + fn.event_shape))
+            assert (outside == -jnp.inf).all()
+    trusting = dist.Bernoulli(0.3, validate_args=False).expand([3]).to_event(1)
+    assert internals.checked_support(trusting) is None
+    assert jnp.isfinite(jax.jit(trusting.log_prob)(0.5 * jnp.ones(3)))
 
 
 def test_a_declared_plate_is_numpyros():
@@ -224,3 +241,47 @@ def test_past_its_warmup_a_chain_does_not_adapt():
         moved = step(step(state))
         changed = moved.adapt_state.step_size != state.adapt_state.step_size
         assert bool(changed) == adapts
+
+
+def test_handlers_are_shared_by_threads():
+    """Why `HANDLERS` is held where a model runs; if they are no more, the lock can go."""
+    with handlers.trace() as trace, handlers.seed(rng_seed=0):
+        other = threading.Thread(target=partial(numpyro.sample, "x", dist.Normal(0.0, 1.0)))
+        other.start()
+        other.join()
+    assert "x" in trace
+
+
+def test_a_message_of_our_own_reaches_handlers_and_no_trace():
+    """A handler answers it, from around a trace too, and traces do not record it."""
+
+    class Answer(Messenger):
+        def process_message(self, msg):
+            if msg["type"] == "ours":
+                msg["value"] = msg["question"] + 1
+
+    def asks(question):
+        numpyro.deterministic("found", internals.ask_handlers("ours", question=question) or 0)
+
+    trace = handlers.trace(handlers.seed(Answer(asks), 0)).get_trace(1)
+    assert list(trace) == ["found"]
+    assert trace["found"]["value"] == 2
+    with handlers.block(), handlers.trace() as trace:
+        assert internals.ask_handlers("ours", question=1) is None
+    assert not trace
+
+
+def test_a_scale_and_a_switch_are_what_the_model_says():
+    """The factor of a subsampling plate is no part of the scale; False is not an array of False."""
+
+    def model():
+        with handlers.scale(scale=3.0), numpyro.plate("data", 10, subsample_size=5):
+            numpyro.sample("z", dist.Normal(0.0, 1.0).mask(False))
+            with handlers.scale(scale=2.0):
+                numpyro.sample("w", dist.Normal(0.0, 1.0).mask(jnp.zeros(5, bool)))
+        numpyro.sample("v", dist.Normal(0.0, 1.0))
+
+    trace = handlers.trace(handlers.seed(model, 0)).get_trace()
+    assert [internals.declared_scale(trace[name]) for name in "zwv"] == [3.0, 6.0, None]
+    assert trace["z"]["scale"] == 6.0
+    assert [internals.is_switched_off(trace[name]["fn"]) for name in "zwv"] == [True, False, False]

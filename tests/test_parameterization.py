@@ -15,7 +15,9 @@ from numpyro_vae.scales.parameterization import (
     AbstractParameterization,
     LogScale,
     LogVariance,
+    Scale,
     Softplus,
+    for_heads,
     get_parameterization,
     reparameterize,
     saturating_exp,
@@ -48,9 +50,17 @@ def dtype(request):
         yield jnp.dtype(request.param)
 
 
+def meant(p, low, high, num):
+    """Raw outputs between two numbers; of `Scale` those that are scales."""
+    return jnp.linspace(1e-3 if isinstance(p, Scale) else low, high, num)
+
+
 def exact_log_scale(name, raw):
     """In 80-bit arithmetic, whose exponent reaches e**-11355."""
+    smallest = np.exp(-np.longdouble(saturation_limit(raw.dtype)))
     raw = np.asarray(raw, np.longdouble)
+    if name == "scale":
+        return np.log(np.maximum(raw, smallest))
     if name == "softplus":
         return np.log(np.maximum(raw, 0) + np.log1p(np.exp(-np.abs(raw))))
     return raw / 2 if name == "log_variance" else raw
@@ -106,7 +116,7 @@ def test_the_square_of_a_scale_and_its_inverse_are_finite(p, dtype):
 @every_case
 def test_scale_increases_with_raw(p):
     with jax.enable_x64(True):
-        raw = jnp.linspace(-20, 20, 401)
+        raw = meant(p, -20, 20, 401)
         assert (jnp.diff(p.scale(raw)) > 0).all()
         assert (jnp.diff(p.log_scale(raw)) > 0).all()
         np.testing.assert_allclose(jnp.log(p.scale(raw)), p.log_scale(raw), 1e-12, 1e-12)
@@ -118,7 +128,7 @@ def test_inverse_undoes_scale(p):
         low, high = p.bounds or (1e-10, 1e10)
         scale = jnp.geomspace(low * 1.01, high * 0.99, 101)
         np.testing.assert_allclose(p.scale(p.inverse(scale)), scale, 1e-9)
-        raw = jnp.linspace(-5, 5, 101)
+        raw = meant(p, -5, 5, 101)
         np.testing.assert_allclose(p.inverse(p.scale(raw)), raw, 1e-9, 1e-9)
 
 
@@ -136,6 +146,7 @@ def test_gradients_agree_with_the_naive_formula(p):
         LogScale: jnp.exp,
         LogVariance: lambda raw: jnp.sqrt(jnp.exp(raw)),
         Softplus: lambda raw: jnp.log(1 + jnp.exp(raw)),
+        Scale: lambda raw: raw,
     }[type(p)]
 
     def bounded(raw):
@@ -148,7 +159,7 @@ def test_gradients_agree_with_the_naive_formula(p):
         return jnp.exp(c + (log_scale - c) / jnp.sqrt(1 + ((log_scale - c) / m) ** 2))
 
     with jax.enable_x64(True):
-        raw = jnp.linspace(-8, 8, 160)
+        raw = meant(p, -8, 8, 160)
         for method, reference in (
             (p.scale, bounded),
             (p.log_scale, lambda r: jnp.log(bounded(r))),
@@ -193,8 +204,9 @@ def test_bounds_leave_the_middle_alone_and_hold_the_rest(name):
     beyond = p.scale(jnp.asarray(EXTREMES, jnp.float32))
     assert (beyond >= 1e-3 * (1 - 1e-6)).all()
     assert (beyond <= 10 * (1 + 1e-6)).all()
-    np.testing.assert_allclose(beyond[0], 1e-3, 1e-5)
-    np.testing.assert_allclose(beyond[-1], 10, 2e-2 if name == "softplus" else 1e-5)
+    # A log-scale bends towards the bounds like its square, and of these two it grows slowly.
+    np.testing.assert_allclose(beyond[0], 1e-3, 1e-3 if name == "scale" else 1e-5)
+    np.testing.assert_allclose(beyond[-1], 10, 2e-2 if name in ("scale", "softplus") else 1e-5)
 
 
 def test_bounds_are_twice_differentiable_at_the_joints():
@@ -218,6 +230,26 @@ def test_saturating_exp_is_exp_until_the_limit(dtype):
     )
     assert (value == slope).all()
     assert jnp.isnan(saturating_exp(jnp.asarray(jnp.nan, dtype)))
+
+
+def test_a_scale_is_left_as_it_is(dtype):
+    raw = jnp.asarray([1e-6, 0.25, 1.0, 3e4], dtype)
+    assert (Scale().scale(raw) == raw).all()
+    assert (Scale().log_scale(raw) == jnp.log(raw)).all()
+
+
+def test_what_is_no_scale_is_pulled_back_no_harder_than_from_its_mirror_image(dtype):
+    raw = jnp.asarray([-2.0, -0.05, 0.0, 0.05, 2.0], dtype)
+    slope = jax.vmap(jax.grad(Scale().log_scale))(raw)
+    assert (slope[:2] == slope[:-3:-1]).all()
+    assert slope[2] == slope.max()
+    assert jnp.isnan(Scale().scale(jnp.asarray(jnp.nan, dtype)))
+
+
+def test_linear_heads_of_scales_use_softplus():
+    p = Scale(init_scale=0.1, bounds=(1e-3, 1.0))
+    assert for_heads(p) == Softplus(init_scale=0.1, bounds=(1e-3, 1.0))
+    assert for_heads(LogScale()) == LogScale()
 
 
 @every_case

@@ -282,7 +282,7 @@ def test_khat_draws_and_counts_every_datum(fitted, x, key):
     points = np.concatenate([c.get_offsets() for c in ax.collections])
     np.testing.assert_array_equal(np.sort(points[:, 1]), np.sort(found.dataset["khat"]))
     np.testing.assert_array_equal(np.sort(points[:, 0]), np.arange(1, NUM_DATA + 1))
-    counts = np.bincount(found.verdict, minlength=3)
+    counts = np.bincount(found.verdict, minlength=4)
     assert [len(c.get_offsets()) for c in ax.collections] == counts.tolist()
     assert [int(text.split(": ")[1].split(" ")[0]) for text in legend(ax)] == counts.tolist()
     lines = [line.get_ydata()[0] for line in ax.get_lines()]
@@ -290,8 +290,14 @@ def test_khat_draws_and_counts_every_datum(fitted, x, key):
 
 
 def test_khat_of_weights_without_a_tail_is_drawn_at_the_bottom():
-    khat = xr.Dataset({"khat": ("data", [-np.inf, 0.4, -0.2])}, attrs={"khat_threshold": 0.7})
-    points = plot_khat(Report(khat)).collections[0].get_offsets()
+    columns = {
+        "khat": [-np.inf, 0.4, -0.2],
+        "divergence": np.zeros(3),
+        "divergence_mcse": np.zeros(3),
+    }
+    attrs = {"khat_threshold": 0.7, "max_divergence": 0.1}
+    found = xr.Dataset({name: ("data", x) for name, x in columns.items()}, attrs=attrs)
+    points = plot_khat(Report(found)).collections[0].get_offsets()
     np.testing.assert_allclose(points, [[1, -0.2], [2, -0.2], [3, 0.4]])
 
 

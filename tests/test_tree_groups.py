@@ -1,7 +1,6 @@
 """What a posterior takes from its fit, and what of a DataTree is left out."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
@@ -9,6 +8,7 @@ import pytest
 import xarray as xr
 from helpers import make_svi, train
 from models import hierarchical_model
+from numpyro.handlers import scope
 from numpyro.infer import Trace_ELBO
 
 from numpyro_vae import AutoAmortizedNormal, Posterior, fit
@@ -35,25 +35,6 @@ def test_groups_of_a_tree_can_be_left_out(hierarchical):
         hierarchical.to_datatree(KEY, X, 20, groups=("posterior", "prior"))
 
 
-def test_nothing_is_predicted_for_a_tree_without_predictions():
-    """A Multinomial whose total count is data has a density, and no sampler under jit."""
-
-    def model(total, x):
-        with numpyro.plate("data", len(x)):
-            z = numpyro.sample("z", dist.Normal(0.0, 1.0))
-            logits = jnp.stack([z, -z], -1)
-            numpyro.sample("x", dist.Multinomial(total, logits=logits), obs=x)
-
-    svi, x = make_svi(model, inputs=lambda total, x: x), np.array([[1, 2], [3, 1], [0, 4]])
-    data = (x.sum(1), x)
-    posterior = Posterior(svi.guide, fit(svi, KEY, data, num_epochs=2, progress_bar=False))
-    groups = ("posterior", "log_likelihood", "sample_stats")
-    tree = posterior.to_datatree(KEY, data, 5, groups=groups)
-    assert np.isfinite(tree.log_likelihood["x"]).all()
-    with pytest.raises(ValueError, match="total_count_max"):
-        posterior.to_datatree(KEY, data, 5)
-
-
 def test_a_posterior_knows_what_its_fit_knew():
     def model(x, kind):
         prior = {"normal": dist.Normal, "laplace": dist.Laplace}[kind]
@@ -71,3 +52,99 @@ def test_a_posterior_knows_what_its_fit_knew():
     np.testing.assert_array_equal(draws, again)
     with pytest.raises(TypeError, match="unexpected keyword argument"):
         Posterior(svi.guide, result, kind="laplace")
+
+
+def scoped(x):
+    """A model of which sites and the plate have a slash in their names."""
+    with numpyro.plate("rows", len(x)):
+        with scope(prefix="first"):
+            z = numpyro.sample("z", dist.Normal(0.0, 1.0))
+        numpyro.deterministic("twice", 2 * z)
+        numpyro.sample("x", dist.Normal(z, 0.5), obs=x)
+
+
+def test_names_with_a_slash_are_written_with_a_point(tmp_path):
+    model = scope(scoped, prefix="model")
+    posterior = train(AutoAmortizedNormal(model), X, steps=20)
+    coords = {"model/rows": [f"row {number}" for number in range(len(X))]}
+    tree = posterior.to_datatree(KEY, X, 40, coords=coords)
+    assert set(tree.posterior.data_vars) == {"model.first.z", "model.twice"}
+    assert tree.posterior["model.first.z"].dims == ("chain", "draw", "model.rows")
+    assert tree.observed_data["model.rows"][3] == "row 3"
+    report = posterior.check(KEY, X, progress_bar=False, checks=("importance", "collapse"))
+    repair = posterior.repair(KEY, X, [1, 3], method="importance", num_samples=40)
+    tree = repair.add_to(report.add_to(tree))
+    tree.to_netcdf(tmp_path / "tree.nc")
+    with xr.open_datatree(tmp_path / "tree.nc") as again:
+        for name in ("posterior", "checks", "repair"):
+            xr.testing.assert_equal(again[name].to_dataset(), tree[name].to_dataset())
+    assert tree.checks["kl_model.first.z"].dims == ("model.rows",)
+    found = tree.posterior["model.first.z"].values[0, :, [1, 3]].T
+    np.testing.assert_array_equal(found, repair.groups["posterior"]["model/first/z"])
+
+
+@pytest.mark.parametrize("name", ["chain", "draw"])
+def test_a_plate_named_as_a_dimension_of_draws_is_served_but_for_trees(name):
+    def model(x):
+        with numpyro.plate(name, len(x)):
+            z = numpyro.sample("z", dist.Normal(0.0, 1.0))
+            numpyro.sample("x", dist.Normal(z, 0.5), obs=x)
+
+    posterior = train(AutoAmortizedNormal(model), X, steps=5)
+    assert posterior.sample(KEY, X, 3)["z"].shape == (3, 30)
+    with pytest.raises(ValueError, match=f"The plate '{name}'.*Rename the plate.*'{name}s'"):
+        posterior.to_datatree(KEY, X, 3)
+
+
+def test_names_that_a_point_makes_the_same_are_refused():
+    def model(x):
+        with numpyro.plate("rows", len(x)):
+            z = numpyro.sample("a/z", dist.Normal(0.0, 1.0))
+            w = numpyro.sample("a.z", dist.Normal(0.0, 1.0))
+            numpyro.sample("x", dist.Normal(z + w, 0.5), obs=x)
+
+    posterior = train(AutoAmortizedNormal(model), X, steps=5)
+    with pytest.raises(ValueError, match=r"'a/z' and 'a\.z' are both 'a\.z' in a DataTree"):
+        posterior.to_datatree(KEY, X, 3)
+
+
+def test_arguments_without_names_of_their_own_are_constant_data():
+    def by_position(*arrays):
+        x, offset = arrays
+        with numpyro.plate("rows", len(x)):
+            z = numpyro.sample("z", dist.Normal(offset, 1.0))
+            numpyro.sample("x", dist.Normal(z, 0.5), obs=x)
+
+    def by_name(x, **named):
+        by_position(x, named["offset"])
+
+    groups = ("constant_data", "observed_data")
+    for model, data, name in (
+        (by_position, (X, 3 * X), "arrays_1"),
+        (by_name, {"x": X, "offset": 3 * X}, "offset"),
+    ):
+        svi = make_svi(model)
+        result = fit(svi, KEY, data, num_epochs=1, progress_bar=False)
+        tree = Posterior(svi.guide, result).to_datatree(KEY, data, 3, groups=groups)
+        assert list(tree.constant_data) == [name]
+        np.testing.assert_array_equal(tree.constant_data[name], 3 * X)
+
+
+@pytest.mark.parametrize("data", [(X, None), {"x": X, "y": None}])
+@pytest.mark.parametrize("axes", [0, None])
+def test_none_is_an_argument(data, axes):
+    def model(x, y=None):
+        with numpyro.plate("rows", len(x)):
+            z = numpyro.sample("z", dist.Normal(0.0, 1.0))
+            numpyro.sample("x", dist.Normal(z, 0.5), obs=x)
+            if y is not None:
+                numpyro.sample("y", dist.Normal(z, 0.5), obs=y)
+
+    svi = make_svi(model)
+    axes = axes if axes == 0 else (0, None) if isinstance(data, tuple) else {"x": 0, "y": None}
+    result = fit(svi, KEY, data, num_epochs=1, batch_axes=axes, progress_bar=False)
+    again = fit(svi, KEY, [data], num_data=30, num_epochs=1, batch_axes=axes, progress_bar=False)
+    assert result.losses.shape == again.losses.shape
+    tree = Posterior(svi.guide, result).to_datatree(KEY, data, 3)
+    assert tree.posterior["z"].shape == (1, 3, 30)
+    assert "constant_data" not in tree.children

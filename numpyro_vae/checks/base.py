@@ -26,6 +26,7 @@ from jaxtyping import Array
 
 from numpyro_vae.inference.rows import Rows
 from numpyro_vae.inference.runner import Runner
+from numpyro_vae.model.redraw import explain_undrawn, undrawn
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -139,6 +140,18 @@ class Subject:
         column = np.full((self.rows.num_rows, *values.shape[1:]), np.nan)
         column[rows] = values
         return column
+
+
+def require_drawn(trace: dict[str, Any]) -> dict[str, Any]:
+    """Return a trace of the model without its data, from which all of them must have been drawn.
+
+    Raises:
+        NotApplicableError: if an observed site cannot be drawn.
+    """
+    reasons = undrawn(trace)
+    if reasons:
+        raise NotApplicableError(explain_undrawn(reasons))
+    return trace
 
 
 def require_at_least(minimum: int, **options: int) -> None:

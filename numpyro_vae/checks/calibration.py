@@ -21,6 +21,7 @@ from numpyro_vae.checks.base import (
     NotApplicableError,
     Subject,
     require_at_least,
+    require_drawn,
 )
 from numpyro_vae.inference.encoded import EncodedBatch
 from numpyro_vae.inference.quantities import observed, sample
@@ -192,7 +193,8 @@ def _templates(subject: Subject, at_most: int) -> Rows:
 def _simulate(batch: EncodedBatch, rng_key: Any, globals_: dict) -> dict[str, dict]:
     """Return latents from the prior and data from the likelihood, rows in front."""
     _require_simulable(batch.encoding.run.sites, globals_)
-    trace = batch.trace(globals_, jax.random.fold_in(rng_key, batch.indices[0]), observed=False)
+    key = jax.random.fold_in(rng_key, batch.indices[0])
+    trace = require_drawn(batch.trace(globals_, key, observed=False))
     run = batch.encoding.run
     latent = {
         site.name: jnp.moveaxis(trace[site.name]["value"], site.axis(run.plate), 0)

@@ -21,6 +21,7 @@ from numpyro_vae.checks.base import (
     require_at_least,
 )
 from numpyro_vae.inference.encoded import EncodedBatch
+from numpyro_vae.inference.psis import require_finite
 from numpyro_vae.inference.refine import log_weights, refine, release
 
 if TYPE_CHECKING:
@@ -69,14 +70,21 @@ class Gap(AbstractCheck):
         require_at_least(1, max_rows=self.max_rows)
 
     def compute(self, subject: Subject) -> xr.Dataset:
-        """Return both gaps of each row, their sum, and whether the optimization converged."""
+        """Return both gaps of each row, their sum, and whether the optimization converged.
+
+        Raises:
+            ValueError: if no row has finite log weights.
+        """
         runner, chosen = subject.runner, subject.choose(self.max_rows)
         rows = subject.rows.choose(chosen)
         globals_ = runner.draw_globals(subject.rng_key, rows, NUM_GLOBALS)
         sizes = {"num_samples": self.num_samples, "num_draws": self.num_samples}
         found = runner.per_batch(_before_and_after, rows, subject.rng_key, globals_, **sizes)
         gaps = _gaps(found["first"].astype(float), found["last"].astype(float))
-        gaps["refined_converged"] = found["converged"]
+        there = np.isfinite(gaps["gap_inference"])
+        if not there.any():
+            require_finite(~there, found["last"].max(1), chosen)
+        gaps["refined_converged"] = np.where(there, found["converged"], np.nan)
         columns = {name: subject.spread(chosen, values) for name, values in gaps.items()}
         return xr.Dataset({name: ([subject.plate], x) for name, x in columns.items()})
 
@@ -121,7 +129,12 @@ def _before_and_after(
 
 
 def _gaps(first: np.ndarray, last: np.ndarray) -> dict[str, np.ndarray]:
-    """Return the gaps of each row, from log weights before and after the optimization."""
+    """Return the gaps of each row, from log weights before and after the optimization.
+
+    They are NaN for a row with log weights that are not finite.
+    """
+    bad = ~np.isfinite([first, last]).all((0, 2), keepdims=True)[0]
+    first, last = (np.where(bad, np.nan, weights) for weights in (first, last))
     root = np.sqrt(last.shape[1])
     evidence = logsumexp(last, axis=1) - np.log(last.shape[1])
     weights = np.exp(last - evidence[:, None])  # of mean one

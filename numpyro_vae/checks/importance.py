@@ -29,6 +29,7 @@ from numpyro_vae.inference.psis import (
     tail_length,
 )
 from numpyro_vae.inference.quantities import weigh
+from numpyro_vae.inference.rounding import rounding_error
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -36,18 +37,29 @@ if TYPE_CHECKING:
 __all__ = ["Importance"]
 
 CHUNK = 1000  # draws at once, so that any number of them fits in memory
-VERDICTS = ("fine", "borderline", "not to be trusted")
+LOWEST = -1e30  # stands for minus infinity, which has no weight, but times which it is NaN
+VERDICTS = ("fine", "reweight", "borderline", "not to be trusted")
+VERDICT_COLOURS = (COLOURS[0], "#56B4E9", *COLOURS[1:])
+MAX_DIVERGENCE = 0.1  # nats up to which draws are as good as those of the posterior itself
+MAX_ROUNDING = 0.1  # nats of rounding error, above which the bounds are not what they seem
+ADVICE = "call numpyro.enable_x64() at the start of the program"
 
 
 @dataclass(frozen=True)
 class Importance(AbstractCheck):
-    r"""The ELBO, log evidence, k-hat and effective sample size of each row.
+    r"""The ELBO, log evidence, divergence, k-hat and effective sample size of each row.
 
     They come from the importance weights :math:`w_s = p(x, z_s) / q(z_s \mid x)` of a row's draws.
     The ELBO is the mean of :math:`\log w_s`, the log evidence
     :math:`\log \frac1S \sum_s w_s`, and the effective sample size
-    :math:`(\sum_s w_s)^2 / \sum_s w_s^2`. Draws are added up as they come, and of their weights
-    only the tail is kept, so that memory grows by the square root of their number.
+    :math:`(\sum_s w_s)^2 / \sum_s w_s^2`. The divergence, the log evidence less the ELBO, estimates
+    :math:`\mathrm{KL}(q(z \mid x) \,\|\, p(z \mid x))`. Draws are added up as they come, and of
+    their weights only the tail is kept, so that memory grows by the square root of their number.
+
+    A row is *fine*, and its draws are usable as they are, if its k-hat is below the threshold and
+    its divergence, plus two Monte Carlo errors, is at most 0.1 nats. If only its k-hat is, the
+    verdict is *reweight*: its draws are usable with their weights. A k-hat from the threshold to 1
+    is *borderline*, and one above 1 *not to be trusted*.
 
     Args:
         num_samples: draws of each row, at least 100.
@@ -67,22 +79,41 @@ class Importance(AbstractCheck):
         require_draws(self.num_samples)
 
     def compute(self, subject: Subject) -> xr.Dataset:
-        """Return the summaries of each row's weights.
+        """Return the summaries of each row's weights, and their rounding error if it was measured.
+
+        A row with weights that are not finite has an infinite k-hat, and its other summaries are
+        NaN.
 
         Raises:
-            ValueError: if a row's weights are not finite.
+            ValueError: if no row has finite weights.
         """
         found = summarize(_sums_of_all(subject, self.num_samples))
         threshold = khat_threshold(self.num_samples)
         attrs = {"num_samples": self.num_samples, "khat_threshold": threshold}
-        return xr.Dataset({name: ([subject.plate], x) for name, x in found.items()}, attrs=attrs)
+        attrs |= {"max_divergence": MAX_DIVERGENCE}
+        dataset = xr.Dataset({name: ([subject.plate], x) for name, x in found.items()}, attrs=attrs)
+        runner, rows, key = subject.runner, subject.rows, subject.rng_key
+        error = rounding_error(runner, rows, key, found["log_evidence"])
+        return dataset if error is None else dataset.assign(rounding_error=error)
 
     def find(self, dataset: xr.Dataset) -> Findings:
-        """Yield how many rows have a posterior that is not fine."""
-        bad, threshold = int((verdicts(dataset) > 0).sum()), dataset.attrs["khat_threshold"]
-        text = f"{bad:,} of {dataset['khat'].size:,} rows have k-hat > {threshold:.2f}"
+        """Yield how many rows are not fine, and whether rounding errors are large."""
+        verdict = verdicts(dataset)
+        bad = int((verdict > 0).sum())
+        text = f"{bad:,} of {verdict.size:,} rows have draws that are not usable as they are"
         advice = "repair them: posterior.repair(rng_key, data, report)" if bad else ""
         yield Finding(self.name, not bad, text, advice)
+        error = float(dataset.get("rounding_error", 0.0))
+        if error > MAX_ROUNDING:
+            text = f"float32 is too coarse: log weights have rounding errors of {error:.2g} nats"
+            yield Finding(self.name, False, text, ADVICE)
+        nowhere = np.flatnonzero(np.isnan(dataset["elbo"].values))
+        if nowhere.size:
+            text = (
+                f"{nowhere.size:,} rows have log weights that are not finite, the first is row "
+                f"{nowhere[0]}: the model gives some of their draws no density, or an infinite one"
+            )
+            yield Finding(self.name, False, text, "are their data possible under the model?")
 
     def draw(self, dataset: xr.Dataset, ax: Axes) -> None:
         """Draw the k-hat of every row, sorted, coloured and counted by its verdict.
@@ -93,7 +124,7 @@ class Importance(AbstractCheck):
         order = np.argsort(khat)
         bottom = np.min(khat[np.isfinite(khat)], initial=0.0)
         heights, verdict = np.maximum(khat, bottom)[order], verdict[order]
-        for value, (label, colour) in enumerate(zip(VERDICTS, COLOURS, strict=True)):
+        for value, (label, colour) in enumerate(zip(VERDICTS, VERDICT_COLOURS, strict=True)):
             places = np.flatnonzero(verdict == value)
             label = f"{label}: {len(places)} ({len(places) / len(khat):.0%})"
             ax.scatter(places + 1, heights[places], s=8, linewidths=0, color=colour, label=label)
@@ -109,10 +140,24 @@ def verdicts(dataset: xr.Dataset) -> np.ndarray:
     Raises:
         ValueError: if the importance check was not run.
     """
-    require_variable(dataset, "khat", Importance.name)
-    khat = dataset["khat"].values
-    fine = khat < dataset.attrs["khat_threshold"]  # NaN, of a tail of ties, is not
-    return (~fine).astype(int) + (khat > UNTRUSTWORTHY)
+    for name in ("khat", "divergence"):
+        require_variable(dataset, name, Importance.name)
+    khat, divergence = dataset["khat"].values, dataset["divergence"].values
+    close = divergence + 2 * dataset["divergence_mcse"].values <= dataset.attrs["max_divergence"]
+    reliable = khat < dataset.attrs["khat_threshold"]  # NaN, of a tail of ties, is not
+    return np.select([khat > UNTRUSTWORTHY, ~reliable, ~close], [3, 2, 1], 0)
+
+
+def meanings(dataset: xr.Dataset) -> tuple[str, ...]:
+    """Return for each of ``VERDICTS`` what it means, and what to do with its rows."""
+    reliable = f"k-hat < {dataset.attrs['khat_threshold']:.2f}"
+    close = f"divergence <= {dataset.attrs['max_divergence']} nats"
+    return (
+        f"{reliable}, {close}: use the draws as they are",
+        f"{reliable}: use the draws with their weights, or repair the rows",
+        f"k-hat <= {UNTRUSTWORTHY:.0f}: repair the rows",
+        f"k-hat > {UNTRUSTWORTHY:.0f}: do not use the draws, repair the rows",
+    )
 
 
 class Sums(NamedTuple):
@@ -126,6 +171,7 @@ class Sums(NamedTuple):
     count: Float[Array, "batch"]
     mean: Float[Array, "batch"]
     squares: Float[Array, "batch"]  # of deviations from the mean
+    weighted_mean: Float[Array, "batch"]
     log_sum: Float[Array, "batch"]  # of the weights
     log_sum_squares: Float[Array, "batch"]
     lowest: Float[Array, "batch"]
@@ -137,7 +183,7 @@ class Sums(NamedTuple):
         """Return the sums of no draws, with room for ``tail`` of the largest log weights."""
         zeros, low = jnp.zeros(num_rows), jnp.full(num_rows, -jnp.inf)
         largest = jnp.full((num_rows, tail), -jnp.inf)
-        return cls(zeros, zeros, zeros, zeros, low, low, -low, zeros, largest)
+        return cls(zeros, zeros, zeros, zeros, zeros, low, low, -low, zeros, largest)
 
     def add(self, log_weights: Float[Array, "num_samples batch"]) -> Sums:
         """Return the sums with further draws."""
@@ -148,12 +194,15 @@ class Sums(NamedTuple):
         shift = added.mean(1) - self.mean
         squares = ((added - added.mean(1, keepdims=True)) ** 2).sum(1)
         both = jnp.concatenate([self.largest, added], axis=1)
+        log_sum = jnp.logaddexp(self.log_sum, jax.nn.logsumexp(added, axis=1))
+        weighted = (jnp.exp(added - log_sum[:, None]) * jnp.maximum(added, LOWEST)).sum(1)
         return Sums(
             reference,
             count,
             self.mean + shift * number / count,
             self.squares + squares + shift**2 * self.count * number / count,
-            jnp.logaddexp(self.log_sum, jax.nn.logsumexp(added, axis=1)),
+            self.weighted_mean * jnp.exp(self.log_sum - log_sum) + weighted,
+            log_sum,
             jnp.logaddexp(self.log_sum_squares, jax.nn.logsumexp(2 * added, axis=1)),
             jnp.minimum(self.lowest, added.min(1)),
             self.num_bad + (~jnp.isfinite(log_weights)).sum(0),
@@ -172,8 +221,9 @@ def _sums_of_all(subject: Subject, num_samples: int) -> Sums:
     runner, rows = subject.runner, subject.rows
     start = Sums.start(len(rows.chosen), tail_length(num_samples) + 1)
     sums = jax.tree.map(np.asarray, start)
-    for number, done in enumerate(range(0, num_samples, CHUNK)):
-        size, key = min(CHUNK, num_samples - done), jax.random.fold_in(subject.rng_key, number)
+    at_once = min(CHUNK, runner.draws_at_once(rows))
+    for number, done in enumerate(range(0, num_samples, at_once)):
+        size, key = min(at_once, num_samples - done), jax.random.fold_in(subject.rng_key, number)
         globals_ = runner.draw_globals(key, rows, size)
         sizes = {"num_draws": size, "num_samples": size}
         sums = runner.per_batch(_accumulate, rows, key, globals_, by_row=sums, **sizes)
@@ -184,23 +234,34 @@ def summarize(sums: Sums) -> dict[str, np.ndarray]:
     """Return what is reported of each row, from the sums over all its draws.
 
     Raises:
-        ValueError: if a row's weights are not finite.
+        ValueError: if no row's weights are finite.
     """
-    highest = np.asarray(sums.largest[:, 0], float)
     bad, first = np.asarray(sums.num_bad), np.asarray(sums.reference)
-    require_finite(bad, first, np.arange(len(bad)))
-    reference = np.asarray(sums.reference, float)
-    number = float(np.max(sums.count))
-    log_sum, log_squares = (np.asarray(x, float) for x in (sums.log_sum, sums.log_sum_squares))
-    ess = np.exp(2 * log_sum - log_squares)
-    relative_variance = np.maximum(number / ess - 1, 0) / (number - 1)
+    if bad.all():
+        require_finite(bad, first, np.arange(len(bad)))
+    with np.errstate(invalid="ignore"):  # of the other rows
+        found = _summaries(sums)
+    blank = dict.fromkeys(found, np.nan) | {"khat": np.inf}
+    return {name: np.where(bad > 0, blank[name], values) for name, values in found.items()}
+
+
+def _summaries(sums: Sums) -> dict[str, np.ndarray]:
+    at = {name: np.asarray(x, float) for name, x in sums._asdict().items()}
+    number = float(at["count"].max())
+    elbo, log_evidence = at["mean"], at["log_sum"] - np.log(number)
+    ess = np.exp(2 * at["log_sum"] - at["log_sum_squares"])
+    # Variances. The weights and their logs vary together, and so that of a difference is smaller.
+    of_elbo = at["squares"] / (number - 1) / number
+    of_evidence = np.maximum(number / ess - 1, 0) / (number - 1)
+    shared = (at["weighted_mean"] - at["mean"]) / (number - 1)
+    largest, lowest = np.asarray(sums.largest), np.asarray(sums.lowest)
     return {
-        "elbo": reference + sums.mean,
-        "elbo_mcse": np.sqrt(np.asarray(sums.squares, float) / (number - 1) / number),
-        "log_evidence": reference + log_sum - np.log(number),
-        "log_evidence_mcse": np.sqrt(relative_variance),
-        "khat": khat_of_tail(
-            np.asarray(sums.largest, float).T, np.asarray(sums.lowest), highest, reference
-        ),
+        "elbo": at["reference"] + elbo,
+        "elbo_mcse": np.sqrt(of_elbo),
+        "log_evidence": at["reference"] + log_evidence,
+        "log_evidence_mcse": np.sqrt(of_evidence),
+        "divergence": log_evidence - elbo,
+        "divergence_mcse": np.sqrt(np.maximum(of_elbo + of_evidence - 2 * shared, 0)),
+        "khat": khat_of_tail(largest.T, lowest, at["largest"][:, 0], at["reference"]),
         "ess": ess,
     }

@@ -20,6 +20,7 @@ from numpyro_vae.checks.base import (
     Findings,
     Subject,
     require_at_least,
+    require_drawn,
 )
 from numpyro_vae.inference.encoded import EncodedBatch
 from numpyro_vae.model.densities import observed_densities
@@ -62,7 +63,11 @@ class Predictive(AbstractCheck):
         require_at_least(1, max_rows=self.max_rows)
 
     def compute(self, subject: Subject) -> xr.Dataset:
-        """Return each row's p-value."""
+        """Return each row's p-value.
+
+        Raises:
+            NotApplicableError: if an observed site cannot be drawn.
+        """
         runner, chosen = subject.runner, subject.choose(self.max_rows)
         rows = subject.rows.choose(chosen)
         globals_ = runner.draw_globals(subject.rng_key, rows, NUM_SAMPLES)
@@ -97,7 +102,8 @@ def _compare(batch: EncodedBatch, rng_key: Array, globals_: dict, *, num_samples
     def one(packed: Array, globals_: dict, key: Array) -> Array:
         latent = batch.complete(packed, globals_, key)
         seen = densities(batch.trace(latent, key))
-        again = densities(batch.trace(latent, jax.random.fold_in(key, 1), observed=False))
+        replicate = batch.trace(latent, jax.random.fold_in(key, 1), observed=False)
+        again = densities(require_drawn(replicate))
         return (again < seen) + (again == seen) / 2
 
     packed = batch.draw(rng_key, num_samples, globals_)

@@ -12,9 +12,16 @@ import numpy as np
 
 from numpyro_vae.checks.base import AbstractCheck, Finding
 from numpyro_vae.checks.collapse import count_collapsed
-from numpyro_vae.checks.importance import VERDICTS, verdicts
+from numpyro_vae.checks.importance import VERDICTS, meanings, verdicts
 from numpyro_vae.checks.page import draw_checks, write_page
-from numpyro_vae.inference.psis import UNTRUSTWORTHY
+from numpyro_vae.inference.datatree import for_tree, tree_name
+from numpyro_vae.inference.fingerprint import (
+    NAME,
+    Fingerprint,
+    of_all,
+    require_same_rows,
+    require_same_tree,
+)
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -39,14 +46,16 @@ class Report:
 
     Example:
         >>> import xarray as xr
-        >>> attrs = {"khat_threshold": 0.7, "num_data": 3}
-        >>> khat = xr.Dataset({"khat": ("data", [0.2, 1.3, 0.1])}, attrs=attrs)
-        >>> report = Report(khat, (Finding("importance", False, "1 of 3 rows have k-hat > 0.7"),))
-        >>> report.flagged.tolist()
-        [1]
+        >>> columns = {"khat": [0.2, 1.3, 0.1], "divergence": [0.0, 2.0, 0.3]}
+        >>> columns["divergence_mcse"] = [0.0, 0.5, 0.01]
+        >>> attrs = {"khat_threshold": 0.7, "max_divergence": 0.1, "num_data": 3}
+        >>> dataset = xr.Dataset({k: ("data", x) for k, x in columns.items()}, attrs=attrs)
+        >>> report = Report(dataset, (Finding("importance", False, "2 of 3 rows are not fine"),))
+        >>> report.verdict.tolist(), report.flagged.tolist()
+        ([0, 3, 1], [1, 2])
         >>> print(report)
         3 data
-          importance   ! 1 of 3 rows have k-hat > 0.7
+          importance   ! 2 of 3 rows are not fine
     """
 
     dataset: Dataset
@@ -56,7 +65,10 @@ class Report:
 
     @property
     def verdict(self) -> np.ndarray:
-        """For each row 0 if its posterior is fine, 1 if borderline, 2 if not to be trusted.
+        """For each row 0, 1, 2 or 3: fine, reweight, borderline, or not to be trusted.
+
+        *Fine* draws are usable as they are; those to *reweight* are usable with their importance
+        weights. See `Importance` for the rules.
 
         Raises:
             ValueError: if the importance check was not run.
@@ -65,20 +77,23 @@ class Report:
 
     @property
     def flagged(self) -> np.ndarray:
-        """The numbers of the rows whose posterior is not fine, for `Posterior.repair`."""
+        """The numbers of the rows that are not fine, for `Posterior.repair`."""
         return np.flatnonzero(self.verdict)
 
-    def flagged_of(self, num_rows: int) -> np.ndarray:
-        """Return `flagged` for data of so many rows.
+    def flagged_of(self, fingerprint: Fingerprint) -> np.ndarray:
+        """Return `flagged` for the data with this fingerprint.
 
         Raises:
             ValueError: if the report is on other data.
         """
-        if self.dataset.attrs["num_data"] != num_rows:
+        remedy = "Pass the data that were checked, or the rows' numbers."
+        if self.dataset.attrs["num_data"] != len(fingerprint):
             raise ValueError(
                 f"The report is on {self.dataset.attrs['num_data']} rows of data, and the data "
-                f"have {num_rows}. Pass the data that were checked, or the rows' numbers."
+                f"have {len(fingerprint)}. {remedy}"
             )
+        known = self.dataset.coords.get(NAME, fingerprint)
+        require_same_rows("The report", known, fingerprint, remedy)
         return self.flagged
 
     def collapsed(self) -> dict[str, tuple[int, int]]:
@@ -115,13 +130,20 @@ class Report:
 
         The ranks of the calibration check, if it was run, become the group ``prior_sbc``, which
         `arviz.plot_ecdf_pit` reads.
+
+        Raises:
+            ValueError: if the tree is of other data.
         """
-        groups = {"checks": type(tree)(self.dataset)}
+        known = self.dataset.coords.get(NAME)
+        if known is not None:
+            (plate,) = map(str, known.dims)
+            require_same_tree("The report", of_all(known.values), tree, tree_name(plate))
+        groups = {"checks": type(tree)(for_tree(self.dataset))}
         ranks = {name: x for name, x in self.dataset.items() if str(name).startswith("pit_")}
         if ranks:
             pits = self.dataset[list(ranks)].rename({n: str(n)[4:] for n in ranks})
             pits = pits.drop_attrs().rename(simulation="draw").expand_dims("chain")
-            groups["prior_sbc"] = type(tree)(pits)
+            groups["prior_sbc"] = type(tree)(for_tree(pits))
         return tree.assign(groups)
 
     def __str__(self) -> str:
@@ -149,6 +171,7 @@ class Report:
     def _means(self) -> list[str]:
         """Return the means of the bounds, with two standard errors, and the verdicts.
 
+        Rows whose weights are not finite have no bounds, and are left out of the means.
         ``se`` is the standard error as an estimate for such data in general, ``Monte Carlo`` the
         part of it that more draws would reduce.
         """
@@ -157,20 +180,18 @@ class Report:
         lines = []
         for name in ("elbo", "log_evidence"):
             values = self.dataset[name].values
+            there = np.isfinite(values)
+            values = values[there]
             error = values.std(ddof=1) / np.sqrt(values.size) if values.size > 1 else np.nan
-            errors = self.dataset[f"{name}_mcse"].values
+            errors = self.dataset[f"{name}_mcse"].values[there]
             monte_carlo = np.sqrt((errors**2).sum()) / values.size
             found = f"{values.mean():10.3f} nats a datum"
             lines.append(f"{name:<13}{found} (se {error:.3f}, Monte Carlo {monte_carlo:.3f})")
-        counts, threshold = np.bincount(self.verdict, minlength=3), self._threshold()
-        ranges = (f"k-hat < {threshold}", f"up to {UNTRUSTWORTHY}", f"above {UNTRUSTWORTHY}")
-        for label, count, khats in zip(VERDICTS, counts, ranges, strict=True):
+        counts = np.bincount(self.verdict, minlength=len(VERDICTS))
+        for label, count, meaning in zip(VERDICTS, counts, meanings(self.dataset), strict=True):
             share = count / counts.sum()
-            lines.append(f"{label:<19}{count:6d}  ({share:6.1%})  {khats}")
+            lines.append(f"{label:<19}{count:6d}  ({share:6.1%})  {meaning}")
         return lines
-
-    def _threshold(self) -> str:
-        return f"{self.dataset.attrs['khat_threshold']:.2f}"
 
     def __rich__(self) -> Table:
         """Return what was found as a table in colour."""

@@ -18,6 +18,8 @@ from numpyro_vae.checks.importance import Importance
 from numpyro_vae.checks.novelty import Novelty
 from numpyro_vae.checks.predictive import Predictive
 from numpyro_vae.checks.report import Report
+from numpyro_vae.inference.datatree import require_known_dims
+from numpyro_vae.inference.fingerprint import NAME
 from numpyro_vae.inference.runner import Runner
 
 Checks = str | AbstractCheck | Iterable[str | AbstractCheck] | None  # as `Posterior.check` takes
@@ -45,6 +47,7 @@ def run_checks(
     subject = Subject(runner, runner.read(data), rng_key)
     named = checks not in (None, "all")
     dataset, done, skipped = _compute(chosen, subject, progress_bar, named)
+    require_known_dims(coords or {}, runner.guide.sites, dataset.dims)
     dataset = _with_coords(dataset, coords or {})
     findings = [finding for check in done for finding in check.find(dataset)]
     return Report(dataset, tuple(findings), skipped, tuple(done))
@@ -58,7 +61,8 @@ def _compute(
     Raises:
         NotApplicableError: if a check does not apply and was ``named``.
     """
-    dataset = xr.Dataset(attrs={"num_data": subject.rows.num_rows})
+    known = {NAME: ([subject.plate], subject.rows.fingerprint)}
+    dataset = xr.Dataset(coords=known, attrs={"num_data": subject.rows.num_rows})
     done, skipped = [], {}
     with tqdm(chosen.items(), disable=not progress_bar, unit="check") as bar:
         for place, check in bar:
@@ -79,7 +83,7 @@ def choose_checks(checks: Checks) -> dict[int, AbstractCheck]:
     """Return the checks to run by their place in ``CHECKS``; those it does not list come after it.
 
     Raises:
-        ValueError: if a name is unknown, or a check is there twice.
+        ValueError: if a name is unknown, a check is there twice, or there is none.
         TypeError: if an entry is neither a name nor a check.
     """
     entries: Iterable[Any]
@@ -94,6 +98,11 @@ def choose_checks(checks: Checks) -> dict[int, AbstractCheck]:
         if check.name in chosen:
             raise ValueError(f"checks has {check.name!r} twice. Leave one of the two out.")
         chosen[check.name] = check
+    if not chosen:
+        raise ValueError(
+            f"checks is empty, expected 'all' alone, or one or more of {list(CHECKS)}. For the "
+            "quick ones leave it out."
+        )
     places = dict.fromkeys((*CHECKS, *chosen))
     return {place: chosen[name] for place, name in enumerate(places) if name in chosen}
 

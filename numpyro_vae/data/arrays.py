@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
+
+from numpyro_vae.data.arguments import is_typed_key
 
 Data = Any
 
@@ -47,12 +49,28 @@ def is_in_memory(data: Data) -> bool:
     )
 
 
+@dataclass(frozen=True, eq=False)
+class Constant:
+    """An array that compiled code depends on, as a model asks for its values; equal by these."""
+
+    value: Array
+
+    def __hash__(self) -> int:
+        """Return a hash of the values."""
+        return hash((self.value.shape, np.asarray(self.value).tobytes()))
+
+    def __eq__(self, other: object) -> bool:
+        """Return whether the other has the same values."""
+        return isinstance(other, Constant) and np.array_equal(self.value, other.value)
+
+
 @dataclass(frozen=True)
 class Layout:
     """How arrays become a model's arguments; hashable, so that compiled code can depend on it.
 
     Attributes:
-        static: the leaves of the arguments, None where an array belongs.
+        static: the leaves of the arguments, None where an array belongs, and `Constant` for one
+            that never changes.
         axes: for each array its datum axis, or None.
         treedef: the structure of ``(args, kwargs)``.
     """
@@ -68,6 +86,17 @@ class Layout:
         arrays = [leaf for leaf in leaves if is_array(leaf)]
         static = tuple(None if is_array(leaf) else leaf for leaf in leaves)
         return arrays, cls(static, (None,) * len(arrays), treedef)
+
+    @property
+    def constants(self) -> tuple[Array, ...]:
+        """The arrays that never change."""
+        return tuple(leaf.value for leaf in self.static if isinstance(leaf, Constant))
+
+    @property
+    def every_axis(self) -> tuple[int | None, ...]:
+        """The datum axis of each array among the arguments, constants among them."""
+        axes, arrays = iter(self.axes), [leaf for leaf in self.static if _is_slot(leaf)]
+        return tuple(next(axes) if leaf is None else None for leaf in arrays)
 
     def rows(self, arrays: Sequence[Array], indices: Array) -> tuple[tuple, dict[str, Any]]:
         """Return the model's arguments with just the given rows of each batched array."""
@@ -89,7 +118,13 @@ class Layout:
         """Return the model's arguments with arrays, or what stands for them, in their places."""
         rest = iter(arrays)
         filled = [next(rest) if leaf is None else leaf for leaf in self.static]
-        return jax.tree.unflatten(self.treedef, filled)
+        leaves = [leaf.value if isinstance(leaf, Constant) else leaf for leaf in filled]
+        return jax.tree.unflatten(self.treedef, leaves)
+
+
+def _is_slot(leaf: Any) -> bool:
+    """Return whether a static leaf stands where the arguments have an array."""
+    return leaf is None or isinstance(leaf, Constant)
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,7 +148,8 @@ class ArrayData:
         """Check data and bring it to the device.
 
         Args:
-            data: an array, a tuple of positional arguments, or a dict of keyword arguments.
+            data: an array, a tuple of positional arguments, or a dict of keyword arguments; None
+                is an argument like others.
             batch_axes: the datum axis of each leaf, as ``in_axes`` of `jax.vmap`: an int, or a
                 structure that is a prefix of the data's, with None for what is not batched. None
                 alone is for data that the model takes whole, such as ragged groups.
@@ -121,14 +157,14 @@ class ArrayData:
 
         Raises:
             ValueError: if there are no data, their numbers disagree, or a value is beyond the
-                range of the device's floats.
+                range of the device's numbers.
+            TypeError: if the data are no numbers.
 
         Example:
             >>> ArrayData.read((np.zeros((5, 2)), 3.0), batch_axes=(0, None)).num_data
             5
         """
-        axes_tree = jax.tree.broadcast(batch_axes, data, is_leaf=lambda x: x is None)
-        axes = jax.tree.leaves(axes_tree, is_leaf=lambda x: x is None)
+        axes = _axes(batch_axes, data)
         paths = [name + jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(data)]
         leaves, treedef = jax.tree.flatten(as_arguments(data))
         num_data = 1 if batch_axes is None else _num_data(leaves, axes, paths, name)
@@ -150,6 +186,17 @@ class ArrayData:
         )
         return cls(arrays, Layout(static, array_axes, treedef), num_data, found)
 
+    def with_constants(self) -> ArrayData:
+        """Return the same data where arrays without a datum axis are constants of compiled code."""
+        pairs = list(zip(self.arrays, self.layout.axes, strict=True))
+        rest = iter(pairs)
+        leaves = self.layout.static
+        static = [_constant(*next(rest)) if leaf is None else leaf for leaf in leaves]
+        kept = [(array, axis) for array, axis in pairs if axis is not None]
+        axes = tuple(axis for _, axis in kept)
+        layout = replace(self.layout, static=tuple(static), axes=axes)
+        return replace(self, arrays=tuple(array for array, _ in kept), layout=layout)
+
     @property
     def is_whole(self) -> bool:
         """Whether the model takes the data whole, as no array has a datum axis."""
@@ -164,12 +211,29 @@ class ArrayData:
         return self.layout.rows(self.arrays, indices)
 
 
+def _constant(array: Array, axis: int | None) -> Constant | None:
+    return Constant(array) if axis is None else None
+
+
+def _axes(batch_axes: Any, data: Data) -> list[int | None]:
+    """Return the datum axis of each leaf of the data, among which None does not count."""
+    axes: list[int | None] = []
+
+    def add(axis: int | None, part: Any) -> None:
+        axes.extend([axis] * len(jax.tree.leaves(part)))
+
+    jax.tree.map(add, batch_axes, data, is_leaf=lambda x: x is None)
+    return axes
+
+
 def _num_data(leaves: list, axes: list, paths: list[str], name: str) -> int:
     sizes = {}
     for leaf, axis, path in zip(leaves, axes, paths, strict=True):
         if axis is None:
             continue
         shape = np.shape(leaf)
+        if shape == () and is_typed_key(leaf):
+            raise ValueError(f"{path} is a random key. Pass the key first, and then the data.")
         if not -len(shape) <= axis < len(shape):
             raise ValueError(
                 f"{path} has shape {shape}, so no axis {axis} that counts the data. Give each "
@@ -190,13 +254,22 @@ def _num_data(leaves: list, axes: list, paths: list[str], name: str) -> int:
 
 
 def _to_device(leaf: Any, axis: int | None, path: str) -> Array:
-    """Return the leaf as a JAX array, refusing values that were finite and are not there."""
+    """Return the leaf as a JAX array, refusing values that are not the same there."""
+    if isinstance(leaf, jax.Array):
+        return leaf
+    leaf = np.asarray(leaf)
+    if not (leaf.dtype == bool or jnp.issubdtype(leaf.dtype, np.number)):
+        raise TypeError(
+            f"{path} has values of type {leaf.dtype}, expected numbers or booleans. Convert them, "
+            "as with .astype(float), or number them if they are names."
+        )
     with np.errstate(over="ignore"):  # values beyond the range are found below
         array = jnp.asarray(leaf)
-    if isinstance(leaf, jax.Array) or not jnp.issubdtype(array.dtype, jnp.floating):
+    if array.dtype == leaf.dtype:
         return array
-    leaf = np.asarray(leaf)
     lost = np.isfinite(leaf) & ~np.isfinite(np.asarray(array))
+    if jnp.issubdtype(array.dtype, jnp.integer):
+        lost = leaf != np.asarray(array)
     if lost.any():
         row = "" if axis is None else f", the first in row {np.argwhere(lost)[0][axis]}"
         raise ValueError(

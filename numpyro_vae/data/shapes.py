@@ -27,6 +27,31 @@ def argument_shapes(args: tuple, kwargs: Mapping[str, Any]) -> Shapes:
     }
 
 
+def require_rows(
+    known: Shapes, args: tuple, kwargs: Mapping[str, Any], axes: Sequence[int | None]
+) -> None:
+    """Raise if an array has the shape of one datum, where rows of data are expected.
+
+    A datum of three values would be read as three data of one value each.
+
+    Args:
+        known: the shapes that the guide has read.
+        args: the model's arguments now.
+        kwargs: its keyword arguments.
+        axes: the datum axis of each array among these.
+
+    Raises:
+        ValueError: naming the argument, and both shapes.
+    """
+    for (name, now), axis in zip(argument_shapes(args, kwargs).items(), axes, strict=True):
+        before = known.get(name, ())
+        if axis is not None and len(now) < len(before) and now == _without(axis, before):
+            raise ValueError(
+                f"Argument {name} has shape {now}, that of one datum; the guide was made with "
+                f"rows of data, of shape {before}. Pass rows, as in x[None] for one datum."
+            )
+
+
 @contextmanager
 def explained(
     known: Shapes, args: tuple, kwargs: Mapping[str, Any], axes: Sequence[int | None]

@@ -25,7 +25,8 @@ KINDS = """
   * a flax linen Module, an instance and not its class;
   * an Equinox module, an instance, written for one datum;
   * a pair of functions (init, apply): init(rng_key, example_inputs) -> params and
-    apply(params, inputs) -> output, as made by haiku.without_apply_rng(haiku.transform(...))."""
+    apply(params, inputs) -> output, as made by haiku.without_apply_rng(haiku.transform(...)),
+    or one for numpyro.module, as of stax: init(rng_key, input_shape) -> (output_shape, params)."""
 
 # The arguments by which linen modules are told whether they train, and what each says if so.
 SWITCHES = {"train": True, "training": True, "deterministic": False, "use_running_average": False}
@@ -197,7 +198,10 @@ class EquinoxEncoder(nnx.Module):
 
 
 class FunctionsEncoder(nnx.Module):
-    """A pair of functions ``init(rng_key, inputs) -> params`` and ``apply(params, inputs)``."""
+    """A pair of functions ``init(rng_key, inputs) -> params`` and ``apply(params, inputs)``.
+
+    Or one as `numpyro.module` takes it, ``init(rng_key, input_shape) -> (output_shape, params)``.
+    """
 
     def __init__(
         self,
@@ -208,14 +212,31 @@ class FunctionsEncoder(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.apply = apply
-        self.skeleton, variables = _take_apart(init(rngs.params(), example_inputs))
+        self.skeleton, variables = _take_apart(_initialize(init, rngs.params(), example_inputs))
         self.params = nnx.data(variables["params"])
         self.constants = nnx.data(variables["constants"])
 
     def __call__(self, inputs: Any) -> Any:
-        """Return ``apply(params, inputs)``."""
+        """Return ``apply(params, inputs)``, and the list that stax makes of a pair as a tuple."""
         params = self.skeleton.restore({"params": self.params, "constants": self.constants})
-        return self.apply(params, inputs)
+        output = self.apply(params, inputs)
+        return tuple(output) if isinstance(output, list) else output
+
+
+def _initialize(init: Callable[[Any, Any], Any], rng_key: Any, example_inputs: Any) -> Any:
+    """Return the first parameters of a pair, whose ``init`` may want the shape of its inputs."""
+    try:
+        return init(rng_key, example_inputs)
+    except Exception as error:  # of any kind, as the functions are the user's
+        if not isinstance(example_inputs, jax.Array | np.ndarray):
+            raise
+        try:
+            output_shape, params = init(rng_key, example_inputs.shape)
+        except Exception:
+            raise error from None
+        if not isinstance(output_shape, tuple):
+            raise
+        return params
 
 
 @dataclass(frozen=True)

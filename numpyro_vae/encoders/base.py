@@ -21,7 +21,8 @@ by site name, or in the place of an array a `Masked` one, of which some entries 
 * a **dict** of features by site name, each as above, and every site gets a head of its own;
 * the **pair** ``(loc, raw_scale)``, and nothing is added. Each is one array
   ``(batch, size)`` for all local sites, in the model's order, or a dict of arrays by site name,
-  ``(batch, *event_shape)``. What ``raw_scale`` means is what the guide's ``scale=`` declares.
+  ``(batch, *event_shape)``. What ``raw_scale`` means is what the guide's ``scale=`` declares: a
+  log-scale by default, and with ``scale="scale"`` the standard deviation itself.
 
 To write one, copy this into a file of ``encoders/``, fill it, and give it a row in
 ``tests/cases.py``; `flatten_inputs` reads all inputs but `Segments`:
@@ -53,6 +54,8 @@ from jaxtyping import Float as FloatDtype
 from numpyro_vae.data.ragged import Masked, Segments
 
 __all__ = ["Standardize", "flatten_inputs"]
+
+FURTHEST = 5.0  # no value of the first data is more scales away from their mean
 
 
 def flatten_inputs(inputs: Any) -> FloatDtype[Array, "batch size"]:
@@ -159,11 +162,15 @@ def _side_by_side(pairs: list[tuple[Array, Array]], num_axes: int) -> tuple[Arra
 
 
 class Standardize(nnx.Module):
-    """Subtracts the mean and divides by the standard deviation of the first data seen.
+    """Puts data on the scale of the first that were seen: ``(inputs - loc) / scale`` by feature.
 
-    Per feature, ``(inputs - loc) / scale``; a feature that was constant in the example keeps
-    scale 1. ``loc`` and ``scale`` are parameters, so they travel wherever ``params`` goes, but
-    they receive no gradient: an optimizer that decays weights should mask them.
+    ``loc`` is the mean, and ``scale`` the standard deviation, or a fifth of the largest distance
+    from the mean if this is more: no value of the example is further than 5 from 0, be it a pixel
+    that is rarely on. A feature that is constant in the example keeps scale 1, and what it turns
+    out to be later is kept between -5 and 5. One row has no scale, and changes nothing.
+
+    What is kept are parameters, so that they travel wherever ``params`` goes, but they receive no
+    gradient. An optimizer that decays weights shrinks the outputs with them, and no more.
 
     Args:
         example: a batch of data.
@@ -185,11 +192,22 @@ class Standardize(nnx.Module):
         where: Bool[Array, "batch ..."] | None = None,
     ):
         example = jnp.asarray(example, jnp.result_type(float))
-        if where is not None:  # A feature that no datum has is taken from what fills it.
-            where = where | ~where.any(axis, keepdims=True)
-        scale = jnp.std(example, axis=axis, where=where)
-        self.loc = nnx.Param(jnp.mean(example, axis=axis, where=where))
-        self.scale = nnx.Param(jnp.where(scale > 0, scale, 1.0))
+        where = jnp.ones(example.shape, bool) if where is None else where
+        where = where | ~where.any(axis, keepdims=True)  # of no values, what fills them counts
+        loc = jnp.mean(example, axis, where=where, keepdims=True)
+        distance = jnp.abs(jnp.where(where, example - loc, 0.0))
+        largest = distance.max(axis, keepdims=True, initial=0.0)
+        constant = largest == 0
+        largest = jnp.where(constant, 1.0, largest)
+        # Of distances in units of the largest, as squares of large numbers overflow.
+        spread = jnp.sqrt(jnp.mean(jnp.square(distance / largest), axis, where=where))
+        scale = largest.reshape(spread.shape) * jnp.maximum(spread, 1 / FURTHEST)
+        is_alone = example.size <= spread.size
+        constant = constant.reshape(spread.shape) & (not is_alone)
+        scale = jnp.where(constant | is_alone, 1.0, scale)
+        loc = jnp.where(is_alone, 0.0, loc.reshape(spread.shape))
+        self.factor, self.shift = nnx.Param(1 / scale), nnx.Param(loc / scale)
+        self.constant = nnx.Param(constant.astype(scale.dtype))
 
     def __call__(
         self,
@@ -198,8 +216,10 @@ class Standardize(nnx.Module):
         where: Bool[Array, "batch ..."] | None = None,
     ) -> FloatDtype[Array, "batch ..."]:
         """Return the inputs on the example's scale, in the same shape; zero if not ``where``."""
-        loc, scale = jax.lax.stop_gradient((self.loc[...], self.scale[...]))
-        outputs = (inputs - loc) / scale
+        held = (self.factor[...], self.shift[...], self.constant[...])
+        factor, shift, constant = jax.lax.stop_gradient(held)
+        bound = jnp.where(constant > 0, FURTHEST, jnp.inf)
+        outputs = jnp.clip(inputs * factor - shift, -bound, bound)
         return outputs if where is None else jnp.where(where, outputs, 0)
 
 

@@ -55,7 +55,7 @@ class ConvNet(nnx.Module):
         channels: Sequence[int] = (32, 64),
         kernel_size: int = 3,
         features: int = 128,
-        standardize: bool = False,
+        standardize: bool = True,
         activation: Callable[[Array], Array] = nnx.relu,
         rngs: nnx.Rngs,
     ):

@@ -45,7 +45,7 @@ class MLP(nnx.Module):
         *,
         hidden_sizes: Sequence[int] = (128, 128),
         activation: Callable[[Array], Array] = nnx.relu,
-        standardize: bool = False,
+        standardize: bool = True,
         rngs: nnx.Rngs,
     ):
         example, there = flatten_with_mask(example_inputs)

@@ -49,7 +49,7 @@ class ResidualMLP(nnx.Module):
         hidden_size: int = 128,
         num_blocks: int = 2,
         activation: Callable[[Array], Array] = nnx.relu,
-        standardize: bool = False,
+        standardize: bool = True,
         rngs: nnx.Rngs,
     ):
         for name, size in {"hidden_size": hidden_size, "num_blocks": num_blocks}.items():

@@ -56,7 +56,7 @@ class RNN(nnx.Module):
         hidden_size: int = 64,
         direction: str = "bidirectional",
         cell: Callable[..., nnx.RNNCellBase] = nnx.GRUCell,
-        standardize: bool = False,
+        standardize: bool = True,
         rngs: nnx.Rngs,
     ):
         if direction not in DIRECTIONS:

@@ -66,7 +66,7 @@ class SetEncoder(nnx.Module):
         hidden_sizes: Sequence[int] = (64,),
         pooling: str = "mean",
         activation: Callable[[Array], Array] = nnx.relu,
-        standardize: bool = False,
+        standardize: bool = True,
         rngs: nnx.Rngs,
     ):
         if pooling not in POOLINGS:

@@ -17,7 +17,11 @@ from numpyro.distributions import constraints
 from numpyro.distributions.transforms import Transform
 
 from numpyro_vae.families.base import AbstractFamily, AbstractHead, LogScaleAffine, constant_linear
-from numpyro_vae.scales.parameterization import AbstractParameterization, LogScale
+from numpyro_vae.scales.parameterization import (
+    AbstractParameterization,
+    LogScale,
+    for_heads,
+)
 
 __all__ = ["Flow"]
 
@@ -138,10 +142,10 @@ class FlowHead(AbstractHead):
         *,
         rngs: nnx.Rngs,
     ):
-        self.parameterization = family.parameterization
+        self.parameterization = for_heads(family.parameterization)
         self.loc = nnx.Linear(num_features, size, rngs=rngs)
         self.raw_scale = constant_linear(
-            num_features, size, family.parameterization.init_raw, rngs=rngs
+            num_features, size, self.parameterization.init_raw, rngs=rngs
         )
         # A single value has none before it: the layers would only shift and scale it.
         self.conditioners = nnx.List(

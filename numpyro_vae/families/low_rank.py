@@ -13,7 +13,11 @@ from jaxtyping import Array, Float
 
 from numpyro_vae.families.base import AbstractFamily, AbstractHead, LogScaleAffine, constant_linear
 from numpyro_vae.scales.log_scale_normal import LogScaleNormal
-from numpyro_vae.scales.parameterization import AbstractParameterization, LogScale
+from numpyro_vae.scales.parameterization import (
+    AbstractParameterization,
+    LogScale,
+    for_heads,
+)
 
 __all__ = ["LowRankNormal"]
 
@@ -123,4 +127,4 @@ class LowRankNormal(AbstractFamily):
                 f"LowRankNormal: found rank={rank} for {size} latent value(s) of a datum, "
                 f"expected at most {size}. Lower the rank, or use FullRankNormal()."
             )
-        return LowRankHead(num_features, size, rank, self.parameterization, rngs=rngs)
+        return LowRankHead(num_features, size, rank, for_heads(self.parameterization), rngs=rngs)

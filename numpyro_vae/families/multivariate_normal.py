@@ -13,7 +13,11 @@ from numpyro.distributions.transforms import LowerCholeskyAffine
 
 from numpyro_vae.families.base import AbstractFamily, AbstractHead, LogScaleAffine, constant_linear
 from numpyro_vae.scales.log_scale_normal import LogScaleNormal
-from numpyro_vae.scales.parameterization import AbstractParameterization, LogScale
+from numpyro_vae.scales.parameterization import (
+    AbstractParameterization,
+    LogScale,
+    for_heads,
+)
 
 __all__ = ["FullRankNormal"]
 
@@ -95,4 +99,4 @@ class FullRankNormal(AbstractFamily):
 
     def head(self, num_features: int, size: int, *, rngs: nnx.Rngs) -> CholeskyHead:
         """Return the linear maps from features to ``(loc, raw_scale, lower)``."""
-        return CholeskyHead(num_features, size, self.parameterization, rngs=rngs)
+        return CholeskyHead(num_features, size, for_heads(self.parameterization), rngs=rngs)

@@ -11,7 +11,11 @@ from jaxtyping import Array, Float
 
 from numpyro_vae.families.base import AbstractFamily, AbstractHead, constant_linear
 from numpyro_vae.scales.log_scale_normal import LogScaleNormal
-from numpyro_vae.scales.parameterization import AbstractParameterization, LogScale
+from numpyro_vae.scales.parameterization import (
+    AbstractParameterization,
+    LogScale,
+    for_heads,
+)
 
 __all__ = ["DiagonalNormal"]
 
@@ -83,7 +87,7 @@ class DiagonalNormal(AbstractFamily):
 
     def head(self, num_features: int, size: int, *, rngs: nnx.Rngs) -> LinearHead:
         """Return the two linear maps from features to ``(loc, raw_scale)``."""
-        return LinearHead(num_features, size, self.parameterization, rngs=rngs)
+        return LinearHead(num_features, size, for_heads(self.parameterization), rngs=rngs)
 
     def pair(self) -> PairHead:
         """Return what makes Normals of the encoder's own ``(loc, raw_scale)``."""

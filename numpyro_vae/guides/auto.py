@@ -40,7 +40,9 @@ class AutoAmortizedNormal(AmortizedGuide):
         model: a NumPyro model with latent sites in a plate.
         encoder: a network, or a builder of one; see `numpyro_vae.encoders.base`.
         scale: what the network's second output means: ``"log_scale"``, ``"log_variance"``,
-            ``"softplus"``, or a parameterization with its own initial scale and bounds.
+            ``"softplus"``, ``"scale"`` (it is the standard deviation itself), or a
+            parameterization with its own initial scale and bounds. By default a log-scale; `fit`
+            warns if an encoder's own output does not look like one.
         options: see `GuideOptions`.
 
     Raises:
@@ -73,10 +75,11 @@ class AutoAmortizedNormal(AmortizedGuide):
         model: Callable[..., Any],
         encoder: Encoder | None = None,
         *,
-        scale: str | AbstractParameterization = "log_scale",
+        scale: str | AbstractParameterization | None = None,
         **options: Unpack[GuideOptions],
     ):
-        family = DiagonalNormal(get_parameterization(scale))
+        self.scale_is_declared = scale is not None
+        family = DiagonalNormal(get_parameterization("log_scale" if scale is None else scale))
         super().__init__(model, encoder, family=family, **options)
 
 

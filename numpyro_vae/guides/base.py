@@ -20,14 +20,14 @@ from numpyro_vae.data.shapes import Shapes, argument_shapes
 from numpyro_vae.encoders import MLP
 from numpyro_vae.families import AbstractFamily
 from numpyro_vae.guides.encoding import Encoding
-from numpyro_vae.guides.global_sites import GlobalGuide
+from numpyro_vae.guides.global_sites import GlobalGuide, require_maker
 from numpyro_vae.guides.local_sites import sample_local
 from numpyro_vae.guides.network import Encoder, Network, declare_network
 from numpyro_vae.model.plan import GuidePlan, plan_guide
-from numpyro_vae.model.plates import all_rows
+from numpyro_vae.model.plates import all_rows, given_rows
 from numpyro_vae.model.reading import ModelReader
-from numpyro_vae.model.run import Run, given_rows, run_model
-from numpyro_vae.model.sites import Site
+from numpyro_vae.model.run import Run, run_model
+from numpyro_vae.model.sites import ModelSites, Site
 from numpyro_vae.model.trace import Rows
 from numpyro_vae.numpyro_internals import (
     is_set_up,
@@ -116,7 +116,7 @@ class AmortizedGuide(AutoGuide):
         self.segments = dict(segments or {})
         self.condition_on = tuple(condition_on)
         self.dependencies = {name: tuple(read) for name, read in (dependencies or {}).items()}
-        self.global_guide = global_guide
+        self.global_guide = require_maker(global_guide)
         self.argument_shapes: Shapes = {}
         self.training = True
         self.reader = ModelReader(model)
@@ -153,6 +153,8 @@ class AmortizedGuide(AutoGuide):
             condition_on=self.condition_on,
             dependencies=self.dependencies,
         )
+        if not self.family.is_factorized:
+            plan.require_like_scales()
         if plan != self.plan:
             self.compiled = {}  # what was compiled for another model
         self.plan = plan
@@ -160,7 +162,7 @@ class AmortizedGuide(AutoGuide):
         self.local_sites, self.global_names = plan.local, plan.globals
         self.globals = None
         if plan.globals:
-            self.globals = GlobalGuide(self.global_guide, self.model, plan)
+            self.globals = GlobalGuide(self.global_guide, self.model, plan, self.prefix)
         self.argument_shapes = argument_shapes(args, kwargs)
         self.prototype_trace = {
             name: {"name": name, "type": "sample", "is_observed": site.is_observed}
@@ -213,7 +215,7 @@ class AmortizedGuide(AutoGuide):
         """
         run = self._run(args, kwargs)
         sites = run.same_sites(self.local_sites)
-        if not sites:
+        if not sites or (given is not None and self.is_unobserved(run.sites)):
             return Encoding({}, {}, self.family, run)
         network, inputs = self._network(run, sites), run.inputs(self.inputs)
         if given is not None:
@@ -221,6 +223,13 @@ class AmortizedGuide(AutoGuide):
         training = self.training and is_training()
         applied, features = declare_network(network, self.prefix, inputs, train=training)
         return Encoding(features, applied.in_order(), self.family, run)
+
+    def is_unobserved(self, sites: ModelSites) -> bool:
+        """Return whether a model holds none of the observations that the network reads."""
+        if self.inputs is not None or self.segments:
+            return False
+        plate = self.plate.name
+        return bool(self.sites.observed(plate)) and not sites.observed(plate)
 
     def _network(self, run: Run, sites: tuple[Site, ...]) -> Network:
         """Return the network that serves the sites as they are in a run."""

@@ -44,6 +44,22 @@ class scale_sites(Messenger):  # noqa: N801 - handlers are lower case, as in num
             handler.process_message(msg)
 
 
+def require_maker(global_guide: Any) -> Callable[..., Any]:
+    """Return what makes a guide of a model.
+
+    Raises:
+        TypeError: if it is a guide already, of a model that it has, or cannot be called.
+    """
+    if isinstance(global_guide, AutoGuide) or not callable(global_guide):
+        name = type(global_guide).__name__
+        raise TypeError(
+            f"global_guide= is an object of type {name}, expected an AutoGuide class, or a callable"
+            " from a model to a guide. Pass AutoNormal itself, or with options "
+            "functools.partial(AutoNormal, init_scale=0.01)."
+        )
+    return global_guide
+
+
 class GlobalGuide:
     """A guide of global sites, and what is asked of it.
 
@@ -51,15 +67,27 @@ class GlobalGuide:
         make: an AutoGuide class, or a callable from a model to a guide.
         model: the whole model.
         plan: what of it is global.
+        prefix: of the local guide's parameters.
+
+    Raises:
+        ValueError: if its parameters would have the names of the local guide's.
     """
 
-    def __init__(self, make: Callable[..., Any], model: Callable[..., Any], plan: GuidePlan):
+    def __init__(
+        self, make: Callable[..., Any], model: Callable[..., Any], plan: GuidePlan, prefix: str
+    ):
         self.names = plan.globals
         model = self._held = hold_rows({}, model)
         self.is_scaled = bool(set(plan.globals) & set(plan.scaled))
         self.guide = make(_global_model(model, plan))
         if getattr(self.guide, "reads_observations", False):
             self.guide = make(handlers.block(model, hide=[site.name for site in plan.local]))
+            if self.guide.prefix == prefix:
+                raise ValueError(
+                    f"The guide of plate {plan.plate.name!r} and its global_guide= both have the "
+                    f"prefix {prefix!r}, so that one would use the parameters of the other. Give "
+                    "one of them another, as in partial(AutoAmortizedNormal, prefix='second')."
+                )
 
     @contextmanager
     def _holding(self, rows: Rows) -> Generator[None]:

@@ -90,6 +90,11 @@ def _check_shapes(found: Any, expected: Any, name: str) -> None:
         )
 
 
+def is_headless(params: Mapping[str, Any], prefix: str) -> bool:
+    """Return whether an encoder is its own head: if it returns pairs, no head has parameters."""
+    return "blocks" not in params.get(f"{prefix}$params", {"blocks": {}})
+
+
 def num_rows(inputs: Any) -> int:
     """Return how many data the encoder's inputs hold."""
     first = jax.tree.leaves(inputs, is_leaf=lambda x: isinstance(x, Segments))[0]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -14,14 +14,18 @@ from jaxtyping import Array
 from numpyro_vae.data.arrays import ArrayData
 from numpyro_vae.inference import quantities
 from numpyro_vae.inference.derived import derive_whole, derived_sites
+from numpyro_vae.inference.fingerprint import NAME, of_all
+from numpyro_vae.inference.predictable import names_of, undrawn_sites, warn_of_undrawn
 from numpyro_vae.inference.rows import Rows
 from numpyro_vae.inference.runner import Runner
 from numpyro_vae.model.sites import ModelSites
 
 if TYPE_CHECKING:
-    from xarray import DataTree
+    from xarray import Dataset, DataTree
 
 SAMPLED = ("posterior", "posterior_predictive", "log_likelihood", "sample_stats")
+OF_OBSERVATIONS = ("log_likelihood", "sample_stats", "observed_data")
+DRAWS = ("chain", "draw")
 GROUPS = (*SAMPLED, "observed_data", "constant_data")
 
 Groups = dict[str, dict[str, np.ndarray]]
@@ -63,17 +67,23 @@ def gather(
     """
     guide, derived = runner.guide, derived_sites(runner, rows)
     globals_ = runner.draw_globals(rng_key, rows, num_samples)
-    run = partial(runner.per_batch, num_samples=num_samples, row_axis=1)
+    run = partial(runner.per_draw, num_samples=num_samples)
+    if rows.is_unobserved:
+        groups = tuple(name for name in groups if name not in OF_OBSERVATIONS)
     observed = runner.per_batch(quantities.observed, rows)
     found: Groups = {"observed_data": observed}
     drawn = tuple(name for name in groups if not (marginal and name == "posterior_predictive"))
     if set(drawn) & {"posterior", "posterior_predictive", "sample_stats"}:
         by_row = tuple(derived.by_row.items()) if "posterior" in groups else ()
-        draw = partial(run, quantities.draws, num_draws=num_samples, derived=by_row)
-        found |= draw(rows, rng_key, globals_, groups=drawn)
+        draw = partial(run, quantities.draws, groups=drawn)
+        if rows.is_unobserved:
+            draw = partial(run, quantities.imagine, **names_of(runner))
+        found |= draw(rows, rng_key, globals_, derived=by_row, observed=True)
     if marginal and "posterior_predictive" in groups:
-        predicted = run(quantities.replicate, rows, rng_key, globals_)
-        found["posterior_predictive"] = {name: predicted[name] for name in observed}
+        predicted = run(quantities.replicate, rows, rng_key, globals_, observed=True)
+        found["posterior_predictive"] = {n: predicted[n] for n in observed if n in predicted}
+    if "posterior_predictive" in groups:
+        warn_of_undrawn(undrawn_sites(runner, rows, found["posterior_predictive"]))
     whole = {name: np.asarray(value) for name, value in globals_.items()}
     if "posterior" in groups:
         local = _local(runner, found["posterior"])
@@ -110,6 +120,27 @@ def site_dims(sites: ModelSites) -> dict[str, list[str]]:
     return found
 
 
+def require_known_dims(
+    coords: Mapping[str, Any], sites: ModelSites, found: Iterable[Hashable]
+) -> None:
+    """Raise ValueError for coordinates of a dimension that neither the model nor a result has.
+
+    Args:
+        coords: by dimension.
+        sites: of the model, whose dimensions need not all be in each result.
+        found: the dimensions of the result.
+    """
+    known = {"chain", "draw", *sites.plates, *map(str, found)}
+    for site in sites.sites.values():
+        known |= {f"{site.name}_dim_{axis}" for axis in range(len(site.event_shape))}
+    unknown = sorted(set(coords) - known)
+    if unknown:
+        raise ValueError(
+            f"coords has {unknown}, which are no dimensions here. Give coordinates of some of "
+            f"{sorted(known)}."
+        )
+
+
 def rows_first(
     dims: Mapping[str, list[str]], names: Iterable[str], plates: Sequence[str]
 ) -> dict[str, list[str]]:
@@ -133,11 +164,8 @@ def constant_data(
     model: Callable[..., Any], data: ArrayData, observed: Mapping[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
     """Return the model's batched arguments by name, rows in front, those that it observes apart."""
-    signature = inspect.signature(model)
-    args, kwargs = data.whole()
-    axes, kw_axes = data.layout.whole(data.layout.axes)
-    bound = signature.bind_partial(*args, **kwargs).arguments
-    bound_axes = signature.bind_partial(*axes, **kw_axes).arguments
+    bound = arguments_by_name(model, *data.whole())
+    bound_axes = arguments_by_name(model, *data.layout.whole(data.layout.axes))
     return {
         name: np.moveaxis(np.asarray(value), bound_axes[name], 0)
         for name, value in bound.items()
@@ -147,33 +175,104 @@ def constant_data(
     }
 
 
+def arguments_by_name(
+    model: Callable[..., Any], args: tuple, kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """Return a model's arguments by name, those of ``*args`` as ``args_0``, ``args_1`` and so on.
+
+    Example:
+        >>> arguments_by_name(lambda x, *rest, **named: None, (1, 2, 3), {"y": 4})
+        {'x': 1, 'rest_0': 2, 'rest_1': 3, 'y': 4}
+    """
+    signature, found = inspect.signature(model), {}
+    for name, value in signature.bind_partial(*args, **kwargs).arguments.items():
+        kind = signature.parameters[name].kind
+        if kind is inspect.Parameter.VAR_POSITIONAL:
+            found |= {f"{name}_{place}": one for place, one in enumerate(value)}
+        else:
+            found |= value if kind is inspect.Parameter.VAR_KEYWORD else {name: value}
+    return found
+
+
+def tree_name(name: Any) -> str:
+    """Return the name that a site or a plate has in a tree, where ``/`` stands between groups.
+
+    Example:
+        >>> tree_name("scope/z")
+        'scope.z'
+    """
+    return str(name).replace("/", ".")
+
+
+def for_tree(dataset: Dataset) -> Dataset:
+    """Return a dataset with the names that its variables and dimensions have in a tree."""
+    names = {*dataset.variables, *dataset.dims}
+    return dataset.rename({name: tree_name(name) for name in names if tree_name(name) != name})
+
+
+def check_names(sites: ModelSites) -> None:
+    """Raise if sites or plates cannot have their names in a tree.
+
+    Raises:
+        ValueError: naming the plate or the site.
+    """
+    plates = dict.fromkeys(sites.plates, "plate")
+    kinds = plates | dict.fromkeys((*sites.sites, *sites.deterministic), "site")
+    known: dict[str, str] = {}
+    for name, kind in kinds.items():
+        if name in DRAWS:
+            raise ValueError(
+                f"The {kind} {name!r} has the name of a dimension of draws in a DataTree. Rename "
+                f"the {kind} in the model, to {name + 's'!r} for instance."
+            )
+        if known.setdefault(tree_name(name), name) != name:
+            raise ValueError(
+                f"{known[tree_name(name)]!r} and {name!r} are both {tree_name(name)!r} in a "
+                "DataTree, where no name has a slash. Rename one of them in the model."
+            )
+
+
 def build_datatree(
     groups: Mapping[str, Mapping[str, np.ndarray]],
     dims: Mapping[str, list[str]],
-    coords: Mapping[str, Any] | None = None,
+    rows: Rows,
+    sites: ModelSites,
+    coords: Mapping[str, Any],
 ) -> DataTree:
-    """Return arrays as a DataTree in ArviZ's schema.
+    """Return arrays as a DataTree in ArviZ's schema, with the fingerprint of their rows.
 
     Args:
         groups: by group and variable; in the sampled groups the draws are the leading axis, and
             become the dimensions ``chain`` and ``draw``.
         dims: by variable, the names of its leading dimensions but these.
+        rows: the data.
+        sites: those of the model.
         coords: coordinates by dimension.
 
+    Slashes in names become points, see `tree_name`.
+
     Raises:
-        ValueError: if a coordinate has another length than its dimension.
+        ValueError: if a coordinate has another length than its dimension, or there is no such
+            dimension.
     """
     import arviz as az
     from xarray import DataTree
 
-    found = {}
+    coords, found = {tree_name(name): coord for name, coord in (coords or {}).items()}, {}
     for group, variables in groups.items():
         if not variables:
             continue
         sampled = group in SAMPLED
         values = {name: value[None] if sampled else value for name, value in variables.items()}
         # A log-likelihood has no event, so that its variable has fewer dimensions than its site.
-        known = {name: list(dims[name])[: np.ndim(variables[name]) - sampled] for name in values}
-        tree = az.from_dict({group: values}, dims=known, coords=dict(coords or {}))
+        known = {
+            tree_name(name): [*map(tree_name, dims[name])][: np.ndim(variables[name]) - sampled]
+            for name in values
+        }
+        values = {tree_name(name): value for name, value in values.items()}
+        tree = az.from_dict({group: values}, dims=known, coords=coords)
         found[group] = tree[group].to_dataset()
-    return DataTree.from_dict(found)
+    require_known_dims(coords, sites, (dim for group in found.values() for dim in group.dims))
+    tree = DataTree.from_dict(found)
+    tree.attrs[NAME] = of_all(rows.fingerprint)
+    return tree

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import jax
@@ -24,13 +25,15 @@ def derived_sites(runner: Runner, rows: Rows) -> Derived:
     sites = guide.reader.sites(rows.args, rows.kwargs, rows.held)
     if not sites.deterministic:
         return Derived({}, (), (), {})
-    args, kwargs, held = rows.args, rows.kwargs, {}
+    groups, plate = tuple(guide.segments), guide.plate.name
     if not rows.data.is_whole:
         args, kwargs, held = _of_probe(rows)
-    sites = guide.reader.sites(args, kwargs, held)
-    shapes = guide.reader.deterministic(args, kwargs, held)
-    groups = tuple(guide.segments)
-    return Derived.of(sites, shapes, guide.plate.name, groups, is_probed=not rows.data.is_whole)
+        with suppress(Exception):  # of any kind: a model may not run with so many rows
+            probed = guide.reader.sites(args, kwargs, held)
+            shapes = guide.reader.deterministic(args, kwargs, held)
+            return Derived.of(probed, shapes, plate, groups, is_probed=True)
+    shapes = guide.reader.deterministic(rows.args, rows.kwargs, rows.held)
+    return Derived.of(sites, shapes, plate, groups, is_probed=False)
 
 
 def _of_probe(rows: Rows) -> tuple[tuple, dict[str, Any], dict]:

@@ -20,7 +20,7 @@ from numpyro_vae.guides.encoding import Encoding
 from numpyro_vae.model.densities import observed_densities, row_densities, trace_rows
 from numpyro_vae.model.enumeration import Enumeration
 from numpyro_vae.model.plates import all_rows
-from numpyro_vae.model.trace import replicated
+from numpyro_vae.model.redraw import redraw
 
 PAIRS = 8192  # pairs of a row and a draw that pass through the model at once
 
@@ -58,7 +58,7 @@ class EncodedBatch:
         """Encode the rows of a batch."""
         hold = all_rows(rows=batch.rows)
         layout = batch.layout
-        with explained(guide.argument_shapes, *layout.whole(batch.arrays), layout.axes):
+        with explained(guide.argument_shapes, *layout.whole(batch.arrays), layout.every_axis):
             args, kwargs = batch.arguments()
             kwargs = {**kwargs, **static_kwargs}
             encoding = guide.encode_rows(hold, params, args, kwargs)
@@ -80,14 +80,24 @@ class EncodedBatch:
         return Enumeration.read(self.encoding.run)
 
     def over_draws(self, fn: Callable[..., Any], *draws: Any, per_draw: int = 1) -> Any:
-        """Map a function over the leading axis of draws, in chunks of at most ``PAIRS`` pairs."""
+        """Map a function over the leading axis of draws, in chunks of at most ``PAIRS`` pairs.
+
+        Chunks are of one size, as the function would be compiled a second time for a smaller one:
+        some draws are computed twice instead.
+        """
         pairs = len(self.indices) * per_draw * self.enumeration.num_combinations
-        at_once = max(1, PAIRS // pairs)
-        return jax.lax.map(lambda args: fn(*args), draws, batch_size=at_once)
+        number = len(jax.tree.leaves(draws)[0])
+        num_chunks = -(-number // max(1, PAIRS // pairs))
+        size = -(-number // num_chunks)
+        if size * num_chunks > number:
+            places = jnp.arange(size * num_chunks).clip(max=number - 1)
+            draws = jax.tree.map(lambda x: x[places], draws)
+        found = jax.lax.map(lambda args: fn(*args), draws, batch_size=size)
+        return jax.tree.map(lambda x: x[:number], found)
 
     def trace(self, values: dict[str, Array], rng_key: Array, *, observed: bool = True) -> dict:
         """Run the model on the rows, with their observations or without."""
-        model = self.guide.model if observed else replicated(self.guide.model)
+        model = self.guide.model if observed else redraw(self.guide.model)
         values = {**self.params, **values}
         return trace_rows(model, values, self.hold_rows, rng_key, self.args, self.kwargs)
 

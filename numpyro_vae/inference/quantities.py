@@ -20,6 +20,7 @@ from jaxtyping import Array
 from numpyro_vae.inference.divergences import row_divergences
 from numpyro_vae.inference.encoded import EncodedBatch
 from numpyro_vae.model.densities import predicted_rows
+from numpyro_vae.model.redraw import drawn_value
 
 Names = tuple[str, ...]
 Axes = tuple[tuple[str, int], ...]  # of the rows in the values of deterministic sites
@@ -73,11 +74,10 @@ def _values(batch: EncodedBatch, packed: Array, globals_: dict, keys: Array, nam
 def predict(
     batch: EncodedBatch, rng_key: Array, globals_: dict, *, num_samples: int, derived: Axes
 ) -> dict:
-    """Return draws of observed and deterministic sites, ``(num_samples, batch, ...)``."""
+    """Return by ArviZ group draws of observed and deterministic sites, as `finish` does."""
     keys = _noise_keys(batch, rng_key, num_samples)
     packed = batch.draw(rng_key, num_samples, globals_)
-    by_group = _predictions(batch, packed, globals_, keys, derived)
-    return {name: value for variables in by_group.values() for name, value in variables.items()}
+    return _predictions(batch, packed, globals_, keys, derived)
 
 
 def _predictions(
@@ -173,6 +173,35 @@ def replicate(batch: EncodedBatch, rng_key: Array, globals_: dict, *, num_sample
     return batch.over_draws(one, globals_, _noise_keys(batch, rng_key, num_samples))
 
 
+def imagine(
+    batch: EncodedBatch,
+    rng_key: Array,
+    globals_: dict,
+    *,
+    num_samples: int,
+    latent: Names,
+    drawn: Names,
+    derived: Axes,
+) -> dict[str, dict]:
+    """Return by ArviZ group what is drawn of rows without observations: from the prior.
+
+    All are ``(num_samples, batch, ...)``.
+    """
+    run = batch.encoding.run
+
+    def rows_of(trace: dict, names: Names) -> dict:
+        axes = {name: run.sites.sites[name].axis(run.plate) for name in names}
+        return {name: jnp.moveaxis(trace[name]["value"], axes[name], 0) for name in names}
+
+    def one(globals_: dict, rng_key: Array) -> dict[str, dict]:
+        trace = batch.trace(globals_, rng_key)
+        found = {name: jnp.moveaxis(trace[name]["value"], axis, 0) for name, axis in derived}
+        posterior = rows_of(trace, latent) | found
+        return {"posterior": posterior, "posterior_predictive": rows_of(trace, drawn)}
+
+    return batch.over_draws(one, globals_, _noise_keys(batch, rng_key, num_samples))
+
+
 def finish(
     batch: EncodedBatch,
     packed: Array,
@@ -236,7 +265,7 @@ def expected(
     def one(packed: Array, globals_: dict, rng_key: Array) -> Array:
         values = batch.complete(packed, globals_, rng_key)
         site = batch.trace(values, jax.random.fold_in(rng_key, 1), observed=False)[name]
-        return _rows_of(batch, name, site["fn"].mean if known else site["value"])
+        return _rows_of(batch, name, site["fn"].mean if known else drawn_value(site))
 
     packed = batch.draw(rng_key, num_samples, globals_)
     return _average(one, packed, globals_, _noise_keys(batch, rng_key, num_samples))
@@ -251,9 +280,11 @@ def expected_a_priori(
     """
     draw_key, *keys = _noise_keys(batch, rng_key, 1 + num_samples)
     drawn = jax.tree.map(itemgetter(0), globals_)
-    fn = batch.trace(drawn, draw_key, observed=False)[name]["fn"]
+    site = batch.trace(drawn, draw_key, observed=False)[name]
+    fn = site["fn"]
     if known:
         return _rows_of(batch, name, fn.mean)
+    drawn_value(site)
     return _average(lambda key: _rows_of(batch, name, fn.sample(key)), jnp.stack(keys))
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import jax
@@ -15,11 +15,14 @@ from jaxtyping import Array
 
 from numpyro_vae.data.arrays import ArrayData
 from numpyro_vae.data.batch import Batch, padded_batches, prefetch
-from numpyro_vae.data.shapes import explained
+from numpyro_vae.data.shapes import explained, require_rows
 from numpyro_vae.guides.base import AmortizedGuide
+from numpyro_vae.inference.fingerprint import Fingerprint, fingerprint_rows
 from numpyro_vae.model.missing import require_finite_observations
 from numpyro_vae.model.plan import check_observed
+from numpyro_vae.model.reading import read_for
 from numpyro_vae.model.sites import choose_plate
+from numpyro_vae.numpyro_internals import HANDLERS
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,7 @@ class Rows:
         plate: the name of the local plate.
         num_rows: how many rows it has.
         subsamples: whether the model selects rows in its own plate.
+        is_unobserved: whether the model is given none of the observations that the guide reads.
         held: by plate its size and the rows that it is told to hold, where the model declares
             another number of them than the data have.
         chosen: the numbers of the rows that results are wanted of, in that order.
@@ -42,6 +46,7 @@ class Rows:
     plate: str
     num_rows: int
     subsamples: bool
+    is_unobserved: bool
     held: dict[str, tuple[int, Any]]
     chosen: np.ndarray
     args: tuple
@@ -57,10 +62,24 @@ class Rows:
             ValueError: if the plate has another number of rows than the data, or an observation
                 belongs to no known datum.
         """
-        arrays = ArrayData.read(data, batch_axes)
+        arrays = read_for(guide.reader, data, batch_axes, static_kwargs)
         args, kwargs = arrays.whole()
         kwargs = {**kwargs, **static_kwargs}
-        with explained(guide.argument_shapes, *arrays.whole(), arrays.layout.axes):
+        with HANDLERS:
+            return cls._of_model(guide, arrays, static_kwargs, args, kwargs)
+
+    @classmethod
+    def _of_model(
+        cls,
+        guide: AmortizedGuide,
+        arrays: ArrayData,
+        static_kwargs: dict[str, Any],
+        args: tuple,
+        kwargs: dict[str, Any],
+    ) -> Rows:
+        """Return the rows of arrays, as the model takes them."""
+        require_rows(guide.argument_shapes, *arrays.whole(), arrays.layout.every_axis)
+        with explained(guide.argument_shapes, *arrays.whole(), arrays.layout.every_axis):
             held = _held(guide, arrays, args, kwargs)
             sites = guide.reader.sites(args, kwargs, held)
             require_finite_observations(guide.reader, arrays, static_kwargs, held)
@@ -77,7 +96,13 @@ class Rows:
             )
         check_observed(sites, plate, guide.segments)
         subsamples, chosen = plate.length < plate.size, np.arange(plate.size)
-        return cls(arrays, name, plate.size, subsamples, held, chosen, args, kwargs)
+        unobserved = guide.is_unobserved(sites)
+        return cls(arrays, name, plate.size, subsamples, unobserved, held, chosen, args, kwargs)
+
+    @cached_property
+    def fingerprint(self) -> Fingerprint:
+        """A number for each row, by which a result is known to be on it."""
+        return fingerprint_rows(self.data, self.num_rows)
 
     def choose(self, rows: Any) -> Rows:
         """Return the same data, with results wanted of some rows only.
@@ -159,15 +184,30 @@ class Rows:
                 return found  # in which the rows of other plates are whole, too
             return jax.tree.map(partial(np.take, indices=self.chosen, axis=row_axis), found)
         num_rows = len(self.chosen)
-        batch_size = min(batch_size, num_rows if num_rows == self.num_rows else rounded(num_rows))
-        batches = (self.chosen[places] for places, _ in padded_batches(num_rows, batch_size))
-        results = prefetch(fn(self.batch(jnp.asarray(rows))) for rows in batches)
+        results = prefetch(map(fn, self.batches(batch_size)))
         first = next(results)
         out = jax.tree.map(partial(_room, num_rows, row_axis), first)
-        starts = range(0, num_rows, batch_size)
+        starts = range(0, num_rows, self._at_once(batch_size))
         for start, found in zip(starts, itertools.chain([first], results), strict=True):
             jax.tree.map(partial(_write, start, row_axis), out, found)
         return out
+
+    def batches(self, batch_size: int) -> Iterator[Batch]:
+        """Yield batches of the chosen rows, the last filled up; data taken whole are one."""
+        if self.data.is_whole:
+            yield self.whole()
+            return
+        for places, _ in padded_batches(len(self.chosen), self._at_once(batch_size)):
+            yield self.batch(jnp.asarray(self.chosen[places]))
+
+    def num_batches(self, batch_size: int) -> int:
+        """Return how many batches there are."""
+        return 1 if self.data.is_whole else -(-len(self.chosen) // self._at_once(batch_size))
+
+    def _at_once(self, batch_size: int) -> int:
+        """Return how many rows a batch has, if it may have so many."""
+        number = len(self.chosen)
+        return min(batch_size, number if number == self.num_rows else rounded(number))
 
 
 def _held(guide: AmortizedGuide, data: ArrayData, args: tuple, kwargs: dict) -> dict:

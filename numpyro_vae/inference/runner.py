@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -11,13 +11,18 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from numpyro_vae.data.arguments import require_key
 from numpyro_vae.data.batch import Batch
 from numpyro_vae.guides.base import AmortizedGuide
+from numpyro_vae.inference.compiled import Compiled
 from numpyro_vae.inference.encoded import EncodedBatch
+from numpyro_vae.inference.memory import require_memory, size_of
 from numpyro_vae.inference.rows import Rows, rounded
+from numpyro_vae.numpyro_internals import HANDLERS
 
 ROWS = 256  # rows at once
-DRAWS = 2**22  # unconstrained values drawn at once
+DRAWS = 2**22  # values drawn at once
+PARTS = 2**32 - 2  # of no row: what the keys of parts of the draws are folded with first
 
 Quantity = Callable[..., Any]
 
@@ -50,27 +55,51 @@ class Runner:
         discrete = self.guide.sites.enumerated(self.guide.plate.name)
         return tuple(site.name for site in (*self.guide.local_sites, *discrete))
 
-    def read(self, data: Any) -> Rows:
-        """Return the rows of data; see `Rows.read`."""
-        return Rows.read(self.guide, self.static_kwargs, data, self.batch_axes)
+    def read(self, data: Any, *, of_prior: bool = False) -> Rows:
+        """Return the rows of data; see `Rows.read`.
+
+        Args:
+            data: the data.
+            of_prior: whether data without observations will do, as latents are of their prior then.
+
+        Raises:
+            ValueError: if there are no observations, and they will not do.
+        """
+        rows = Rows.read(self.guide, self.static_kwargs, data, self.batch_axes)
+        if rows.is_unobserved and not of_prior:
+            raise ValueError(
+                f"Nothing is observed in plate {rows.plate!r}, so there is no posterior. Pass the "
+                "observations that the guide was trained with; predict and to_datatree can do "
+                "without, and draw latents from their prior."
+            )
+        return rows
 
     def draw_globals(self, rng_key: Array, rows: Rows, num_samples: int) -> dict[str, Array]:
         """Draw the global sites, one set for all rows.
 
         Raises:
             ValueError: if ``num_samples`` is below 1.
+            MemoryError: if the draws do not fit in memory.
+            TypeError: if the key is none.
         """
+        require_key(rng_key)
         if num_samples < 1:
             raise ValueError(f"num_samples is {num_samples}, expected at least 1.")
         if self.guide.globals is not None:
-            self.guide.globals.set_up(self.params, rows.args, rows.kwargs, rows.held)
+            with HANDLERS:
+                self.guide.globals.set_up(self.params, rows.args, rows.kwargs, rows.held)
         draw = partial(_draw_globals, self.guide, self.static_kwargs, num_samples)
         compiled = self._compiled((_draw_globals, num_samples), draw)
         key = jax.random.fold_in(rng_key, 2**32 - 1)  # of no row
-        return compiled(self.params, rows.everything(), key)
+        args = (self.params, rows.everything(), key)
+        if self.guide.globals is not None:
+            require_memory(size_of(compiled.shapes(*args)))
+        return compiled(*args)
 
     def require_density(self) -> None:
-        """Raise ValueError if the guide is of points."""
+        """Raise ValueError if the guide is of points, or the model's scales make no posterior."""
+        if self.guide.plan is not None:
+            self.guide.plan.require_like_scales()
         if not self.guide.family.has_density:
             raise ValueError(
                 f"{type(self.guide.family).__name__} has no density, so there are no importance "
@@ -87,6 +116,7 @@ class Runner:
         num_draws: int = 1,
         batch_size: int | None = None,
         row_axis: int = 0,
+        times: int = 1,
         **static: Any,
     ) -> Any:
         """Run ``quantity(batch, *args, **static)`` on batches of rows, and join the results.
@@ -100,15 +130,82 @@ class Runner:
             num_draws: how many draws of each row are held at once, for the batch to fit in memory.
             batch_size: rows at once; by default as many as fit.
             row_axis: the axis of the rows in all that it returns.
+            times: how many such results are kept.
             static: its keyword arguments.
+
+        Raises:
+            MemoryError: if the results do not fit in memory; nothing is computed then.
         """
         compiled = self._compiled_quantity(_of_batch, quantity, static)
 
-        def run(batch: Batch) -> Any:
+        def given(batch: Batch) -> tuple:
             mine = () if by_row is None else (_cut(by_row, rows, batch),)
-            return compiled(self.params, batch, *mine, *args)
+            return (self.params, batch, *mine, *args)
 
-        return rows.collect(run, batch_size or self._batch_size(num_draws, by_row), row_axis)
+        values = max(num_draws * self.width(), _largest(by_row))
+        batch_size = batch_size or _batch_size(values)
+        batches = rows.num_batches(batch_size) * times
+        if batches > 1:
+            first = next(rows.batches(batch_size))
+            require_memory(batches * size_of(compiled.shapes(*given(first))))
+        return rows.collect(lambda batch: compiled(*given(batch)), batch_size, row_axis)
+
+    def per_draw(
+        self,
+        quantity: Quantity,
+        rows: Rows,
+        rng_key: Array,
+        globals_: dict[str, Any],
+        *,
+        num_samples: int,
+        by_row: np.ndarray | None = None,
+        observed: bool = False,
+        **static: Any,
+    ) -> Any:
+        """Run ``quantity(batch, rng_key, globals_, num_samples=, **static)`` on rows, and on draws.
+
+        So many draws that those of a row do not fit the device are drawn in parts, each with a key
+        of its own.
+
+        Args:
+            quantity: what to compute: a pytree of arrays ``(num_samples, batch, ...)``.
+            rows: the rows.
+            rng_key: the random key.
+            globals_: as many draws of the global sites.
+            num_samples: how many draws.
+            by_row: an array with a row and a draw of it in front, which becomes the first of the
+                further arguments.
+            observed: whether what is observed is among them.
+            static: its further keyword arguments.
+
+        Raises:
+            MemoryError: if the results do not fit in memory; nothing is computed then.
+        """
+        parts = -(-num_samples // self.draws_at_once(rows))
+        size = -(-num_samples // parts)
+        sizes = {"batch_size": _batch_size(size * self.width(observed=observed)), "times": parts}
+        run = partial(self.per_batch, quantity, rows, num_samples=size, row_axis=1, **sizes)
+        run = partial(run, **static)
+        if parts == 1:
+            return run(rng_key, globals_, by_row=by_row)
+        out = None
+        for number in range(parts):
+            key = jax.random.fold_in(jax.random.fold_in(rng_key, PARTS), number)
+            places = np.arange(number * size, (number + 1) * size)
+            places = places.clip(max=num_samples - 1)  # all parts are of one size
+            given = {name: x[places] for name, x in globals_.items()}
+            mine = None if by_row is None else by_row[:, places]
+            found = run(key, given, by_row=mine)
+            out = jax.tree.map(partial(_room, num_samples), found) if out is None else out
+            jax.tree.map(partial(_write, number * size), out, found)
+        return out
+
+    def trace(self, quantity: Quantity, rows: Rows, *args: Any) -> Any:
+        """Return the shapes of a quantity of a batch, for which nothing is computed."""
+        encode = partial(_encode, self.guide, self.static_kwargs)
+        with HANDLERS:
+            of_batch = partial(_of_batch, encode, quantity)
+            return jax.eval_shape(of_batch, self.params, rows.whole(), *args)
 
     def once(self, quantity: Quantity, rows: Rows, *args: Any, **static: Any) -> Any:
         """Run a quantity of all rows at once; see `per_batch`."""
@@ -139,23 +236,32 @@ class Runner:
         found = compiled(self.params, rows.whole(), chosen, by_row, *args)
         return jax.tree.map(lambda x: np.asarray(x)[:size], found)
 
-    def _batch_size(self, num_draws: int, by_row: Any) -> int:
-        """Return how many rows fit in memory with so many draws of each, and what comes by row."""
-        size = sum(site.datum_size(self.guide.plate) for site in self.guide.local_sites)
-        given = max((leaf[0].size for leaf in jax.tree.leaves(by_row)), default=1)
-        return int(np.clip(DRAWS // max(num_draws * size, given, 1), 1, ROWS))
+    def width(self, *, observed: bool = False) -> int:
+        """Return how many values are drawn of a row at once."""
+        plate = self.guide.plate
+        seen = self.guide.sites.observed(plate.name) if observed else ()
+        return sum(site.datum_size(plate) for site in (*self.guide.local_sites, *seen))
 
-    def _compiled_quantity(self, of: Callable, quantity: Quantity, static: dict) -> Callable:
+    def draws_at_once(self, rows: Rows) -> int:
+        """Return how many draws of a row fit the device, the same for all that is computed of them.
+
+        Of data that the model takes whole, it is draws of all rows.
+        """
+        rows_at_once = rows.num_rows if rows.data.is_whole else 1
+        return max(DRAWS // max(self.width(observed=True) * rows_at_once, 1), 1)
+
+    def _compiled_quantity(self, of: Callable, quantity: Quantity, static: dict) -> Compiled:
         encode = partial(_encode, self.guide, self.static_kwargs)
         fn = partial(of, encode, partial(quantity, **static))
         return self._compiled((of, quantity, *sorted(static.items())), fn)
 
-    def _compiled(self, key: tuple, fn: Callable[..., Any]) -> Callable[..., Any]:
+    def _compiled(self, key: tuple, fn: Callable[..., Any]) -> Compiled:
         """Return a compiled function, the same for all runners with these static arguments."""
         kwargs = ((name, _identity(value)) for name, value in self.static_kwargs.items())
-        compiled, key = self.guide.compiled, (*key, *kwargs)
+        compiled: dict[Any, Any] = self.guide.compiled
+        key = (*key, *kwargs)
         if key not in compiled:
-            compiled[key] = jax.jit(fn)
+            compiled.setdefault(key, Compiled(fn))
         return compiled[key]
 
 
@@ -200,10 +306,30 @@ def _of_rows(
     return jax.vmap(one)(rows, by_row)
 
 
+def _batch_size(values: int) -> int:
+    """Return how many rows fit in memory, with so many values of each."""
+    return int(np.clip(DRAWS // max(values, 1), 1, ROWS))
+
+
+def _largest(by_row: Any) -> int:
+    """Return how many values a row has of the largest array."""
+    return max((leaf[0].size for leaf in jax.tree.leaves(by_row)), default=1)
+
+
 def _cut(by_row: Any, rows: Rows, batch: Batch) -> Any:
     """Return what belongs to the rows of a batch, of arrays that have a value for chosen rows."""
     places = np.searchsorted(rows.chosen, batch.indices).clip(0, len(rows.chosen) - 1)
     return jax.tree.map(lambda x: x[places], by_row)
+
+
+def _room(num_samples: int, part: np.ndarray) -> np.ndarray:
+    """Return room for all draws, like a part of them."""
+    return np.empty((num_samples, *part.shape[1:]), part.dtype)
+
+
+def _write(start: int, room: np.ndarray, part: np.ndarray) -> None:
+    """Copy a part of the draws to its place, without what is too many."""
+    room[start : start + len(part)] = part[: len(room) - start]
 
 
 def _identity(value: Any) -> Any:
@@ -226,3 +352,24 @@ def choose_names(var_names: Iterable[str] | None, known: Iterable[str]) -> list[
     if missing:
         raise ValueError(f"There are no sites {missing} here, choose from {sorted(known)}.")
     return names
+
+
+def require_trained(guide: Any, params: Any) -> AmortizedGuide:
+    """Return the guide, if these are a trained one and what it was trained to.
+
+    Raises:
+        TypeError: if one of them is something else.
+    """
+    if not isinstance(guide, AmortizedGuide):
+        is_class = isinstance(guide, type)
+        found = f"the class {guide.__name__}" if is_class else f"of type {type(guide).__name__}"
+        raise TypeError(
+            f"The guide is {found}, expected an amortized guide such as AutoAmortizedNormal(model)."
+            " Pass the guide that was trained, before its parameters, and not what wraps it."
+        )
+    if not isinstance(getattr(params, "params", params), Mapping):
+        raise TypeError(
+            f"The parameters are of type {type(params).__name__}, expected what fit or svi.run "
+            "returned, or a dict of parameters. Pass result, or result.params."
+        )
+    return guide

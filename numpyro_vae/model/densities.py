@@ -93,7 +93,7 @@ def predicted_rows(trace: dict[str, Any], run: Run) -> dict[str, Array]:
     """Return what the model, run on a batch without its data, has drawn for them.
 
     Args:
-        trace: of the model without its data.
+        trace: of the model under `redraw`; what it could not draw is left out.
         run: the run of the model that the guide has read.
 
     Returns:
@@ -107,6 +107,8 @@ def predicted_rows(trace: dict[str, Any], run: Run) -> dict[str, Array]:
             continue
         dims = {frame.name: frame.dim for frame in site["cond_indep_stack"]}
         plate = next((plate for plate in plates if plate in dims), None)
-        if plate and jnp.size(site["value"]):  # a numpyro.factor has no values
+        if site["is_observed"] or not jnp.size(site["value"]):
+            continue  # what cannot be drawn, or a numpyro.factor
+        if plate:
             found[name] = jnp.moveaxis(site["value"], dims[plate] - site["fn"].event_dim, 0)
     return found

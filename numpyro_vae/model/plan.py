@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
 from typing import Any
 
+import numpy as np
+from jax.core import Tracer
+
 from numpyro_vae.model.provenance import RANDOM
 from numpyro_vae.model.reading import ModelReader
 from numpyro_vae.model.sites import ModelSites, Plate, Site, choose_plate
@@ -25,6 +28,7 @@ class GuidePlan:
         bounds: what the supports of these are made of, where they are computed: a guide of global
             sites keeps the values that it has seen.
         scaled: the names of the sites that the model scales.
+        unlike: the factors of the local sites, where they are not all the same.
     """
 
     sites: ModelSites
@@ -33,6 +37,17 @@ class GuidePlan:
     globals: tuple[str, ...]
     bounds: tuple[Any, ...] = ()
     scaled: tuple[str, ...] = ()
+    unlike: str = ""
+
+    def require_like_scales(self) -> None:
+        """Raise ValueError if the model scales the local latents of a datum by unlike factors."""
+        if self.unlike:
+            raise ValueError(
+                f"The model scales its local sites by unlike factors: {self.unlike}. Then there is "
+                "no posterior that the ELBO leads to, nor weights, evidence or checks of it. Put "
+                "all local sites into one handlers.scale, or scale the likelihood instead; with "
+                "AutoAmortizedNormal you can train, encode and sample all the same."
+            )
 
 
 def plan_guide(
@@ -76,7 +91,8 @@ def plan_guide(
             f"{list(globals_)}. Name these; local sites go into dependencies=."
         )
     bounds = reader.bounds(args, kwargs, rows, globals_)
-    return GuidePlan(sites, local_plate, local, globals_, bounds, tuple(reading.scales))
+    scaled, unlike = tuple(reading.scales), _unlike_scales(reader, args, kwargs, rows, local)
+    return GuidePlan(sites, local_plate, local, globals_, bounds, scaled, unlike)
 
 
 def outside(
@@ -132,6 +148,20 @@ def _check_supports(sites: ModelSites, plate: Plate) -> None:
                 "one with a fixed support, and wrap the model in numpyro.handlers.reparam with "
                 f"config={{{site.name!r}: TransformReparam()}}."
             )
+
+
+def _unlike_scales(
+    reader: ModelReader, args: tuple, kwargs: dict[str, Any], rows: Rows, sites: tuple[Site, ...]
+) -> str:
+    """Return the factors of local sites if they differ; those of compiled code are not known."""
+    if not set(reader.abstract(args, kwargs, rows).scales) & {site.name for site in sites}:
+        return ""
+    scales = reader.read(args, kwargs, rows).scales
+    found = {site.name: scales.get(site.name, 1.0) for site in sites}
+    if any(isinstance(scale, Tracer) for scale in found.values()):
+        return ""
+    first, *others = (np.unique(np.asarray(scale, np.float32)) for scale in found.values())
+    return "" if all(np.array_equal(first, other) for other in others) else str(found)
 
 
 def _in_order(

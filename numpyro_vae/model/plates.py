@@ -10,6 +10,18 @@ from jaxtyping import Array, Float, Int
 from numpyro.primitives import Messenger
 
 from numpyro_vae.model.trace import Rows
+from numpyro_vae.numpyro_internals import ask_handlers
+
+ROWS = "numpyro_vae.rows"  # the type of a message that asks for the rows of a plate
+
+
+def given_rows(plate: str) -> Rows:
+    """Return the rows that a handler gives a plate whatever it declares, with its size.
+
+    The handlers are asked before the model is run, as it may not run with another number of rows.
+    """
+    found = ask_handlers(ROWS, plate=plate)
+    return {} if found is None else {plate: found}
 
 
 class all_rows(Messenger):  # noqa: N801 - handlers are lower case, as in numpyro.handlers
@@ -35,6 +47,8 @@ class all_rows(Messenger):  # noqa: N801 - handlers are lower case, as in numpyr
 
     def process_message(self, msg: Any) -> None:
         """Give a plate its rows: those given, or all if it subsamples."""
+        if msg["type"] == ROWS and msg["plate"] in self.rows:
+            msg["value"] = self.rows[msg["plate"]]
         if msg["type"] != "plate":
             return
         size, length = msg["args"]
@@ -92,6 +106,8 @@ class minibatch(Messenger):  # noqa: N801
                 msg["value"], length = self.indices, len(self.indices)
             msg["args"] = (self.num_data, length)
             self._factor = self.num_data / declared
+        elif msg["type"] == ROWS and msg["plate"] == self.plate and self.indices is not None:
+            msg["value"] = (self.num_data, self.indices)
         elif msg["type"] in ("sample", "param"):
             for frame in msg["cond_indep_stack"]:
                 if frame.name == self.plate:

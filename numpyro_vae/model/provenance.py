@@ -11,8 +11,6 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 from numpyro.primitives import Messenger
 
-__all__ = ["named_values", "sources"]
-
 PREFIX = "numpyro_vae/"  # of the names that are given to values
 KINDS = ("sample", "param", "plate")
 RANDOM = "/random"  # what comes from a random key, and from nothing with a name

@@ -1,10 +1,9 @@
-"""Reads a model: what it holds on given arguments, its latents apart."""
+"""Reads a model, once for arguments of the same shapes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -12,18 +11,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, Int
+from jaxtyping import Array
 from numpyro import handlers
-from numpyro.distributions import constraints
 from numpyro.primitives import Messenger
 
-from numpyro_vae.data.arrays import Layout, is_array
+from numpyro_vae.data.arrays import ArrayData, Layout
+from numpyro_vae.model.contents import Reading, Values, reading_of, values_of
 from numpyro_vae.model.provenance import sources
-from numpyro_vae.model.sites import ModelSites, Plate, Reads
-from numpyro_vae.model.trace import Model, Rows, counts, sites_of_trace, trace_model
-from numpyro_vae.numpyro_internals import declared_scale
-
-Values = tuple[dict[str, Any], ...]
+from numpyro_vae.model.sites import ModelSites, Reads
+from numpyro_vae.model.trace import Model, Rows, trace_model
 
 # What JAX raises when a model asks for the values of an abstract array.
 NEEDS_VALUES = (
@@ -33,76 +29,6 @@ NEEDS_VALUES = (
     jax.errors.TracerBoolConversionError,
     jax.errors.NonConcreteBooleanIndexError,
 )
-
-
-@dataclass(frozen=True)
-class Param:
-    """A parameter as the model declares it: its first value, its constraint, and the rest."""
-
-    value: Any
-    constraint: Any
-    kwargs: tuple[tuple[str, Any], ...]
-
-
-@partial(
-    jax.tree_util.register_dataclass,
-    data_fields=("indices", "values", "masks", "scales", "supports", "choices", "params"),
-    meta_fields=("sites", "fixed_supports", "has_state"),
-)
-@dataclass(frozen=True, eq=False)
-class Reading:
-    """What a model holds on given arguments; a pytree of arrays, the rest static.
-
-    Attributes:
-        indices: by plate the rows that it holds. A plate inside a ``scan`` is not seen.
-        values: by observed site its values.
-        masks: by site the mask of its distribution, where it has one.
-        scales: by site the factor of its log-density, where the model has one.
-        supports: by latent site its support, where it is made of values.
-        choices: by enumerated site the values that it can take.
-        params: by name the parameters that the model declares.
-        sites: its sites and plates.
-        fixed_supports: by latent site its support, where it is made of none.
-        has_state: whether the model has mutable state.
-    """
-
-    indices: dict[str, Any]  # unchecked, as JAX puts what it likes into the place of arrays
-    values: dict[str, Any]
-    masks: dict[str, Any]
-    scales: dict[str, Any]
-    supports: dict[str, Any]
-    choices: dict[str, Any]
-    params: dict[str, Any]
-    sites: ModelSites
-    fixed_supports: Fixed
-    has_state: bool
-
-    def support(self, name: str) -> Any:
-        """Return the support of a latent site."""
-        return self.supports[name] if name in self.supports else self.fixed_supports.value[name]
-
-    def rows(self, plate: Plate) -> Int[Array, "rows"]:
-        """Return the rows that a plate holds: all of them if it stands in a ``scan``."""
-        return self.indices[plate.name] if plate.name in self.indices else jnp.arange(plate.length)
-
-    def with_reads(self, reads: Reads) -> Reading:
-        """Return the reading with what is known of what reads what."""
-        return replace(self, sites=replace(self.sites, reads=reads))
-
-    def with_sizes(self, sizes: Mapping[str, int]) -> Reading:
-        """Return the reading with other sizes of plates; the rows that they hold are the same."""
-        plates = {
-            name: replace(plate, size=sizes.get(name, plate.size))
-            for name, plate in self.sites.plates.items()
-        }
-        return replace(self, sites=replace(self.sites, plates=plates))
-
-
-@dataclass(frozen=True, eq=False)
-class Fixed:
-    """Holds what cannot be hashed, in the static part of a pytree."""
-
-    value: Any
 
 
 class ModelReader:
@@ -184,6 +110,19 @@ class ModelReader:
         trace = partial(self._traced if _is_hashable(layout) else self._trace, layout, sizes)
         _, values = jax.eval_shape(trace, *arguments)
         return {name: jnp.shape(value) for name, value in values[-1].items()}
+
+    def needs_values(self, args: tuple, kwargs: dict[str, Any]) -> bool:
+        """Return whether the model asks for the values of its arguments."""
+        layout, sizes, *arguments = self._arguments(args, kwargs, {}, None)
+        if not _is_hashable(layout):
+            return False
+        try:
+            jax.eval_shape(partial(self._compiled, layout, sizes), *arguments)
+        except NEEDS_VALUES:
+            return True
+        except Exception:  # of any kind, as the model's own code raises it
+            return False
+        return False
 
     def plates_met(self, args: tuple, kwargs: dict[str, Any]) -> tuple[str, ...]:
         """Return the names of the plates that the model enters, before it fails if it does."""
@@ -289,6 +228,30 @@ def _is_names(x: Any) -> bool:
     return isinstance(x, frozenset)
 
 
+def read_for(
+    reader: ModelReader,
+    data: Any,
+    batch_axes: Any,
+    static_kwargs: Mapping[str, Any],
+    name: str = "data",
+) -> ArrayData:
+    """Read data in memory; arrays whose values a model asks for are constants.
+
+    Args:
+        reader: of the model.
+        data: see `ArrayData.read`.
+        batch_axes: likewise.
+        static_kwargs: the model's keyword arguments that never change.
+        name: what the data are called in messages.
+    """
+    arrays = ArrayData.read(data, batch_axes, name)
+    if all(axis is not None for axis in arrays.layout.axes):
+        return arrays
+    args, kwargs = arrays.whole()
+    needs = reader.needs_values(args, {**kwargs, **static_kwargs})
+    return arrays.with_constants() if needs else arrays
+
+
 class _Plates(Messenger):
     """Remembers the names of plates."""
 
@@ -307,65 +270,3 @@ def _is_hashable(value: Any) -> bool:
     except TypeError:
         return False
     return True
-
-
-def reading_of(trace: dict[str, Any]) -> Reading:
-    """Return what a trace holds of a model beside its latents."""
-    sites = sites_of_trace(trace)
-    latent = [site.name for site in sites.latent() if not site.is_discrete]
-    supports = {name: trace[name]["fn"].support for name in latent}
-    computed = {name: support for name, support in supports.items() if jax.tree.leaves(support)}
-    masks = {name: counts(trace, name) for name in sites.sites}
-    scales = {name: declared_scale(trace[name]) for name in sites.sites}
-    return Reading(
-        indices={name: msg["value"] for name, msg in _of_type(trace, "plate")},
-        values={
-            name: jnp.asarray(trace[name]["value"])
-            for name, site in sites.sites.items()
-            if site.is_observed and trace[name]["value"] is not None
-        },
-        masks={name: mask for name, mask in masks.items() if mask is not None},
-        scales={name: scale for name, scale in scales.items() if scale is not None},
-        supports=computed,
-        choices={
-            site.name: trace[site.name]["fn"].enumerate_support(expand=False)
-            for site in sites.sites.values()
-            if site.is_enumerated
-        },
-        params={name: _param(msg) for name, msg in _of_type(trace, "param")},
-        sites=sites,
-        fixed_supports=Fixed({name: x for name, x in supports.items() if name not in computed}),
-        has_state=any(True for _ in _of_type(trace, "mutable")),
-    )
-
-
-def values_of(trace: dict[str, Any]) -> Values:
-    """Return the values of which `Reads` says, field by field, what they come from."""
-    sites = [(name, msg) for name, msg in _of_type(trace, "sample") if msg["fn"] is not None]
-    observed = {name: msg for name, msg in sites if msg["is_observed"]}
-    latent = {name: msg["fn"] for name, msg in sites if not msg["is_observed"]}
-    return (
-        {name: msg["value"] for name, msg in observed.items()},
-        {name: _log_prob_inputs(msg) for name, msg in observed.items()},
-        {name: jax.tree.leaves(fn.support) for name, fn in latent.items()},
-        {name: msg["value"] for name, msg in _of_type(trace, "deterministic")},
-    )
-
-
-def _log_prob_inputs(msg: dict[str, Any]) -> list[Any]:
-    """Return what the log-density of an observed site is computed from, but its value."""
-    leaves = jax.tree.leaves(msg["fn"])
-    return leaves if all(map(is_array, leaves)) else [msg["fn"].log_prob(msg["value"])]
-
-
-def _of_type(trace: dict[str, Any], kind: str) -> Iterable[tuple[str, dict[str, Any]]]:
-    return ((name, msg) for name, msg in trace.items() if msg["type"] == kind)
-
-
-def _param(msg: dict[str, Any]) -> Param:
-    kwargs = dict(msg["kwargs"])
-    constraint = kwargs.pop("constraint", constraints.real)
-    return Param(msg["value"], constraint, tuple(sorted(kwargs.items())))
-
-
-jax.tree_util.register_dataclass(Param, ("value", "constraint"), ("kwargs",))

@@ -14,9 +14,10 @@ from jaxtyping import Array, Bool, Float, Int
 from numpyro import handlers
 
 from numpyro_vae.data.ragged import Masked, Segments
-from numpyro_vae.model.reading import ModelReader, Reading
+from numpyro_vae.model.contents import Reading
+from numpyro_vae.model.plates import given_rows
+from numpyro_vae.model.reading import ModelReader
 from numpyro_vae.model.sites import ModelSites, Plate, Site
-from numpyro_vae.model.trace import Rows
 from numpyro_vae.numpyro_internals import declare_plate
 
 Groups = Mapping[str, Callable[..., Any]]
@@ -237,12 +238,6 @@ def _with_rows(reader: ModelReader, local: str, args: tuple, kwargs: dict[str, A
         if is_given:
             rows[name] = (sizes[name], indices)
     return (reader.read(args, kwargs, rows) if rows != given else reading).with_sizes(sizes)
-
-
-def given_rows(plate: str) -> Rows:
-    """Return the rows that a handler gives a plate whatever it declares, with its size."""
-    size, indices, is_given = declare_plate(plate, 1, None)
-    return {plate: (size, indices)} if is_given and size > 1 else {}
 
 
 def _ids(ids: Any, elements: Plate, plate: Plate) -> Array:

@@ -144,6 +144,10 @@ class ModelSites:
         return bool(self.reads.values.get(name, frozenset()) & {s.name for s in self.latent()})
 
 
+class PlateError(ValueError):
+    """A model has no plate, or several, that could be the local one."""
+
+
 def choose_plate(sites: ModelSites, plate: str | None) -> Plate:
     """Return the local plate: the one named, else the one that subsamples, else the only one.
 
@@ -152,19 +156,19 @@ def choose_plate(sites: ModelSites, plate: str | None) -> Plate:
         plate: the plate's name, or None to choose among those that hold latent sites.
 
     Raises:
-        ValueError: if the named plate holds no latent site, no plate does, or several do.
+        PlateError: if the named plate holds no latent site, no plate does, or several do.
     """
     hidden = [s for s in sites.sites.values() if not s.is_observed]
     candidates = {name: sites.plates[name] for s in hidden for name in s.plates}
     if plate is not None:
         if plate not in candidates:
-            raise ValueError(
+            raise PlateError(
                 f"No latent site lies in a plate named {plate!r}. "
                 f"Plates with latent sites: {sorted(candidates) or 'none'}. Name one of them."
             )
         return candidates[plate]
     if not candidates:
-        raise ValueError(
+        raise PlateError(
             f"No latent site lies in a plate: the model has latent sites "
             f"{[s.name for s in hidden]} and plates {sorted(sites.plates)}. An amortized "
             "guide needs latents of each datum: put numpyro.plate around them."
@@ -173,7 +177,7 @@ def choose_plate(sites: ModelSites, plate: str | None) -> Plate:
     remaining = subsampled or candidates
     if len(remaining) > 1:
         held = {name: [s.name for s in hidden if name in s.plates] for name in remaining}
-        raise ValueError(
+        raise PlateError(
             f"Several plates hold latent sites: {held}. Say which one has a datum for each of "
             f"its entries, for instance plate={next(iter(remaining))!r}."
         )

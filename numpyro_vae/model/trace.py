@@ -81,28 +81,14 @@ class own_trace(handlers.trace):  # noqa: N801
         super().postprocess_message({**msg, **own})
 
 
-class replicated(handlers.uncondition):  # noqa: N801
-    """Draw the observed sites anew, each of the shape of what it observed.
-
-    Where NumPyro broadcasts the event of a distribution to that of the data, it draws one value for
-    all of them; here each is drawn.
-    """
-
-    def process_message(self, msg: Any) -> None:
-        """Forget what is observed, but its shape."""
-        if msg["type"] == "sample" and msg["is_observed"]:
-            msg["fn"] = _with_event(msg["fn"], _event_shape(msg))
-        super().process_message(msg)
-
-
-def _with_event(fn: dist.Distribution, event_shape: tuple[int, ...]) -> dist.Distribution:
+def with_event(fn: dist.Distribution, event_shape: tuple[int, ...]) -> dist.Distribution:
     """Return a distribution of independent values with a larger event."""
     if fn.event_shape == event_shape:
         return fn
     if isinstance(fn, dist.MaskedDistribution):
-        return _with_event(fn.base_dist, event_shape).mask(mask_of_masked(fn))
+        return with_event(fn.base_dist, event_shape).mask(mask_of_masked(fn))
     if isinstance(fn, dist.ExpandedDistribution):
-        return _with_event(fn.base_dist, event_shape).expand(fn.batch_shape)
+        return with_event(fn.base_dist, event_shape).expand(fn.batch_shape)
     if not isinstance(fn, dist.Independent):
         return fn
     count = fn.reinterpreted_batch_ndims
@@ -124,10 +110,11 @@ def sites_of_trace(trace: dict) -> ModelSites:
             deterministic[name] = tuple(frame.name for frame in frames)
             continue
         _check_observation(name, msg, frames)
+        _check_latent(name, msg, frames)
         sites[name] = Site(
             name,
             tuple(msg["fn"].batch_shape),
-            _event_shape(msg),
+            event_shape_of(msg),
             _unconstrained_shape(msg),
             tuple(frame.name for frame in frames),
             msg["is_observed"],
@@ -148,10 +135,10 @@ def _check_observation(name: str, msg: dict, frames: tuple) -> None:
         return
     fn, shape = msg["fn"], jnp.shape(msg["value"])
     try:
-        fits = jnp.broadcast_shapes(shape, fn.batch_shape + _event_shape(msg))
+        fits = jnp.broadcast_shapes(shape, fn.batch_shape + event_shape_of(msg))
     except ValueError:
         fits = None
-    if fits != fn.batch_shape + _event_shape(msg):
+    if fits != fn.batch_shape + event_shape_of(msg):
         raise ValueError(
             f"Site {name!r} in plate {frames[0].name!r} observes values of shape {shape}, and its "
             f"distribution has shape {fn.batch_shape + fn.event_shape}: batch {fn.batch_shape}, "
@@ -160,7 +147,7 @@ def _check_observation(name: str, msg: dict, frames: tuple) -> None:
         )
 
 
-def _event_shape(msg: dict) -> tuple[int, ...]:
+def event_shape_of(msg: dict) -> tuple[int, ...]:
     """Return the event shape of a site: that of its values too, if they are observed.
 
     One may be broadcast to the other: ``Normal(z[:, None], 1.0).to_event(1)`` is a distribution of
@@ -173,6 +160,19 @@ def _event_shape(msg: dict) -> tuple[int, ...]:
         return jnp.broadcast_shapes(fn.event_shape, shape[max(len(shape) - fn.event_dim, 0) :])
     except ValueError:
         return tuple(fn.event_shape)
+
+
+def _check_latent(name: str, msg: dict, frames: tuple) -> None:
+    """Raise if a latent site in a plate is a function of others, and not sampled at all."""
+    fn = msg["fn"]
+    while hasattr(fn, "base_dist") and not msg["is_observed"]:
+        fn = fn.base_dist
+    if isinstance(fn, dist.Delta) and frames and not msg["is_observed"]:
+        raise ValueError(
+            f"The latent site {name!r} in plate {frames[0].name!r} has a Delta distribution, so "
+            "that no other value has a density. Declare what is a function of other sites with "
+            f"numpyro.deterministic({name!r}, value)."
+        )
 
 
 def _is_discrete(fn: Any) -> bool:
@@ -188,8 +188,17 @@ def _unconstrained_shape(msg: dict) -> tuple[int, ...]:
     """Return the shape, batch apart, of the values that map to the site's support."""
     fn = msg["fn"]
     if msg["is_observed"] or _is_discrete(fn):
-        return _event_shape(msg)
-    shape = biject_to(fn.support).inverse_shape(fn.batch_shape + fn.event_shape)
+        return event_shape_of(msg)
+    try:
+        transform = biject_to(fn.support)
+    except NotImplementedError:
+        raise ValueError(
+            f"The latent site {msg['name']!r} has the support {fn.support}, onto which NumPyro has "
+            "no map from the real numbers. Reparameterize it, a ProjectedNormal as in "
+            "numpyro.handlers.reparam(model, config="
+            f"{{{msg['name']!r}: numpyro.infer.reparam.ProjectedNormalReparam()}})."
+        ) from None
+    shape = transform.inverse_shape(fn.batch_shape + fn.event_shape)
     return tuple(shape[len(fn.batch_shape) :])
 
 

@@ -185,10 +185,12 @@ def plot_khat(report: Report, *, ax: Axes | None = None) -> Axes:
 
     Example:
         >>> import xarray as xr
-        >>> khat = xr.Dataset({"khat": ("data", [0.2, 1.3, 0.1])}, attrs={"khat_threshold": 0.7})
-        >>> ax = plot_khat(Report(khat))
-        >>> [text.get_text() for text in ax.get_legend().get_texts()]
-        ['fine: 2 (67%)', 'borderline: 0 (0%)', 'not to be trusted: 1 (33%)']
+        >>> columns = {"khat": [0.2, 1.3, 0.1], "divergence": [0.3, 2.0, 0.0]}
+        >>> columns["divergence_mcse"] = [0.01, 0.5, 0.0]
+        >>> attrs = {"khat_threshold": 0.7, "max_divergence": 0.1}
+        >>> report = Report(xr.Dataset({k: ("data", x) for k, x in columns.items()}, attrs=attrs))
+        >>> [text.get_text() for text in plot_khat(report).get_legend().get_texts()]
+        ['fine: 1 (33%)', 'reweight: 1 (33%)', 'borderline: 0 (0%)', 'not to be trusted: 1 (33%)']
     """
     ax = _axes(ax)
     Importance().draw(report.dataset, ax)

@@ -13,8 +13,23 @@ from scipy.special import logsumexp
 from numpyro_vae.inference.psis import khat_threshold, smooth
 from numpyro_vae.inference.rows import Rows
 from numpyro_vae.inference.runner import Runner
-from numpyro_vae.repair.nuts import ROUNDS, Frame, advance, start_chains
-from numpyro_vae.repair.proposals import PROPOSALS, Held, Kernels, adapt, propose
+from numpyro_vae.repair.nuts import (
+    ITERATIONS,
+    NUM_CHAINS,
+    ROUNDS,
+    Frame,
+    advance,
+    start_chains,
+)
+from numpyro_vae.repair.proposals import (
+    FEWEST,
+    FROM_PRIOR,
+    PROPOSALS,
+    Held,
+    Kernels,
+    adapt,
+    propose,
+)
 
 METHODS = ("importance", "refine", "nuts")
 MIN_ESS = 400.0  # effective draws that a mean and its error need (Vehtari et al., 2021)
@@ -89,6 +104,14 @@ def attempt(
     return _by_nuts(runner, nuts_key, *arguments, before)
 
 
+def draws_of(method: str, held: Held) -> int:
+    """Return how many draws a method holds of a row, given values of the global sites."""
+    size = len(next(iter(held.values()))) if held else 1
+    if method == "nuts":
+        return size * NUM_CHAINS * ITERATIONS * sum(ROUNDS)
+    return round(size * max(PROPOSALS // size, FEWEST) / (1 - FROM_PRIOR))
+
+
 def measured(number: int, **known: Any) -> dict[str, np.ndarray]:
     """Return the columns of rows, NaN for what is not known."""
     names = ("passed", "khat", "log_evidence", "converged", "rhat", "ess")
@@ -109,15 +132,16 @@ def _by_weights(
     # Split once: folding a number into a key gives what splitting it does.
     first, *later = jax.random.split(rng_key, 1 + stages)
     found = runner.per_batch(propose, rows, first, held, refined=refined, num_draws=PROPOSALS)
-    made = _weighed(found, first, rows, number)
+    made = _weighed(found, first, number)
     for key in later:
         left = np.flatnonzero(~made.columns["passed"] & found["whole"])
         if not left.size:
             break
-        kernels = Kernels.around(spread(pooled(made.draws[left]), CENTERS))
+        centers, ess = spread(pooled(made.draws[left]), CENTERS), made.columns["ess"][left]
+        kernels = Kernels.around(centers, ess)
         part = rows.choose(rows.chosen[left])
         again = runner.per_batch(adapt, part, key, held, by_row=kernels)
-        made.put(left, _weighed(again, key, part, number))
+        made.put(left, _weighed(again, key, number))
     if refined:
         made.columns["converged"] = found["converged"].astype(float)
     return made
@@ -133,28 +157,46 @@ def spread(draws: np.ndarray, number: int) -> np.ndarray:
     return draws[:, np.linspace(0, draws.shape[1] - 1, number).round().astype(int)]
 
 
-def _weighed(found: dict[str, np.ndarray], rng_key: Array, rows: Rows, number: int) -> Attempt:
+def _weighed(found: dict[str, np.ndarray], rng_key: Array, number: int) -> Attempt:
     """Return resampled proposals, and what their weights say of them.
 
     Weights are of the posterior given each value of the globals, which count alike whatever the
-    row's evidence given them.
+    row's evidence given them. A row does not pass, and nothing is said of it, if a density is
+    infinite, or if no draw has any.
     """
-    log_weights = found["log_weights"].astype(float)
+    log_weights, known = _finite(found["log_weights"].astype(float), found["draws"])
     total, held, proposals = log_weights.shape
     evidence = logsumexp(log_weights, axis=2, keepdims=True) - np.log(proposals)
-    smoothed, khat = smooth(pooled(log_weights - evidence).T, rows.chosen)
+    size = np.abs(log_weights.max((1, 2)))
+    smoothed, khat = smooth(pooled(log_weights - evidence).T, size)
     ess = 1 / np.exp(2 * smoothed).sum(0)
     rng = np.random.default_rng(np.asarray(jax.random.key_data(rng_key)))
     weights = np.exp(smoothed).T.reshape(total * held, proposals)
     chosen = _resample(weights, number, rng).reshape(total, held, number, 1)
+    said = {"khat": khat, "log_evidence": evidence.mean((1, 2)), "ess": ess}
     columns = measured(
         total,
-        passed=(khat < khat_threshold(len(smoothed))) & (ess >= MIN_ESS),
-        khat=khat,
-        log_evidence=evidence.mean((1, 2)),
-        ess=ess,
+        passed=(khat < khat_threshold(len(smoothed))) & (ess >= MIN_ESS) & known,
+        **{name: np.where(known, values, np.nan) for name, values in said.items()},
     )
     return Attempt(np.take_along_axis(found["draws"], chosen, axis=2), columns)
+
+
+def _finite(
+    log_weights: Float[np.ndarray, "rows held proposals"], draws: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return log weights of which some are finite in each row, and in which rows they mean it.
+
+    A draw without density counts for nothing. Where none has any, all that are numbers count alike.
+    """
+    log_weights = np.where(np.isnan(log_weights), -np.inf, log_weights)
+    infinite = log_weights == np.inf
+    log_weights = np.where(infinite, -np.inf, log_weights)
+    nowhere = (log_weights == -np.inf).all(2)
+    for row, place in np.argwhere(nowhere):
+        numbers = np.isfinite(draws[row, place]).all(-1)
+        log_weights[row, place] = np.where(numbers | ~numbers.any(), 0.0, -np.inf)
+    return log_weights, ~(infinite.any((1, 2)) | nowhere.any(1))
 
 
 def _resample(
@@ -204,9 +246,10 @@ def _judge(draws: Float[np.ndarray, "rows held chains draws size"], number: int)
     from arviz_stats.base import array_stats
 
     by_value = np.moveaxis(draws.astype(float), -1, 2)
-    rhat = array_stats.rhat(by_value, chain_axis=-2, draw_axis=-1)
-    ess = array_stats.ess(by_value, chain_axis=-2, draw_axis=-1)
-    worst = np.sqrt((np.nan_to_num(rhat, nan=np.inf) ** 2).mean(1)).max(-1)
+    with np.errstate(divide="ignore", invalid="ignore"):  # of chains that stood still
+        rhat = array_stats.rhat(by_value, chain_axis=-2, draw_axis=-1)
+        ess = array_stats.ess(by_value, chain_axis=-2, draw_axis=-1)
+    worst = np.sqrt((np.where(np.isnan(rhat), np.inf, rhat) ** 2).mean(1)).max(-1)
     least = np.nan_to_num(ess).sum(1).min(-1)
     passed = (worst < MAX_RHAT) & (least >= MIN_ESS)
     rows, size = draws.shape[:2]

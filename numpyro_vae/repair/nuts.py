@@ -15,6 +15,7 @@ from numpyro_vae.inference.encoded import EncodedBatch
 from numpyro_vae.inference.rows import Rows
 from numpyro_vae.inference.runner import Runner
 from numpyro_vae.numpyro_internals import end_adaptation
+from numpyro_vae.repair.proposals import location_and_scale
 
 NUM_CHAINS = 4
 ITERATIONS = 250  # of a round: the first to adapt in
@@ -52,13 +53,8 @@ class Frame(NamedTuple):
         cls, draws: Float[np.ndarray, "rows draws size"], ess: Float[np.ndarray, "rows"]
     ) -> Frame:
         """Return the frame of draws, whose correlations count by how many of them do."""
-        number, size = draws.shape[1:]
-        center, scale = draws.mean(1), np.maximum(draws.std(1), 1e-3)
-        z = (draws - center[:, None]) / scale[:, None]
-        share = (ess / (ess + 2 * size))[:, None, None]
-        correlation = share * np.einsum("rni,rnj->rij", z, z) / number + (1 - share) * np.eye(size)
-        scale_tril = scale[:, :, None] * np.linalg.cholesky(correlation)
-        return cls(center, scale_tril.astype(draws.dtype))
+        center, scale_tril = location_and_scale(draws, ess, 1e-3)
+        return cls(center.astype(draws.dtype), scale_tril.astype(draws.dtype))
 
     def standardize(self, packed: Float[np.ndarray, "rows draws size"]) -> np.ndarray:
         """Return the coordinates of draws."""

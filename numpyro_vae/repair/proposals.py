@@ -25,6 +25,33 @@ LogDensity = Callable[[Array], Array]
 Proposal = Callable[[Array, Held, int], tuple[Array, LogDensity]]
 
 
+def location_and_scale(
+    draws: Float[np.ndarray, "rows number size"], ess: Float[np.ndarray, "rows"], least: float
+) -> tuple[Float[np.ndarray, "rows size"], Float[np.ndarray, "rows size size"]]:
+    """Return the mean of each row's draws, and the Cholesky factor of their covariance.
+
+    Correlations are shrunk to zero by how few of the draws count, as those of some draws that are
+    resampled over and over are of no full rank.
+
+    Args:
+        draws: of each row; those that are not finite are left out.
+        ess: how many of them count; NaN if none does.
+        least: the smallest standard deviation.
+    """
+    draws, size = draws.astype(float), draws.shape[2]
+    there = np.isfinite(draws).all(2, keepdims=True)
+    number = np.maximum(there.sum(1), 1)
+    center = np.where(there, draws, 0).sum(1) / number
+    centered = np.where(there, draws - center[:, None], 0)
+    scale = np.maximum(np.sqrt((centered**2).sum(1) / number), least)
+    z = centered / scale[:, None]
+    ess = np.nan_to_num(ess)
+    share = (ess / (ess + 2 * size))[:, None, None]
+    correlation = np.moveaxis(z, 1, 2) @ z / number[..., None]
+    shrunk = share * correlation + (1 - share) * np.eye(size)
+    return center, scale[:, :, None] * np.linalg.cholesky(shrunk)
+
+
 class Kernels(NamedTuple):
     """A mixture of Normals for each datum, all of one covariance.
 
@@ -37,15 +64,14 @@ class Kernels(NamedTuple):
     scale_tril: Any
 
     @classmethod
-    def around(cls, draws: Float[np.ndarray, "batch number size"]) -> Kernels:
+    def around(
+        cls, draws: Float[np.ndarray, "batch number size"], ess: Float[np.ndarray, "batch"]
+    ) -> Kernels:
         """Return kernels around draws, of the bandwidth of Silverman's rule."""
         _, number, size = draws.shape
-        centered = draws - draws.mean(1, keepdims=True)
-        covariance = np.einsum("bni,bnj->bij", centered, centered) / number
-        ridge = 1e-6 * np.einsum("bii->b", covariance) / size + 1e-12
-        covariance += ridge[:, None, None] * np.eye(size)
+        _, scale_tril = location_and_scale(draws, ess, 1e-6)
         bandwidth = (4 / (number * (size + 2))) ** (1 / (size + 4))
-        return cls(draws, bandwidth * np.linalg.cholesky(covariance))
+        return cls(draws, (bandwidth * scale_tril).astype(draws.dtype))
 
     def sample(self, rng_key: Array, num_samples: int) -> Float[Array, "num_samples batch size"]:
         """Draw from the mixture of every datum."""
@@ -123,7 +149,7 @@ def _weigh(batch: EncodedBatch, proposal: Proposal, rng_key: Array, held: Held) 
 
     Some are of the prior, lest a mode be missed. A weight is that of the mixture which all were
     drawn from, and so it is bounded by the likelihood (*defensive* importance sampling: Hesterberg,
-    Technometrics, 1995).
+    Technometrics, 1995). It is infinite where the model's density is.
     """
     size = len(next(iter(held.values()))) if held else 1
     number = max(PROPOSALS // size, FEWEST)
@@ -142,13 +168,13 @@ def _weigh(batch: EncodedBatch, proposal: Proposal, rng_key: Array, held: Held) 
             if of_prior:
                 defence = jnp.log(share) + logsumexp(log_prior, axis=0)
                 proposed = jnp.logaddexp(jnp.log1p(-share) + proposed, defence)
-            return logsumexp(log_joint, axis=0) - proposed
+            density = logsumexp(log_joint, axis=0)
+            return jnp.where(density == jnp.inf, jnp.inf, density - proposed)
 
         return draws, batch.over_draws(weigh, draws)
 
     draws, log_weights = jax.lax.map(given, (jax.random.split(rng_key, size), held))
-    known = jnp.where(jnp.isnan(log_weights), -jnp.inf, log_weights)
-    return {"draws": jnp.moveaxis(draws, 2, 0), "log_weights": jnp.moveaxis(known, 2, 0)}
+    return {"draws": jnp.moveaxis(draws, 2, 0), "log_weights": jnp.moveaxis(log_weights, 2, 0)}
 
 
 def _is_improper(batch: EncodedBatch) -> bool:

@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import xarray as xr
 
+from numpyro_vae.inference.datatree import tree_name
+from numpyro_vae.inference.fingerprint import NAME, of_all, require_same_tree
+from numpyro_vae.inference.rows import Rows
 from numpyro_vae.repair.methods import METHODS
 
 if TYPE_CHECKING:
@@ -67,9 +70,11 @@ class Repair:
                 opened from a file.
 
         Raises:
-            ValueError: if the tree has fewer rows than were repaired, or another number of draws.
+            ValueError: if the tree is of other data, or has another number of draws.
         """
-        posterior = self._posterior_of(tree)
+        plate, posterior = tree_name(self.plate), self._posterior_of(tree)
+        if NAME in self.dataset.attrs:
+            require_same_tree("The repair", self.dataset.attrs[NAME], tree, plate)
         equal = np.zeros((posterior.sizes["draw"], len(self.rows)))
         repaired = {**self.groups, "sample_stats": {"log_weights": equal}}
         groups = {
@@ -77,7 +82,7 @@ class Repair:
             for name, variables in repaired.items()
             if name in tree.children
         }
-        groups["repair"] = self._of_all(posterior[self.plate])
+        groups["repair"] = self._of_all(posterior[plate])
         return tree.assign({name: type(tree)(dataset) for name, dataset in groups.items()})
 
     def _posterior_of(self, tree: DataTree) -> Dataset:
@@ -88,7 +93,8 @@ class Repair:
                 "Posterior.to_datatree on the same data."
             )
         posterior = tree["posterior"].to_dataset()
-        num_rows, num_draws = posterior.sizes.get(self.plate, 0), posterior.sizes["draw"]
+        plate = tree_name(self.plate)
+        num_rows, num_draws = posterior.sizes.get(plate, 0), posterior.sizes["draw"]
         repaired = [len(x) for group in self.groups.values() for x in group.values()]
         last = self.rows.max(initial=-1)
         if num_rows <= last or {num_draws, *repaired} != {num_draws}:
@@ -105,9 +111,10 @@ class Repair:
         Whole variables are assigned: of a tree that is opened from a file, ``values`` is a new
         array each time, and what is written into it is lost.
         """
-        new = {}
+        new, plate = {}, tree_name(self.plate)
+        variables = {tree_name(name): values for name, values in variables.items()}
         for name in variables.keys() & dataset.keys():
-            rows_first = dataset[name].transpose("chain", self.plate, ...)
+            rows_first = dataset[name].transpose("chain", plate, ...)
             values = np.array(rows_first.values)
             values[0, self.rows] = np.moveaxis(variables[name], 1, 0)
             new[name] = rows_first.copy(data=values).transpose(*dataset[name].dims)
@@ -121,14 +128,14 @@ class Repair:
             values = np.full(coord.size, blank.get(str(name), np.nan), object)
             values[self.rows] = column.values
             kind = {"method": str, "passed": bool}.get(str(name), float)
-            found[name] = (self.plate, values.astype(kind))
-        return xr.Dataset(found, coords={self.plate: coord})
+            found[name] = (coord.name, values.astype(kind))
+        return xr.Dataset(found, coords={coord.name: coord})
 
 
-def columns(
-    plate: str, rows: np.ndarray, found: dict[str, np.ndarray], methods: np.ndarray
-) -> Dataset:
+def columns(rows: Rows, found: dict[str, np.ndarray], methods: np.ndarray) -> Dataset:
     """Return diagnostics by row, and the method that made the row's draws, by its number."""
+    plate, numbers = rows.plate, rows.chosen
     variables = {"method": (plate, np.array(METHODS)[methods])}
     variables |= {name: (plate, values) for name, values in found.items()}
-    return xr.Dataset(variables, coords={plate: rows})
+    coords = {plate: numbers, NAME: (plate, rows.fingerprint[numbers])}
+    return xr.Dataset(variables, coords=coords, attrs={NAME: of_all(rows.fingerprint)})

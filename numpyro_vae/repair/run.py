@@ -2,25 +2,39 @@
 
 from __future__ import annotations
 
+import warnings
 from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
 from numpyro_vae.checks.report import Report
 from numpyro_vae.inference.derived import derived_sites
 from numpyro_vae.inference.encoded import EncodedBatch
+from numpyro_vae.inference.memory import require_memory
+from numpyro_vae.inference.predictable import undrawn_sites, warn_of_undrawn
 from numpyro_vae.inference.quantities import Axes, finish
 from numpyro_vae.inference.rows import Rows
 from numpyro_vae.inference.runner import Runner
-from numpyro_vae.repair.methods import CENTERS, METHODS, Attempt, attempt, measured, pooled, spread
+from numpyro_vae.repair.methods import (
+    CENTERS,
+    METHODS,
+    Attempt,
+    attempt,
+    draws_of,
+    measured,
+    pooled,
+    spread,
+)
 from numpyro_vae.repair.proposals import Held
 from numpyro_vae.repair.result import Repair, columns
 
 NUM_HELD = 32  # draws of the global sites that rows are repaired for, if there are any
-BLOCK = 64  # rows whose proposals are held at once
+BLOCK = 64  # rows that are repaired at once
+HELD = 2**26  # values that are drawn of them, at most
 
 
 def run_repair(
@@ -34,32 +48,60 @@ def run_repair(
         raise ValueError(f"method is {method!r}, expected 'auto' or one of {list(METHODS)}.")
     every = runner.read(data)
     if isinstance(rows, Report):
-        rows = rows.flagged_of(every.num_rows)
+        rows = rows.flagged_of(every.fingerprint)
     chosen = every.choose(np.unique(every.choose(rows).chosen))
-    plate, count = runner.guide.plate.name, len(chosen.chosen)
-    if not count:
+    if not len(chosen.chosen):
         nothing = measured(0, passed=np.zeros(0, bool))
-        return Repair(columns(plate, chosen.chosen, nothing, np.zeros(0, int)), {})
+        return Repair(columns(chosen, nothing, np.zeros(0, int)), {})
     size = min(NUM_HELD, num_samples) if runner.guide.global_names else 1
     held = runner.draw_globals(rng_key, chosen, size)
     methods = METHODS if method == "auto" else (method,)
+    _look_ahead(runner, chosen, num_samples)
     number = -(-max(num_samples, CENTERS) // size)
     made, by = _try_methods(runner, rng_key, chosen, held, methods, number)
     packed = spread(pooled(made.draws), num_samples)
     of_held = spread(np.arange(size * number)[None] // number, num_samples)[0]
     given = {name: np.asarray(value)[of_held] for name, value in held.items()}
-    derived = tuple(derived_sites(runner, chosen).by_row.items())
-    finish = partial(runner.per_batch, _finish, derived=derived, row_axis=1)
-    groups = finish(chosen, rng_key, given, by_row=packed)
-    return Repair(columns(plate, chosen.chosen, made.columns, by), groups)
+    groups = _groups(runner, chosen, rng_key, given, packed)
+    return Repair(columns(chosen, made.columns, by), groups)
+
+
+def _look_ahead(runner: Runner, rows: Rows, num_samples: int) -> None:
+    """Find out what will not work in the end, before what takes long."""
+    values = len(rows.chosen) * num_samples * runner.width(observed=True)
+    require_memory(values * jnp.zeros(()).dtype.itemsize)
+    warn_of_undrawn(undrawn_sites(runner, rows))
+
+
+def _groups(
+    runner: Runner, rows: Rows, rng_key: Array, given: dict[str, Any], packed: np.ndarray
+) -> dict[str, dict[str, np.ndarray]]:
+    """Return the draws by group; the latents alone if the model cannot be run for the others."""
+    finish = partial(runner.per_draw, _finish, rows, rng_key, given, by_row=packed)
+    finish = partial(finish, num_samples=packed.shape[1], observed=True)
+    try:
+        derived = tuple(derived_sites(runner, rows).by_row.items())
+        return finish(groups=("posterior", "posterior_predictive"), derived=derived)
+    except Exception as error:  # of whatever kind: what took so long is not to be lost
+        message = (
+            f"Nothing could be predicted for the repaired rows, which have latents alone: {error}"
+        )
+        warnings.warn(message, UserWarning, stacklevel=4)
+        return finish(groups=("posterior",), derived=())
 
 
 def _finish(
-    batch: EncodedBatch, packed: Array, rng_key: Array, globals_: Held, *, derived: Axes
+    batch: EncodedBatch,
+    packed: Array,
+    rng_key: Array,
+    globals_: Held,
+    *,
+    num_samples: int,
+    groups: tuple[str, ...],
+    derived: Axes,
 ) -> dict[str, dict]:
     """Return the draws by group, without what lies in another plate than the rows."""
     plate, sites = batch.encoding.run.plate.name, batch.encoding.run.sites
-    groups = ("posterior", "posterior_predictive")
     found = finish(batch, packed, rng_key, globals_, groups=groups, derived=derived)
     around = {name: site.plates for name, site in sites.sites.items()} | sites.deterministic
     return {
@@ -81,7 +123,9 @@ def _try_methods(
     def tried(name: str, left: np.ndarray, before: Attempt | None) -> Attempt:
         key = jax.random.fold_in(rng_key, METHODS.index(name))
         parts = []
-        for block in np.split(np.arange(len(left)), range(BLOCK, len(left), BLOCK)):
+        values = draws_of(name, held) * runner.width()
+        size = int(np.clip(HELD // max(values, 1), 1, BLOCK))
+        for block in np.split(np.arange(len(left)), range(size, len(left), size)):
             part = rows.choose(rows.chosen[left[block]])
             begun = before and before.at(block)
             parts.append(attempt(name, runner, key, part, held, number, begun))

@@ -2,8 +2,9 @@
 
 from numpyro_vae.scales.parameterization import (
     AbstractParameterization,
+    for_heads,
     get_parameterization,
     reparameterize,
 )
 
-__all__ = ["AbstractParameterization", "get_parameterization", "reparameterize"]
+__all__ = ["AbstractParameterization", "for_heads", "get_parameterization", "reparameterize"]

@@ -1,6 +1,6 @@
 """What a network's raw output means: how it is turned into a scale.
 
-An encoder's second output is any real number; a scale is positive. Code that learns
+A network's second output is any real number; a scale is positive. Code that learns
 ``log(scale**2)`` and code that learns ``log(scale)`` differ by a factor of two, and a number
 written by one and read by the other is silently wrong. So the meaning is an object, stated once.
 
@@ -25,7 +25,9 @@ __all__ = [
     "AbstractParameterization",
     "LogScale",
     "LogVariance",
+    "Scale",
     "Softplus",
+    "for_heads",
     "get_parameterization",
     "reparameterize",
 ]
@@ -234,10 +236,64 @@ class Softplus(AbstractParameterization):
         return scale + jnp.log(-jnp.expm1(-scale))
 
 
+@final
+class Scale(AbstractParameterization):
+    """The raw output is the scale: of an encoder that returns a standard deviation.
+
+    What is not positive is no scale, and gets the smallest one that has a finite square,
+    ``finfo.max**-0.4``. There the gradient is that of ``log|raw|`` with the sign turned, which
+    pulls the output back above 0. A head of the guide, which is linear, is not held above 0 by
+    itself, and uses `Softplus` instead; see `for_heads`.
+
+    Example:
+        >>> float(Scale().scale(0.25)), float(Scale().log_scale(1.0))
+        (0.25, 0.0)
+    """
+
+    def unbounded_scale(self, raw: Floats) -> Floats:
+        """``raw``."""
+        return _saturated(raw)
+
+    def unbounded_log_scale(self, raw: Floats) -> Floats:
+        """``log(raw)``."""
+        return _log_of_positive(raw)
+
+    def unbounded_inverse(self, scale: Floats) -> Floats:
+        """``scale``."""
+        return scale
+
+
+@jax.custom_jvp
+def _saturated(raw: Array) -> Array:
+    """``raw`` within the dtype's usable range of scales; its derivative is 1 everywhere."""
+    largest = math.exp(saturation_limit(raw.dtype))
+    return jnp.clip(raw, 1 / largest, largest)
+
+
+@_saturated.defjvp
+def _saturated_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    return _saturated(*primals), tangents[0]
+
+
+@jax.custom_jvp
+def _log_of_positive(raw: Array) -> Array:
+    """``log(raw)``, of what is not positive that of the smallest scale."""
+    return jnp.log(jnp.maximum(raw, math.exp(-saturation_limit(raw.dtype))))
+
+
+@_log_of_positive.defjvp
+def _log_of_positive_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    # Below 0 no steeper than its mirror image: the slope of the smallest scale, 1e15, would fill
+    # an optimizer's second moments for the rest of the training.
+    smallest = math.exp(-saturation_limit(primals[0].dtype))
+    return _log_of_positive(*primals), tangents[0] / jnp.maximum(jnp.abs(primals[0]), smallest)
+
+
 PARAMETERIZATIONS: dict[str, type[AbstractParameterization]] = {
     "log_scale": LogScale,
     "log_variance": LogVariance,
     "softplus": Softplus,
+    "scale": Scale,
 }
 
 
@@ -259,6 +315,21 @@ def get_parameterization(parameterization: object) -> AbstractParameterization:
         f"{', '.join(PARAMETERIZATIONS)} or an object such as LogVariance(init_scale=0.1). Pass "
         "what the network's raw output means."
     )
+
+
+def for_heads(parameterization: AbstractParameterization) -> AbstractParameterization:
+    """What the guide's own heads use, whose raw outputs are any real numbers.
+
+    That is the parameterization itself, but `Softplus` for `Scale`: a linear map does not stay
+    positive.
+
+    Example:
+        >>> for_heads(Scale(init_scale=0.1))
+        Softplus(init_scale=0.1, bounds=None)
+    """
+    if isinstance(parameterization, Scale):
+        return Softplus(init_scale=parameterization.init_scale, bounds=parameterization.bounds)
+    return parameterization
 
 
 def reparameterize(

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from enum import Enum
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
+import jax
 import numpy as np
+from jaxtyping import Array
 from numpyro.infer.svi import SVIState
 from tqdm.auto import tqdm
+
+from numpyro_vae.data.batch import Batch
+from numpyro_vae.guides.auto import AutoAmortizedNormal
+from numpyro_vae.guides.network import is_headless
+from numpyro_vae.model.plates import all_rows, minibatch
+from numpyro_vae.training.step import Trainer
 
 __all__ = ["Callback", "StopReason"]
 
@@ -90,3 +100,52 @@ class ProgressBar:
     def write(self, text: str) -> None:
         """Write a line above the bar."""
         self.bar.write(text)
+
+
+class UndeclaredScale:
+    """Warns after the first epoch if an encoder's own scale seems to be none of what it is read as.
+
+    An encoder that returns ``(loc, raw_scale)`` to a guide without ``scale=`` is read as one of
+    log-scales. These are negative nearly everywhere where priors are of unit scale, as posteriors
+    are narrower; standard deviations never are.
+
+    Args:
+        trainer: of the fit.
+        batch: the rows to look at.
+    """
+
+    def __init__(self, trainer: Trainer, batch: Batch):
+        self.trainer, self.batch = trainer, batch
+
+    def __call__(self, epoch: int, state: SVIState, metrics: Mapping[str, float]) -> None:
+        """Look at the first epoch."""
+        guide = self.trainer.svi.guide
+        if epoch or not isinstance(guide, AutoAmortizedNormal) or guide.scale_is_declared:
+            return
+        params = self.trainer.params(state)
+        if not is_headless(params, guide.prefix):
+            return
+        kwargs = self.trainer.svi.static_kwargs
+        raw_scale = guide.compiled.setdefault(
+            _raw_scale, jax.jit(partial(_raw_scale, guide, kwargs))
+        )
+        if (np.asarray(raw_scale(params, self.batch)) >= 0).all():
+            warnings.warn(
+                "The encoder returns a pair (loc, raw_scale), and after an epoch raw_scale is "
+                "negative nowhere in a batch. The guide reads it as log(scale), as no scale= was "
+                'given. If it is a standard deviation, pass scale="scale" to the guide; if it is '
+                'a log-scale, pass scale="log_scale".',
+                stacklevel=3,
+            )
+
+
+def _raw_scale(
+    guide: AutoAmortizedNormal, static_kwargs: dict[str, Any], params: dict[str, Any], batch: Batch
+) -> Array:
+    """Return what an encoder of pairs returns in the second place."""
+    args, kwargs = batch.arguments()
+    hold: Any = all_rows()
+    if batch.fills_plate:
+        hold = minibatch(plate=batch.plate, num_data=batch.num_data, indices=batch.indices)
+    encoding = guide.encode_rows(hold, params, args, {**kwargs, **static_kwargs})
+    return encoding.features["joint"][1]

@@ -11,11 +11,27 @@ from jaxtyping import Array
 from numpyro.infer import SVI
 from numpyro.infer.svi import SVIState
 
-from numpyro_vae.data.arrays import ArrayData, is_in_memory
+from numpyro_vae.data.arguments import require_count, require_key
+from numpyro_vae.data.arrays import is_in_memory
 from numpyro_vae.model.missing import require_finite_observations
-from numpyro_vae.model.sites import ModelSites
-from numpyro_vae.numpyro_internals import enumerates, param_transforms, set_param_transforms
-from numpyro_vae.training.callbacks import Callback, EarlyStopping, ProgressBar, StopReason
+from numpyro_vae.numpyro_internals import param_transforms, set_param_transforms
+from numpyro_vae.training.callbacks import (
+    Callback,
+    EarlyStopping,
+    ProgressBar,
+    StopReason,
+    UndeclaredScale,
+)
+from numpyro_vae.training.options import (
+    check_names,
+    check_objective,
+    check_passes,
+    check_start,
+    check_state,
+    check_stopping,
+    check_supports,
+    check_svi,
+)
 from numpyro_vae.training.sources import ArraySource, IterableSource, Source, WholeSource
 from numpyro_vae.training.step import Trainer, trainer_of
 
@@ -113,18 +129,25 @@ def fit(
         >>> result.losses.shape
         (20,)
     """
-    _check_options(num_epochs, patience, validation, init_state, init_params)
+    check_svi(svi)
+    require_key(rng_key)
+    num_epochs = require_count("num_epochs", num_epochs)
+    check_stopping(patience, validation)
+    check_start(init_state, init_params)
     trainer = trainer_of(svi)
     plate = plate or getattr(svi.guide, "plate_name", None)
+    check_passes(data, num_epochs)
     source = _source(trainer, data, batch_size, num_data, batch_axes, plate)
-    _check_objective(svi, source.sites)
+    check_objective(svi, source.sites)
     init_key, order_key, validation_key = jax.random.split(rng_key, 3)
     state = _start(svi, trainer, source, init_key, init_state, init_params)
+    check_supports(trainer, source.first())
     score = _validator(trainer, source, validation, batch_axes, validation_key)
     stopping = None if patience is None else EarlyStopping(patience)
     history = _History()
     with ProgressBar(num_epochs, is_shown=progress_bar) as bar:
-        watching = (bar, *([] if stopping is None else [stopping]), *callbacks)
+        own = (UndeclaredScale(trainer, source.first()), *([] if stopping is None else [stopping]))
+        watching = (bar, *own, *callbacks)
         reason = StopReason.EPOCHS_DONE
         try:
             for epoch in range(num_epochs):
@@ -160,12 +183,17 @@ def _start(
 ) -> SVIState:
     """Return the state to start from, and leave the SVI ready for its own methods."""
     transforms = param_transforms(svi)
-    if init_state is not None and transforms is not None:
+    if init_state is None or transforms is None or trainer.fresh is None:
+        state = trainer.init(rng_key, source.first(), init_params)
+        check_names(init_params, trainer)
+    if init_state is None or transforms is None:
+        set_param_transforms(svi, trainer.transforms)
+    else:
         trainer.transforms = transforms
-        return init_state
-    state = trainer.init(rng_key, source.first(), init_params)
-    set_param_transforms(svi, trainer.transforms)
-    return state if init_state is None else init_state
+    if init_state is None:
+        return state
+    check_state(init_state, trainer.fresh, svi)
+    return init_state
 
 
 class _History:
@@ -195,38 +223,6 @@ def _reason(stopping: EarlyStopping | None) -> StopReason:
     return StopReason.CALLBACK
 
 
-def _check_options(
-    num_epochs: int,
-    patience: int | None,
-    validation: Any,
-    init_state: SVIState | None,
-    init_params: dict[str, Any] | None,
-) -> None:
-    if num_epochs < 1:
-        raise ValueError(f"num_epochs is {num_epochs}, expected at least 1.")
-    if patience is not None and (patience < 1 or validation is None):
-        raise ValueError(
-            f"patience is {patience} with validation data "
-            f"{'missing' if validation is None else 'given'}; early stopping needs validation= "
-            "data and a patience of at least 1 epoch."
-        )
-    if init_state is not None and init_params is not None:
-        raise ValueError(
-            f"init_params= names {sorted(init_params)}, but training continues from init_state=, "
-            "which has values of all parameters. Leave one of them out."
-        )
-
-
-def _check_objective(svi: SVI, sites: ModelSites) -> None:
-    """Raise if the model has sites to enumerate, and the objective would draw from their prior."""
-    enumerated = [site.name for site in sites.sites.values() if site.is_enumerated]
-    if enumerated and not enumerates(svi.loss):
-        raise ValueError(
-            f"The model's sites {enumerated} are to be enumerated, which "
-            f"{type(svi.loss).__name__} does not do. Train with numpyro.infer.TraceEnum_ELBO()."
-        )
-
-
 def _source(
     trainer: Trainer,
     data: Any,
@@ -238,7 +234,7 @@ def _source(
     if is_in_memory(data):
         if num_data is not None:
             raise ValueError("num_data= is for iterables; arrays say how many data there are.")
-        arrays = ArrayData.read(data, batch_axes)
+        arrays = trainer.read(data, batch_axes)
         if arrays.is_whole:
             if batch_size is not None:
                 raise ValueError(
@@ -246,12 +242,16 @@ def _source(
                     "data at once. Leave one of them out."
                 )
             return WholeSource(trainer, arrays, plate)
-        return ArraySource(trainer, arrays, batch_size or min(128, arrays.num_data), plate)
+        size = min(128, arrays.num_data)
+        size = size if batch_size is None else require_count("batch_size", batch_size)
+        return ArraySource(trainer, arrays, size, plate)
     if num_data is None or batch_size is not None:
         raise ValueError(
             f"data is an iterable of batches ({type(data).__name__}): say with num_data= how many "
-            "data there are in all, and leave batch_size= to the iterable."
+            "data there are in all, and leave batch_size= to the iterable. Data themselves are an "
+            "array, not a list."
         )
+    num_data = require_count("num_data", num_data)
     return IterableSource(trainer, data, num_data, batch_axes, plate)
 
 
@@ -261,7 +261,7 @@ def _validator(
     """Return a function from a state to its validation loss per datum, if there are such data."""
     if validation is None:
         return lambda state: {}
-    data = ArrayData.read(validation, batch_axes, "validation")
+    data = trainer.read(validation, batch_axes, "validation")
     if data.layout != source.data.layout:
         raise ValueError(
             f"validation has the structure {data.layout}, the data {source.data.layout}. Pass "

@@ -14,6 +14,7 @@ from numpyro_vae.data.batch import Batch
 from numpyro_vae.training.step import Trainer
 
 CHUNK = 32  # steps between two looks at the losses
+LARGE = 1e4  # data beyond this are suspected where a step fails
 
 
 def guarded_steps(
@@ -24,7 +25,7 @@ def guarded_steps(
     Raises:
         FloatingPointError: if no step of the epoch is finite.
     """
-    losses, where = [np.zeros(0, np.float32)], ""
+    losses, where, largest = [np.zeros(0, np.float32)], "", 0.0
     for chunk in batched(batches, CHUNK):
         before, found = state, []
         for batch in chunk:
@@ -37,18 +38,30 @@ def guarded_steps(
             for batch in chunk[:bad]:  # to the very state that failed
                 before, _ = trainer.guarded_step(before, batch)
             where = f"step {step} of epoch {epoch}, at {trainer.culprit(before, chunk[bad])}"
+            largest = _largest(chunk[bad])
         losses.append(found)
     losses = np.concatenate(losses)
-    _report(losses, where)
+    _report(losses, where, largest)
     return state, losses
 
 
-def _report(losses: np.ndarray, where: str) -> None:
+def _largest(batch: Batch) -> float:
+    """Return the largest absolute value of the data."""
+    sizes = [np.abs(np.asarray(array, float)) for array in batch.arrays if array.size]
+    return max((float(np.nanmax(size)) for size in sizes), default=0.0)
+
+
+def _report(losses: np.ndarray, where: str, largest: float) -> None:
     skipped = int(np.isnan(losses).sum())
     if not skipped:
         return
     found = f"the ELBO or its gradient was not finite in {skipped} of {len(losses)} steps"
     advice = "Look at the data and the priors there; a smaller learning rate may help."
+    if largest > LARGE:
+        advice = (
+            f"The data are as large as {largest:.1g}, and squares of such numbers leave the range "
+            "of floats: standardize the data, or write the model in larger units."
+        )
     if skipped == len(losses):
         raise FloatingPointError(f"No step could be taken: {found}, first at {where}. {advice}")
     warnings.warn(f"Steps were skipped: {found}, first at {where}. {advice}", stacklevel=5)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -81,7 +83,10 @@ class ArraySource:
         self.num_steps = -(-data.num_data // batch_size)
         self.taking = self._read(plate)
         self.sites, self.plate = self.taking.sites, self.taking.plate.name
-        self._first = self._batch(data, jnp.arange(batch_size), None)
+        # Not the first ones, as encoders take the scale of the data from them, and rows may be
+        # in the order of their values.
+        chosen = np.random.default_rng(0).choice(data.num_data, batch_size, replace=False)
+        self._first = self._batch(data, jnp.asarray(chosen), None)
         rows = self._first.every(data.num_data)
         require_finite_observations(trainer.reader, data, trainer.svi.static_kwargs, rows)
         self._run: Callable[..., Any] | None = None
@@ -110,7 +115,7 @@ class ArraySource:
         )
 
     def first(self) -> Batch:
-        """Return the first rows."""
+        """Return rows from all of the data, the same for data of the same length."""
         return self._first
 
     def batches(self, data: ArrayData) -> list[tuple[Batch, int]]:
@@ -207,10 +212,12 @@ class IterableSource:
         self, trainer: Trainer, batches: Iterable, num_data: int, batch_axes: Any, plate: str | None
     ):
         self.trainer, self.num_data, self.batch_axes = trainer, num_data, batch_axes
-        self.iterable = batches
+        self.iterable, self.num_seen = batches, 0
         first = next(iter(batches), None)
         if first is None:
             raise ValueError("data yields no batch. Pass an iterable that can be iterated anew.")
+        if isinstance(batches, Iterator):  # it does not yield the first one again
+            self.iterable = chain([first], batches)
         self.data = ArrayData.read(first, batch_axes, "the first batch")
         self.batch_size = self.data.num_data
         self.taking = self._take(plate)
@@ -254,7 +261,9 @@ class IterableSource:
 
     def _epoch(self) -> Iterator[Batch]:
         for number, batch in enumerate(self.iterable):
-            yield self._pad(self._read(batch, f"batch {number}"))
+            data = self._read(batch, f"batch {number}")
+            self.num_seen += data.num_data
+            yield self._pad(data)
 
     def _read(self, batch: Any, name: str) -> ArrayData:
         data = ArrayData.read(batch, self.batch_axes, name)
@@ -264,13 +273,36 @@ class IterableSource:
     def run(self, state: SVIState, rng_key: Array, epoch: int) -> tuple[SVIState, np.ndarray]:
         """Run an epoch, each step guarded, in the iterable's own order."""
         del rng_key
+        self.num_seen = 0
         state, losses = guarded_steps(self.trainer, state, prefetch(self._epoch()), epoch)
         if not len(losses):
             raise ValueError(
                 f"data yielded no batch in epoch {epoch}. Pass an iterable that can be iterated "
                 "anew, such as a list or a data loader, not a generator."
             )
+        if not epoch:
+            self._compare_number()
         return state, losses
+
+    def _compare_number(self) -> None:
+        """Say if the first epoch had other rows than there are said to be.
+
+        Fewer may be a sample of the data, or all but the last batch.
+
+        Raises:
+            ValueError: if there were more.
+        """
+        if self.data.is_whole:
+            return
+        found = f"data yielded {self.num_seen} rows in an epoch, and num_data is {self.num_data}"
+        if self.num_seen > self.num_data:
+            raise ValueError(f"{found}. Pass the number of rows that there are in all.")
+        if self.num_seen <= self.num_data - self.batch_size:
+            warnings.warn(
+                f"{found}, so that each row counts for {self.num_data / self.num_seen:.3g}. That is"
+                " right if an epoch is a sample of the data; else pass the number of its rows.",
+                stacklevel=4,
+            )
 
 
 def read_sites(

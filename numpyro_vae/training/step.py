@@ -17,10 +17,12 @@ from numpyro import handlers
 from numpyro.infer import SVI
 from numpyro.infer.svi import SVIState
 
+from numpyro_vae.data.arrays import ArrayData
 from numpyro_vae.data.batch import Batch
 from numpyro_vae.guides.base import AmortizedGuide
+from numpyro_vae.model.contents import Reading
 from numpyro_vae.model.plates import minibatch
-from numpyro_vae.model.reading import ModelReader, Reading
+from numpyro_vae.model.reading import ModelReader, read_for
 from numpyro_vae.numpyro_internals import (
     init_model_key,
     param_transforms,
@@ -48,6 +50,7 @@ class Trainer:
         shared = isinstance(svi.guide, AmortizedGuide) and svi.guide.model is svi.model
         self.reader = svi.guide.reader if shared else ModelReader(svi.model)
         self.transforms: dict[str, Any] = {}
+        self.fresh: Any = None  # the shapes of a first state, once there was one
         self._compile()
 
     def _compile(self) -> None:
@@ -82,6 +85,10 @@ class Trainer:
         svi.model, svi.guide = wrap(svi.model), wrap(guide)
         return svi
 
+    def read(self, data: Any, batch_axes: Any, name: str = "data") -> ArrayData:
+        """Read data in memory, as the model's arguments."""
+        return read_for(self.reader, data, batch_axes, self.svi.static_kwargs, name)
+
     # -- the start --------------------------------------------------------------------------------
 
     def init(self, rng_key: Array, batch: Batch, init_params: dict | None) -> SVIState:
@@ -99,6 +106,7 @@ class Trainer:
                 self._compile()
         init = self._init_compiled if compiled else self._init
         state, self.transforms = init(rng_key, batch, init_params)
+        self.fresh = jax.eval_shape(lambda: state)
         return state
 
     def _init(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 
 from numpyro_vae.model.plan import outside
-from numpyro_vae.model.sites import ModelSites, Plate, choose_plate
+from numpyro_vae.model.sites import ModelSites, Plate, PlateError, choose_plate
 from numpyro_vae.model.trace import Rows
 
 Read = Callable[[bool, Rows], ModelSites]
@@ -59,12 +59,17 @@ class Taking:
             held = _attempt(read, False, _held(whole[1].name, *sizes), whole[1].name)
             if isinstance(held, tuple):
                 return cls(*held, cuts=False, fills_plate=True)
+        tried = [found for found in (rows, whole) if isinstance(found, Exception)]
+        for error in tried:
+            if isinstance(error, PlateError):  # the model runs, and it is for the user to choose
+                raise error
         known = next((found[1].name for found in (whole, rows) if isinstance(found, tuple)), plate)
-        for name in met() if known is None else [known]:
+        for name in met() if known is None else (known,):
             held = _attempt(read, True, _held(name, *sizes), name)
             if isinstance(held, tuple):
                 return cls(*held, cuts=True, fills_plate=True)
-        raise next(found for found in (rows, whole, held) if isinstance(found, Exception))
+            tried.append(held)
+        raise tried[0]
 
 
 def _held(name: str, batch_size: int, num_data: int) -> Rows:

@@ -74,6 +74,7 @@ def test_options_are_those_of_the_check(check):
         ("importanc", r"checks has 'importanc', expected 'all' alone, one or more of \['import"),
         (("importance", "all"), r"checks has 'all', expected 'all' alone"),
         (("gap", Gap(max_rows=3)), r"checks has 'gap' twice"),
+        ((), r"checks is empty, expected 'all' alone, or one or more of \['importance', 'gap'"),
         ("novelty", r"it needs reference data; pass Novelty\(reference\)"),
         (Novelty(np.zeros((20, 4), np.float32)), r"at least 400 rows of reference.*found 20"),
     ],

@@ -7,11 +7,11 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import pytest
-from helpers import train
+from helpers import make_svi, train
 from linear_gaussian import LINEAR, elbo, exact
 from numpyro.infer import Trace_ELBO
 
-from numpyro_vae import AutoAmortizedMultivariateNormal, Fusion
+from numpyro_vae import AutoAmortizedMultivariateNormal, Fusion, Posterior, fit
 
 NUM_DATA, NOISE = 128, 0.6
 RNG = np.random.default_rng(0)
@@ -105,3 +105,30 @@ def test_predictions_follow_what_is_given():
     expected = GIVEN_X.mean @ W.T + X @ B.T
     assert np.sqrt((((drawn.mean(0) - expected) / spread) ** 2).mean()) <= 0.1
     np.testing.assert_allclose(drawn.std(0).mean(0), spread, rtol=0.05)
+
+
+def test_without_observations_latents_are_of_their_prior():
+    """y given x alone is B x + W z with z of its prior; what needs a posterior is refused."""
+
+    def model(x, y=None):
+        b = numpyro.sample("b", dist.Normal(0.0, 1.0))
+        with numpyro.plate("data", len(x)):
+            z = numpyro.sample("z", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
+            loc = numpyro.deterministic("loc", z @ W.T + x @ B.T + b)
+            numpyro.sample("y", dist.Normal(loc, NOISE).to_event(1), obs=y)
+
+    svi = make_svi(model, loss=Trace_ELBO())
+    data = {"x": X, "y": Y}
+    result = fit(svi, jax.random.key(0), data, num_epochs=1, progress_bar=False)
+    posterior, given = Posterior(svi.guide, result), {"x": X[:3]}
+    found = posterior.predict(jax.random.key(1), given, 4000)
+    loc = result.params["b_auto_loc"] + X[:3] @ B.T
+    np.testing.assert_allclose(found["y"].mean(0), loc, atol=0.15)
+    variance = (W**2).sum(1) + NOISE**2 + result.params["b_auto_scale"] ** 2
+    np.testing.assert_allclose(found["y"].var(0), np.tile(variance, (3, 1)), rtol=0.12)
+    np.testing.assert_allclose((found["y"] - found["loc"]).std(0), NOISE, rtol=0.05)
+    tree = posterior.to_datatree(jax.random.key(1), given, 2000)
+    assert set(tree.children) == {"posterior", "posterior_predictive", "constant_data"}
+    np.testing.assert_allclose(tree["posterior"]["z"].std(), 1.0, rtol=0.03)
+    with pytest.raises(ValueError, match=r"Nothing is observed in plate 'data'.*predict"):
+        posterior.log_weights(jax.random.key(1), given, 10)

@@ -34,7 +34,10 @@ PLATES = {
     "that subsamples": lambda x: numpyro.plate("data", len(x), subsample_size=16),
     "that subsamples another number": lambda x: numpyro.plate("data", len(x), subsample_size=9),
 }
-BATCHES = {"array": (X, {"batch_size": 16}), "iterable": ([X[:16], X[16:32]], {"num_data": 60})}
+BATCHES = {
+    "array": (X, {"batch_size": 16}),
+    "iterable": ([X[:16], X[16:32], X[32:48], X[48:]], {"num_data": 60}),
+}
 
 
 def run(plate, batches):
@@ -100,3 +103,51 @@ def test_a_plate_inside_a_subsampling_plate_subsamples_too():
     replayed = numpyro.handlers.replay(numpyro.handlers.seed(model, key), trace)
     of_model = numpyro.handlers.trace(replayed).get_trace(x)
     assert of_model["w"]["scale"] == of_model["x"]["scale"] == 6.0
+
+
+def test_a_model_may_ask_for_the_values_of_what_is_not_cut_into_rows():
+    """`np.unique` of labels says how many groups there are, in compiled code too."""
+
+    def model(x, group):
+        with numpyro.plate("groups", len(np.unique(group))):
+            b = numpyro.sample("b", dist.Normal(0.0, 1.0))
+        with numpyro.plate("data", len(x)):
+            z = numpyro.sample("z", dist.Normal(0.0, 1.0))
+            numpyro.sample("x", dist.Normal((z + b.sum())[:, None], 0.5).to_event(1), obs=x)
+
+    data = (X, np.array([3, 1, 1, 2]))
+    svi = make_svi(model, loss=Trace_ELBO(), plate="data")
+    options = {"batch_axes": (0, None), "batch_size": 20, "progress_bar": False}
+    result = fit(svi, KEY, data, num_epochs=1, **options)
+    assert result.params["b_auto_loc"].shape == (3,)
+    assert np.isfinite(Posterior(svi.guide, result).log_weights(KEY, data, 3)).all()
+
+
+def test_a_model_with_several_plates_is_not_told_which_is_the_local_one():
+    def model(x):
+        with numpyro.plate("groups", 3):
+            b = numpyro.sample("b", dist.Normal(0.0, 1.0))
+        with numpyro.plate("data", len(x)):
+            z = numpyro.sample("z", dist.Normal(0.0, 1.0))
+            numpyro.sample("x", dist.Normal((z + b.sum())[:, None], 0.5).to_event(1), obs=x)
+
+    with pytest.raises(ValueError, match="Several plates hold latent sites"):
+        fit(make_svi(model, loss=Trace_ELBO()), KEY, X, num_epochs=1, progress_bar=False)
+
+
+def test_a_global_site_after_the_local_ones_is_trained_by_any_svi():
+    """What the guide asks of its handlers leaves no trace, which the model would be replayed on."""
+
+    def model(x):
+        with numpyro.plate("data", len(x)):
+            z = numpyro.sample("z", dist.Normal(0.0, 1.0))
+        b = numpyro.sample("b", dist.Normal(0.0, 1.0))
+        with numpyro.plate("data", len(x)):
+            numpyro.sample("x", dist.Normal((z + b)[:, None], 0.5).to_event(1), obs=x)
+
+    svi = make_svi(model, loss=Trace_ELBO())
+    state, loss = svi.update(svi.init(KEY, X), X)
+    assert np.isfinite(loss)
+    guide = numpyro.handlers.seed(svi.guide, KEY)
+    trace = numpyro.handlers.trace(numpyro.handlers.substitute(guide, svi.get_params(state)))
+    assert trace.get_trace(X)["data"]["value"].shape == (60,)

@@ -9,7 +9,7 @@ import pytest
 from common import GUIDES, SMALL, X, run, start
 from numpyro import handlers
 from numpyro.distributions import constraints, transforms
-from numpyro.infer.reparam import TransformReparam
+from numpyro.infer.reparam import ProjectedNormalReparam, TransformReparam
 
 from numpyro_vae import AutoAmortizedNormal, Posterior
 
@@ -108,3 +108,30 @@ def test_improper_priors(auto):
     if auto is AutoAmortizedNormal:
         posterior = Posterior(guide, run(model, guide, X)[1])
         assert posterior.predict(jax.random.key(1), np.asarray(X), 4)["x"].shape == (4, 12)
+
+
+def on_a_circle(x):
+    with numpyro.plate("data", len(x)):
+        z = numpyro.sample("z", dist.ProjectedNormal(jnp.array([1.0, 0.0])))
+        numpyro.sample("x", dist.Normal(z, 0.5).to_event(1), obs=x)
+
+
+def test_a_support_that_no_map_leads_to_is_refused_and_its_remedy_works():
+    x = jnp.ones((6, 2))
+    with pytest.raises(ValueError, match=r"'z' has the support Sphere.*ProjectedNormalReparam"):
+        start(on_a_circle, AutoAmortizedNormal(on_a_circle, SMALL), x)
+    model = handlers.reparam(on_a_circle, config={"z": ProjectedNormalReparam()})
+    start(model, AutoAmortizedNormal(model, SMALL), x)
+
+
+def test_a_function_of_other_sites_that_calls_itself_a_sample_is_refused():
+    def model(x):
+        with numpyro.plate("data", len(x)):
+            z = numpyro.sample("z", dist.Normal(0.0, 1.0))
+            twice = numpyro.sample("twice", dist.Delta(2 * z))
+            numpyro.sample("x", dist.Normal(twice, 0.5), obs=x)
+
+    with pytest.raises(
+        ValueError, match=r"'twice' in plate 'data'.*numpyro\.deterministic\('twice'"
+    ):
+        start(model, AutoAmortizedNormal(model, SMALL), X)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen, nnx
+from jax.example_libraries import stax
 
 from numpyro_vae import Segments
 from numpyro_vae.encoders import as_module
@@ -238,6 +239,26 @@ def test_functions_are_called_as_they_are():
     params = nnx.to_pure_dict(nnx.state(module))["params"]["mlp/~/linear"]
     expected = apply({"mlp/~/linear": [params["0"], params["1"]]}, INPUTS)
     np.testing.assert_array_equal(module(INPUTS), expected)
+
+
+@pytest.mark.parametrize("is_pair", [False, True])
+def test_functions_of_stax_get_the_shape_of_their_inputs(is_pair):
+    """As `numpyro.module` calls them; stax makes a list of a pair."""
+    heads = [stax.FanOut(2), stax.parallel(stax.Dense(2), stax.Dense(2))] if is_pair else []
+    first, apply = stax.serial(stax.Dense(4), stax.Softplus, *heads)
+    rngs = nnx.Rngs(0)
+    found = as_module((first, apply), INPUTS, rngs)(INPUTS)
+    expected = apply(first(nnx.Rngs(0).params(), INPUTS.shape)[1], INPUTS)
+    assert isinstance(found, tuple) == is_pair
+    jax.tree.map(np.testing.assert_array_equal, found, tuple(expected) if is_pair else expected)
+
+
+def test_functions_that_fail_on_inputs_and_on_their_shape_fail_as_on_inputs():
+    def broken(rng_key, inputs):
+        raise KeyError("weights" if isinstance(inputs, np.ndarray) else "shape")
+
+    with pytest.raises(KeyError, match="weights"):
+        as_module((broken, apply), INPUTS, nnx.Rngs(0))
 
 
 @pytest.mark.parametrize(

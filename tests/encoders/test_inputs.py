@@ -167,10 +167,40 @@ def test_flattening_groups_is_refused(inputs):
 def test_statistics_are_those_of_the_values_that_are_there():
     values = np.array([[1.0, np.nan, 3.0], [3.0, np.nan, np.nan]], np.float32)
     inputs = Masked(values, ~np.isnan(values))
-    encoder = MLP(inputs, hidden_sizes=(4,), standardize=True, rngs=nnx.Rngs(0))
-    np.testing.assert_array_equal(encoder.standardize.loc[:3], [2, 0, 3])
-    np.testing.assert_array_equal(encoder.standardize.scale[:3], [1, 1, 1])
+    encoder = MLP(inputs, hidden_sizes=(4,), rngs=nnx.Rngs(0))
+    np.testing.assert_array_equal(encoder.standardize.shift[:3], [2, 0, 3])
+    np.testing.assert_array_equal(encoder.standardize.factor[:3], [1, 1, 1])
     assert jnp.isfinite(encoder(inputs)).all()
+
+
+def test_nothing_of_the_first_data_is_far_away_in_any_units():
+    rng = np.random.default_rng(0)
+    rare, heavy = (rng.random(128) < 0.01).astype(float), rng.standard_cauchy(128)
+    example = np.stack([rare, heavy, rng.normal(size=128)], 1)
+    for unit in (1.0, 1e8, 1e25, 1e-25):
+        standardize = Standardize(jnp.asarray(unit * example + unit))
+        outputs = standardize(jnp.asarray(unit * example + unit))
+        np.testing.assert_allclose(jnp.abs(outputs).max(0)[:2], 5.0, rtol=1e-5)
+        np.testing.assert_allclose(outputs[:, 2].std(), 1.0, rtol=1e-5)
+        np.testing.assert_allclose(outputs.mean(0), 0.0, atol=1e-5)
+
+
+def test_what_was_constant_is_kept_near_and_one_row_is_left_as_it_is():
+    pixels = Standardize(jnp.asarray([[0, 3], [0, 5]], jnp.uint8))
+    rows = pixels(jnp.asarray([[0, 4], [1, 4], [200, 4]], jnp.uint8))
+    np.testing.assert_array_equal(rows, [[0, 0], [1, 0], [5, 0]])
+    rows = jnp.array([[1e8, -7.0]])
+    for few in (rows, rows[:0]):
+        np.testing.assert_array_equal(Standardize(few)(rows), rows)
+
+
+def test_decaying_statistics_shrink_what_is_standardized_and_no_more():
+    example = jnp.asarray(1000 + np.random.default_rng(0).normal(size=(50, 3)))
+    standardize = Standardize(example)
+    expected = 0.5 * standardize(example)
+    for stat in (standardize.factor, standardize.shift, standardize.constant):
+        stat[...] = 0.5 * stat[...]
+    np.testing.assert_allclose(standardize(example), expected, atol=1e-3)
 
 
 def test_what_is_missing_is_at_the_mean_after_standardization():

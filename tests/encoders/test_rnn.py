@@ -20,7 +20,7 @@ SMALL = functools.partial(RNN, hidden_size=3)
 
 @functools.cache
 def encoder(direction, cell=nnx.GRUCell):
-    return SMALL(STEPS, direction=direction, cell=cell, rngs=nnx.Rngs(0))
+    return SMALL(STEPS, direction=direction, cell=cell, standardize=False, rngs=nnx.Rngs(0))
 
 
 @functools.partial(jax.jit, static_argnums=0)

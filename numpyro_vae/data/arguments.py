@@ -1,0 +1,50 @@
+"""What users hand over beside data: random keys, and numbers of things."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def require_key(rng_key: Any) -> None:
+    """Raise unless this is a random key, typed or of the old kind.
+
+    Raises:
+        TypeError: if it is something else, such as a seed, or the data in the key's place.
+    """
+    if is_typed_key(rng_key) and rng_key.shape == ():
+        return
+    found = f"the {type(rng_key).__name__} {rng_key!r}"
+    if hasattr(rng_key, "shape"):
+        shape, dtype = rng_key.shape, rng_key.dtype
+        if dtype == jnp.uint32 and len(shape) == 1:
+            return
+        found = f"an array of shape {shape} and type {dtype}"
+    raise TypeError(
+        f"rng_key is {found}, expected one random key. Pass jax.random.key(0), before the data."
+    )
+
+
+def is_typed_key(x: Any) -> bool:
+    """Return whether these are keys as `jax.random.key` makes them."""
+    return isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
+def require_count(name: str, value: Any, least: int = 1) -> int:
+    """Return a number of things as an int.
+
+    Raises:
+        ValueError: if it is no whole number, or too small.
+
+    Example:
+        >>> require_count("num_epochs", 5.0)
+        5
+    """
+    try:
+        if value == int(value) and value >= least:
+            return int(value)
+    except (TypeError, ValueError, OverflowError):
+        pass
+    raise ValueError(f"{name} is {value!r}, expected at least {least}, and a whole number.")

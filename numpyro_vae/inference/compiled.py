@@ -1,0 +1,35 @@
+"""Compiled functions that any number of threads may call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from numpyro_vae.numpyro_internals import HANDLERS
+
+
+class Compiled:
+    """A compiled function whose model is run in one thread at a time.
+
+    JAX runs the function's Python when it is first called with arguments of these shapes. A call
+    returns before the results are there, so that threads wait for each other's compiling, and not
+    for each other's results.
+
+    Args:
+        fn: the function.
+    """
+
+    def __init__(self, fn: Callable[..., Any]):
+        self._fn = jax.jit(fn)
+
+    def __call__(self, *args: Any) -> Any:
+        """Call the function with arrays, or pytrees of them."""
+        with HANDLERS:
+            return self._fn(*args)
+
+    def shapes(self, *args: Any) -> Any:
+        """Return the shapes of what it returns, for which nothing is computed."""
+        with HANDLERS:
+            return jax.eval_shape(self._fn, *args)

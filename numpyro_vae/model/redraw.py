@@ -1,0 +1,83 @@
+"""The observed sites of a model drawn anew, but for those that compiled code cannot draw."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+from jaxtyping import Array
+from numpyro import handlers
+
+from numpyro_vae.model.trace import event_shape_of, with_event
+
+UNDRAWN = "undrawn"  # in a site's ``infer``: why it was left as it was observed
+
+
+class redraw(handlers.uncondition):  # noqa: N801 - handlers are lower case, as in numpyro.handlers
+    """Draw observed sites anew, as ``handlers.uncondition`` does, where that can be compiled.
+
+    Where NumPyro broadcasts the event of a distribution to that of the data, it draws one value for
+    all of them; here each is drawn. A site that cannot be drawn keeps its observed value, and
+    `undrawn` says why. Such are distributions without a sampler, and counts out of a total that is
+    an array without a bound.
+
+    Example:
+        >>> import jax.numpy as jnp, numpyro, numpyro.distributions as dist
+        >>> def model(x):
+        ...     numpyro.sample("x", dist.Multinomial(x.sum(), jnp.ones(3) / 3), obs=x)
+        >>> def trace(x):
+        ...     trace = handlers.trace(handlers.seed(redraw(model), 0)).get_trace(x)
+        ...     print(undrawn(trace))
+        >>> _ = jax.eval_shape(trace, jnp.array([1, 2, 3]))
+        {'x': 'Please specify total_count_max in Multinomial distribution.'}
+    """
+
+    def process_message(self, msg: Any) -> None:
+        """Take the observed value off a site that can be drawn."""
+        if msg["type"] == "sample" and msg["is_observed"]:
+            reason = _why_not_drawn(msg)
+            msg["infer"] = {**msg["infer"], **({UNDRAWN: reason} if reason else {})}
+            if reason:
+                return
+            msg["fn"] = with_event(msg["fn"], event_shape_of(msg))
+        super().process_message(msg)
+
+
+def _why_not_drawn(msg: Any) -> str:
+    """Return why a site cannot be drawn; empty if it can."""
+
+    def draw(rng_key: Array) -> Array:
+        return msg["fn"](rng_key=rng_key, sample_shape=msg["kwargs"].get("sample_shape", ()))
+
+    try:
+        jax.eval_shape(draw, jax.random.key(0))
+    except Exception as error:  # of whatever kind, as any distribution may stand there
+        return str(error).partition("\n")[0] or type(error).__name__
+    return ""
+
+
+def undrawn(trace: dict[str, Any]) -> dict[str, str]:
+    """Return why sites of a trace under `redraw` were not drawn, by name."""
+    sites = (site for site in trace.values() if site["type"] == "sample")
+    return {site["name"]: site["infer"][UNDRAWN] for site in sites if UNDRAWN in site["infer"]}
+
+
+def drawn_value(site: dict[str, Any]) -> Array:
+    """Return the value that was drawn of a site under `redraw`.
+
+    Raises:
+        ValueError: if none was.
+    """
+    if UNDRAWN in site["infer"]:
+        raise ValueError(explain_undrawn({site["name"]: site["infer"][UNDRAWN]}))
+    return site["value"]
+
+
+def explain_undrawn(reasons: dict[str, str]) -> str:
+    """Return what a person should know of sites that cannot be drawn."""
+    told = "; ".join(f"{name!r}: {reason}" for name, reason in reasons.items())
+    return (
+        f"The observed sites {list(reasons)} cannot be drawn in compiled code ({told}). Give a "
+        "distribution of counts total_count_max=, such as Multinomial(total_count, probs, "
+        "total_count_max=100), and another one a method sample() that works under jax.jit."
+    )

@@ -1,0 +1,221 @@
+"""What `fit` is given beside data, and whether it fits: errors that say what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int
+from numpyro.infer import SVI
+from numpyro.infer.svi import SVIState
+
+from numpyro_vae.data.batch import Batch
+from numpyro_vae.model.reading import ModelReader, Reading
+from numpyro_vae.model.sites import ModelSites
+from numpyro_vae.model.supports import Outside
+from numpyro_vae.numpyro_internals import enumerates
+from numpyro_vae.training.step import Trainer
+
+# By the name of a support: what it holds, and what may be done about other values.
+SUPPORTS = {
+    "Boolean": ("0 or 1", "Binarize them, as with x > 0.5"),
+    "IntegerNonnegative": ("whole numbers from 0 on", "Round counts, and remove negative ones"),
+    "IntegerInterval": ("whole numbers within bounds", "Correct the numbers or the bounds"),
+    "Positive": ("numbers above 0", "Correct them"),
+    "Nonnegative": ("numbers from 0 on", "Correct them"),
+    "UnitInterval": ("numbers from 0 to 1", "Rescale them, as with x / 255"),
+}
+
+
+def check_svi(svi: Any) -> None:
+    """Raise unless this is an SVI of a guide and an objective, and not of their classes.
+
+    Raises:
+        TypeError: naming the part.
+    """
+    if not isinstance(svi, SVI):
+        raise TypeError(
+            f"svi is of type {type(svi).__name__}, expected numpyro.infer.SVI. Pass "
+            "SVI(model, guide, optimizer, Trace_ELBO())."
+        )
+    for part, found, arguments in (("guide", svi.guide, "model"), ("objective", svi.loss, "")):
+        if isinstance(found, type):
+            raise TypeError(
+                f"The {part} of the SVI is the class {found.__name__}, expected an object. Give "
+                f"the SVI {found.__name__}({arguments})."
+            )
+
+
+def check_stopping(patience: int | None, validation: Any) -> None:
+    """Raise if early stopping has nothing to look at."""
+    if patience is not None and (patience < 1 or validation is None):
+        raise ValueError(
+            f"patience is {patience} with validation data "
+            f"{'missing' if validation is None else 'given'}; early stopping needs validation= "
+            "data and a patience of at least 1 epoch."
+        )
+
+
+def check_passes(data: Any, num_epochs: int) -> None:
+    """Raise if data that can be passed over only once are to be passed over more often."""
+    if isinstance(data, Iterator) and num_epochs > 1:
+        raise ValueError(
+            f"data is a {type(data).__name__}, which can be iterated over only once, and num_epochs"
+            f" is {num_epochs}. Pass what can be iterated over anew in each epoch, such as a list "
+            "or a data loader."
+        )
+
+
+def check_start(init_state: Any, init_params: dict[str, Any] | None) -> None:
+    """Raise if it is unclear where to start, or ``init_state`` is no state."""
+    if init_state is None:
+        return
+    if init_params is not None:
+        raise ValueError(
+            f"init_params= names {sorted(init_params)}, but training continues from init_state=, "
+            "which has values of all parameters. Leave one of them out."
+        )
+    if not all(hasattr(init_state, name) for name in SVIState._fields):
+        remedy = "result.state" if hasattr(init_state, "state") else "the state of a result"
+        raise TypeError(
+            f"init_state is of type {type(init_state).__name__}, expected an SVIState. Pass "
+            f"{remedy}; parameters alone go into init_params=."
+        )
+
+
+def check_objective(svi: SVI, sites: ModelSites) -> None:
+    """Raise if the model has sites to enumerate, and the objective would draw from their prior."""
+    enumerated = [site.name for site in sites.sites.values() if site.is_enumerated]
+    if enumerated and not enumerates(svi.loss):
+        raise ValueError(
+            f"The model's sites {enumerated} are to be enumerated, which "
+            f"{type(svi.loss).__name__} does not do. Train with numpyro.infer.TraceEnum_ELBO()."
+        )
+
+
+def check_names(init_params: dict[str, Any] | None, trainer: Trainer) -> None:
+    """Raise if initial values are given to parameters that do not exist."""
+    unknown = sorted(set(init_params or {}) - set(trainer.transforms))
+    if unknown:
+        raise ValueError(
+            f"init_params= names {unknown}; model and guide have the parameters "
+            f"{sorted(trainer.transforms)}. Name some of these."
+        )
+
+
+def check_state(state: SVIState, fresh: SVIState, svi: SVI) -> None:
+    """Raise unless a state has the parameters and the optimizer of an SVI.
+
+    Args:
+        state: where training is to continue.
+        fresh: a first state of this SVI, or its shapes.
+        svi: the SVI.
+
+    Raises:
+        ValueError: naming the first parameter that differs, or the optimizer.
+    """
+    parts = [(one.optim_state, one.mutable_state) for one in (state, fresh)]
+    if _shapes(parts[0]) == _shapes(parts[1]):
+        return
+    try:
+        found, expected = (_shapes(jax.eval_shape(svi.get_params, one)) for one in (state, fresh))
+    except Exception:  # of any kind: the state of another optimizer holds who knows what
+        found = expected = {}
+    for path in sorted({*found, *expected}):
+        if found.get(path) != expected.get(path):
+            here, there = (shapes.get(path, "missing") for shapes in (found, expected))
+            raise ValueError(
+                f"init_state belongs to another guide or model: the shape of parameter {path} is "
+                f"{here} in it, and {there} in model and guide. Pass a state of this SVI."
+            )
+    raise ValueError(
+        "init_state belongs to another optimizer, or to networks with other state. Pass a state of "
+        "this SVI, or start from its parameters with init_params=."
+    )
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    leaves = jax.tree.leaves_with_path(tree)
+    return {jax.tree_util.keystr(path): jnp.shape(leaf) for path, leaf in leaves}
+
+
+# -- observed values outside their support ---------------------------------------------------------
+
+_CHECKS: WeakKeyDictionary[Trainer, Callable[..., Any]] = WeakKeyDictionary()
+
+
+def check_supports(trainer: Trainer, batch: Batch) -> None:
+    """Raise if the model observes values to which it gives no density, whatever is learned.
+
+    Args:
+        trainer: of the fit.
+        batch: any rows of data in memory, all of which are looked at, or else these.
+
+    Raises:
+        ValueError: naming the site, its support and the first row.
+    """
+    if trainer not in _CHECKS:
+        found = partial(_outside, trainer.reader, trainer.svi.static_kwargs)
+        _CHECKS[trainer] = jax.jit(found)
+    order = jnp.asarray(batch.indices)[None]
+    if batch.cuts or batch.fills_plate:
+        size, num_data = len(batch.indices), batch.num_data
+        steps = -(-num_data // size)
+        order = jnp.minimum(jnp.arange(steps * size), num_data - 1).reshape(steps, size)
+    for name, outside in _CHECKS[trainer](batch, order).items():
+        bad = np.asarray(outside.values)
+        if bad.any():
+            local = bad.shape == order.shape
+            rows = np.unique(np.asarray(order)[bad]) if local else None
+            raise ValueError(_message(name, outside, batch.plate, rows))
+
+
+def _message(name: str, outside: Outside, plate: str, rows: np.ndarray | None) -> str:
+    expected, remedy = SUPPORTS.get(outside.support, (f"{outside.support} values", "Correct them"))
+    where = ""
+    if rows is not None:
+        where = f" in {len(rows)} rows of plate {plate!r}, the first of them row {rows[0]}"
+    return (
+        f"The observed site {name!r} has values outside the support of its {outside.distribution}"
+        f"{where}: expected {expected}, as all else has a density of 0. {remedy}, observe them "
+        "under another distribution, or pass it validate_args=False to have them taken as they are."
+    )
+
+
+def _outside(
+    reader: ModelReader,
+    static_kwargs: dict[str, Any],
+    batch: Batch,
+    order: Int[Array, "num_steps batch"],
+) -> dict[str, Outside]:
+    """Return by observed site which rows have values outside the support, in the order given."""
+    keys = [jax.random.key(seed) for seed in range(2)]
+
+    def of_rows(rows: Array) -> dict[str, Outside]:
+        args, kwargs = batch.at(rows).arguments()
+        held = {batch.plate: (batch.num_data, rows)} if batch.fills_plate else {}
+        kwargs = {**kwargs, **static_kwargs}
+        one, other = (reader.read(args, kwargs, held, key) for key in keys)
+        return {
+            name: _by_row(one, name, batch.plate, other.outside[name].bounds)
+            for name in one.outside
+        }
+
+    return jax.lax.map(of_rows, order)
+
+
+def _by_row(reading: Reading, name: str, plate: str, bounds: Any) -> Outside:
+    """Return in which rows a site has such values, in none if the bounds are drawn themselves."""
+    outside, site = reading.outside[name], reading.sites.sites[name]
+    pairs = zip(jax.tree.leaves(outside.bounds), jax.tree.leaves(bounds), strict=True)
+    fixed = jnp.array([(one == other).all() for one, other in pairs]).all()
+    values = outside.values[None]
+    if plate in site.plates:
+        values = jnp.moveaxis(outside.values, site.axis(reading.sites.plates[plate]), 0)
+    return replace(outside, values=values.any(tuple(range(1, values.ndim))) & fixed, bounds=None)
