@@ -40,7 +40,7 @@ STRUCTURE = {
 MODIFIERS = {
     "mask_rows": 0.15,
     "mask_cells": 0.15,
-    "mask_entries": 0.2,
+    "mask_entries": 0.5,
     "obs_mask": 0.2,
     "mask_latent": 0.12,
     "mask_latent_entries": 0.1,
@@ -75,7 +75,7 @@ DETERMINISTIC = {
 ARGUMENTS = {
     "subsample": 0.25,
     "subsample_method": 0.5,
-    "subsample_second": 0.3,
+    "subsample_second": 0.5,
     "declared_size": 0.12,
     "param": 0.3,
     "param_positive": 0.3,

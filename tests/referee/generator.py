@@ -253,7 +253,7 @@ def generate(seed: int, enabled: Collection[str] = FEATURES) -> Case:
     data, axes, static = draw_arguments(choices, program)
     program = replace(program, axis=axes["x0"] - np.ndim(data["x0"]))
     reparam = _reparam(choices, local)
-    guide = draw_guide(choices, latents, is_reparametrized=bool(reparam))
+    guide = draw_guide(choices, latents, tuple(data), program.axis, is_reparametrized=bool(reparam))
     if choices.has("x64"):
         data = {name: as_float64(value) for name, value in data.items()}
     as_dict = choices.has("keywords")
