@@ -188,7 +188,9 @@ class Sums(NamedTuple):
     def add(self, log_weights: Float[Array, "num_samples batch"]) -> Sums:
         """Return the sums with further draws."""
         log_weights = jnp.asarray(log_weights)
-        reference = jnp.where(self.count == 0, log_weights.max(0), self.reference)
+        # XLA's maximum does not always pass NaN on.
+        highest = jnp.where(jnp.isnan(log_weights).any(0), jnp.nan, log_weights.max(0))
+        reference = jnp.where(self.count == 0, highest, self.reference)
         added = (log_weights - reference).T
         count, number = self.count + added.shape[1], added.shape[1]
         shift = added.mean(1) - self.mean

@@ -21,7 +21,7 @@ from numpyro_vae.inference.fingerprint import Fingerprint, fingerprint_rows
 from numpyro_vae.model.missing import require_finite_observations
 from numpyro_vae.model.plan import check_observed
 from numpyro_vae.model.reading import read_for
-from numpyro_vae.model.sites import choose_plate
+from numpyro_vae.model.sites import ModelSites, choose_plate
 from numpyro_vae.numpyro_internals import HANDLERS
 
 
@@ -82,6 +82,7 @@ class Rows:
         with explained(guide.argument_shapes, *arrays.whole(), arrays.layout.every_axis):
             held = _held(guide, arrays, args, kwargs)
             sites = guide.reader.sites(args, kwargs, held)
+            _require_same_events(guide, sites)
             require_finite_observations(guide.reader, arrays, static_kwargs, held)
         guide.read_model(args, kwargs, held)
         name = guide.plate.name
@@ -208,6 +209,17 @@ class Rows:
         """Return how many rows a batch has, if it may have so many."""
         number = len(self.chosen)
         return min(batch_size, number if number == self.num_rows else rounded(number))
+
+
+def _require_same_events(guide: AmortizedGuide, sites: ModelSites) -> None:
+    """Raise ValueError if data would be broadcast to a distribution that they once fitted."""
+    known = {} if guide.plan is None else guide.plan.sites.sites
+    for name, site in sites.sites.items():
+        if site.is_broadcast and name in known and not known[name].is_broadcast:
+            raise ValueError(
+                f"Site {name!r} observes values of event shape {site.event_shape}, to which NumPyro "
+                "would broadcast its distribution."
+            )
 
 
 def _held(guide: AmortizedGuide, data: ArrayData, args: tuple, kwargs: dict) -> dict:

@@ -26,6 +26,7 @@ class Site:
 
     ``event_shape`` is the site's own, ``unconstrained_shape`` that of the values which
     ``biject_to(support)`` maps to it; the two are the same for a site that is not to be inferred.
+    An ``is_broadcast`` site observes values of another event shape than its distribution's.
     ``is_enumerated`` marks a latent site that the objective sums over, not the guide; of an
     ``is_improper`` one nothing can be drawn.
     """
@@ -39,6 +40,7 @@ class Site:
     is_discrete: bool
     is_enumerated: bool
     is_improper: bool
+    is_broadcast: bool = False
 
     @property
     def size(self) -> int:

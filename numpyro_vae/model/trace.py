@@ -81,6 +81,12 @@ class own_trace(handlers.trace):  # noqa: N801
         super().postprocess_message({**msg, **own})
 
 
+def _is_broadcast(msg: dict) -> bool:
+    """Return whether the event of an observed site has another shape than that of its values."""
+    fn, shape = msg["fn"], jnp.shape(msg["value"])
+    return msg["is_observed"] and shape[max(len(shape) - fn.event_dim, 0) :] != fn.event_shape
+
+
 def with_event(fn: dist.Distribution, event_shape: tuple[int, ...]) -> dist.Distribution:
     """Return a distribution of independent values with a larger event."""
     if fn.event_shape == event_shape:
@@ -121,6 +127,7 @@ def sites_of_trace(trace: dict) -> ModelSites:
             _is_discrete(msg["fn"]),
             _is_enumerated(msg),
             is_improper(msg["fn"]) or is_switched_off(msg["fn"]),
+            _is_broadcast(msg),
         )
     return ModelSites(sites, plates, deterministic)
 

@@ -17,7 +17,7 @@ TAILS = {
     "student": lambda size: 2 * RNG.standard_t(3, size),
     "cauchy": lambda size: RNG.standard_t(1, size),
     "wide": lambda size: 100 * RNG.normal(size=size),
-    "nearly equal": lambda size: 1e-4 * RNG.normal(size=size),
+    "nearly equal": lambda size: 1e-2 * RNG.normal(size=size),
     "some ties": lambda size: RNG.normal(size=size).round(2),
     "many ties": lambda size: (3 * RNG.normal(size=size)).round(),
     "large, in float32": lambda size: np.float32(5e5 + RNG.normal(size=size)).astype(float) - 5e5,

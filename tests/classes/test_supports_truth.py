@@ -168,7 +168,7 @@ def test_evidence_is_that_of_quadrature(name):
     )
     error = found.dataset["log_evidence"].values - expected
     # A Normal has lighter tails than the logarithm of a Gamma, so a few draws weigh much.
-    assert np.abs(error).max() <= 0.03
+    assert np.abs(error).max() <= 0.04
     assert abs(error.mean()) <= 0.005
     # The bound is below it, by what a Normal on the unconstrained scale cannot be.
     gap = expected - found.dataset["elbo"].values

@@ -8,7 +8,7 @@ from run import COMPARISONS, Failure, failures, table
 
 from numpyro_vae.guides.encoding import Encoding
 
-OFF = ("globals_last", "none_argument", "subsample_method")
+OFF: tuple[str, ...] = ()
 ENABLED = tuple(name for name in FEATURES if name not in OFF)
 SEEDS = range(1000, 1016)
 

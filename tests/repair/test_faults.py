@@ -65,7 +65,7 @@ def posterior():
 def test_a_check_names_the_rows_without_finite_weights(posterior):
     report = posterior.check(KEY, (X, FAULTS), ("importance", "gap"), progress_bar=False)
     alone = posterior.check(KEY, (X, np.zeros_like(FAULTS)), "importance", progress_bar=False)
-    np.testing.assert_array_equal(np.flatnonzero(report.verdict == 2), HOPELESS)
+    np.testing.assert_array_equal(np.flatnonzero(report.verdict == 3), HOPELESS)
     assert set(HOPELESS) <= set(report.flagged)
     assert "3 rows have log weights that are not finite, the first is row 1" in str(report)
     assert "possible under the model?" in str(report)
