@@ -361,8 +361,8 @@ class AmortizedGuide(AutoGuide):
                 f"The heads read the global sites {list(self.condition_on)}, and their guide was "
                 "written by hand and has no median. Sample from the posterior instead."
             )
-        found = self.globals.quantiles(params, jnp.array([0.5]), args, kwargs)
-        return encoding.condition({name: found[name][0] for name in self.condition_on})
+        found = self.globals.median(params, args, kwargs)
+        return encoding.condition({name: found[name] for name in self.condition_on})
 
 
 def _quantile(encoding: Encoding, quantile: Array) -> Array:

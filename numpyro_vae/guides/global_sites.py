@@ -154,6 +154,15 @@ class GlobalGuide:
         draws = jax.vmap(draw)(keys)
         return jax.tree.map(lambda x: x.reshape(*sample_shape, *x.shape[1:]), draws)
 
+    def median(
+        self, params: dict[str, Any], args: tuple, kwargs: dict[str, Any]
+    ) -> dict[str, Array]:
+        """Return the median of each global site, which automatic guides know, of points too."""
+        self.set_up(params, args, kwargs)
+        if getattr(self.guide, "reads_observations", False):
+            return self.guide.median(params, *args, **kwargs)
+        return self.guide.median(params)
+
     def quantiles(
         self, params: dict[str, Any], quantiles: Array, args: tuple, kwargs: dict[str, Any]
     ) -> dict[str, Array]:

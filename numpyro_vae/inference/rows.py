@@ -217,8 +217,8 @@ def _require_same_events(guide: AmortizedGuide, sites: ModelSites) -> None:
     for name, site in sites.sites.items():
         if site.is_broadcast and name in known and not known[name].is_broadcast:
             raise ValueError(
-                f"Site {name!r} observes values of event shape {site.event_shape}, to which NumPyro "
-                "would broadcast its distribution."
+                f"Site {name!r} observes values of event shape {site.event_shape}, to which its "
+                "distribution would be broadcast."
             )
 
 

@@ -5,13 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
+import optax
 import pytest
 from helpers import train
 from linear_gaussian import LINEAR, elbo, exact
+from numpyro.infer import SVI, Trace_ELBO
 from numpyro.infer.autoguide import AutoDelta, AutoMultivariateNormal
 from scipy import stats
 
-from numpyro_vae import AutoAmortizedNormal
+from numpyro_vae import AutoAmortizedNormal, Posterior
 
 NUM_DATA = 64
 X = np.random.default_rng(0).normal(0.7, 2**0.5, NUM_DATA).astype(np.float32)
@@ -184,3 +186,18 @@ def test_several_globals_of_several_shapes_are_read():
     draws = posterior.sample(jax.random.key(2), x, 5000, var_names=["mu", "nu"])
     found = np.concatenate([draws["mu"], draws["nu"]], axis=-1)
     np.testing.assert_allclose(found.std(0), MU_SD, rtol=0.05)
+
+
+def test_heads_may_read_a_global_site_of_which_the_guide_is_a_point():
+    """`encode` is given the point, which has a median though no quantiles."""
+
+    def model(x):
+        b = numpyro.sample("b", dist.Normal(0.0, 1.0))
+        with numpyro.plate("data", len(x)):
+            z = numpyro.sample("z", dist.Normal(b, 1.0))
+            numpyro.sample("x", dist.Normal(z, 0.5), obs=x)
+
+    guide = AutoAmortizedNormal(model, condition_on=("b",), global_guide=AutoDelta)
+    svi = SVI(model, guide, optax.adam(1e-2), Trace_ELBO())
+    result = svi.run(jax.random.key(0), 3, np.ones(5, np.float32), progress_bar=False)
+    assert Posterior(guide, result).encode(np.ones(5, np.float32))["z"].loc.shape == (5,)
