@@ -107,8 +107,11 @@ class ModelReader:
     ) -> dict[str, tuple[int, ...]]:
         """Return the shapes of the deterministic sites, with rows as in `read`."""
         layout, sizes, *arguments = self._arguments(args, kwargs, rows, None)
-        trace = partial(self._traced if _is_hashable(layout) else self._trace, layout, sizes)
-        _, values = jax.eval_shape(trace, *arguments)
+        try:
+            trace = partial(self._traced if _is_hashable(layout) else self._trace, layout, sizes)
+            _, values = jax.eval_shape(trace, *arguments)
+        except NEEDS_VALUES:
+            _, values = jax.eval_shape(lambda: self._trace(layout, sizes, *arguments))
         return {name: jnp.shape(value) for name, value in values[-1].items()}
 
     def needs_values(self, args: tuple, kwargs: dict[str, Any]) -> bool:

@@ -113,6 +113,7 @@ def test_a_model_may_ask_for_the_values_of_what_is_not_cut_into_rows():
             b = numpyro.sample("b", dist.Normal(0.0, 1.0))
         with numpyro.plate("data", len(x)):
             z = numpyro.sample("z", dist.Normal(0.0, 1.0))
+            numpyro.deterministic("twice", 2 * z)
             numpyro.sample("x", dist.Normal((z + b.sum())[:, None], 0.5).to_event(1), obs=x)
 
     data = (X, np.array([3, 1, 1, 2]))
@@ -120,7 +121,10 @@ def test_a_model_may_ask_for_the_values_of_what_is_not_cut_into_rows():
     options = {"batch_axes": (0, None), "batch_size": 20, "progress_bar": False}
     result = fit(svi, KEY, data, num_epochs=1, **options)
     assert result.params["b_auto_loc"].shape == (3,)
-    assert np.isfinite(Posterior(svi.guide, result).log_weights(KEY, data, 3)).all()
+    posterior = Posterior(svi.guide, result)
+    assert np.isfinite(posterior.log_weights(KEY, data, 3)).all()
+    twice = posterior.predict(KEY, data, 3, var_names=["twice"])["twice"]
+    np.testing.assert_allclose(twice, 2 * posterior.sample(KEY, data, 3)["z"], rtol=1e-6)
 
 
 def test_a_model_with_several_plates_is_not_told_which_is_the_local_one():
