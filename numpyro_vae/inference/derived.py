@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import jax
@@ -11,10 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from numpyro_vae.guides.base import AmortizedGuide
 from numpyro_vae.inference import quantities
 from numpyro_vae.inference.rows import Rows
 from numpyro_vae.inference.runner import Runner
 from numpyro_vae.model.deterministic import Derived
+from numpyro_vae.model.sites import ModelSites
+from numpyro_vae.model.trace import Rows as HeldRows
 
 PROBE = 9973  # rows of data that nothing else in a model is as many as
 
@@ -25,15 +28,53 @@ def derived_sites(runner: Runner, rows: Rows) -> Derived:
     sites = guide.reader.sites(rows.args, rows.kwargs, rows.held)
     if not sites.deterministic:
         return Derived({}, (), (), {})
-    groups, plate = tuple(guide.segments), guide.plate.name
-    if not rows.data.is_whole:
-        args, kwargs, held = _of_probe(rows)
-        with suppress(Exception):  # of any kind: a model may not run with so many rows
-            probed = guide.reader.sites(args, kwargs, held)
-            shapes = guide.reader.deterministic(args, kwargs, held)
-            return Derived.of(probed, shapes, plate, groups, is_probed=True)
-    shapes = guide.reader.deterministic(rows.args, rows.kwargs, rows.held)
-    return Derived.of(sites, shapes, plate, groups, is_probed=False)
+    if rows.data.is_whole:
+        return _divide(guide, sites, rows.args, rows.kwargs, rows.held)
+    probe = _of_probe(rows)
+    try:
+        derived = _divide(guide, guide.reader.sites(*probe), *probe, is_probed=True)
+    except Exception:  # of any kind: a model may not run with so many rows
+        probe = rows.args, rows.kwargs, rows.held
+        derived = _divide(guide, sites, *probe)
+    return derived.with_mixed(_mixed(runner, rows, derived))
+
+
+def _divide(
+    guide: AmortizedGuide,
+    sites: ModelSites,
+    args: tuple,
+    kwargs: dict[str, Any],
+    held: HeldRows,
+    *,
+    is_probed: bool = False,
+) -> Derived:
+    shapes = guide.reader.deterministic(args, kwargs, held)
+    groups = tuple(guide.segments)
+    return Derived.of(sites, shapes, guide.plate.name, groups, is_probed=is_probed)
+
+
+def _mixed(runner: Runner, rows: Rows, derived: Derived) -> list[str]:
+    """Return the sites of which a row has other values where the batch has other rows.
+
+    So have a centered latent and a running sum, which are computed of all rows at once. Two rows
+    are looked at, one as the first of a batch and one as the last.
+    """
+    if rows.num_rows < 3 or not derived.by_row:
+        return []
+    key = jax.random.key(0)
+    globals_ = runner.draw_globals(key, rows, 1)
+    axes = tuple(derived.by_row.items())
+    run = partial(runner.per_batch, quantities.predict, num_samples=1, row_axis=1, derived=axes)
+    both, first, last = (
+        run(rows.choose(pair), key, globals_, batch_size=2)["posterior"]
+        for pair in ([0, 1], [0, 2], [2, 1])
+    )
+
+    def differ(name: str) -> bool:
+        pairs = ((both[name][:, 0], first[name][:, 0]), (both[name][:, 1], last[name][:, 1]))
+        return not all(np.allclose(*pair, rtol=1e-4, equal_nan=True) for pair in pairs)
+
+    return [name for name in derived.by_row if differ(name)]
 
 
 def _of_probe(rows: Rows) -> tuple[tuple, dict[str, Any], dict]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from numpyro_vae.model.provenance import RANDOM
@@ -29,6 +29,12 @@ class Derived:
     of_all: tuple[str, ...]
     of_globals: tuple[str, ...]
     dims: dict[str, list[str]]
+
+    def with_mixed(self, mixed: Collection[str]) -> Derived:
+        """Return the same, with sites of all rows at once whose rows depend on one another."""
+        by_row = {name: axis for name, axis in self.by_row.items() if name not in mixed}
+        dims = {name: _moved_back(self.dims[name], self.by_row[name], name) for name in mixed}
+        return Derived(by_row, (*self.of_all, *mixed), self.of_globals, self.dims | dims)
 
     @classmethod
     def of(
@@ -106,3 +112,11 @@ def _dims(
     named = [by_axis.get(axis) for axis in order]
     last = max((place for place, dim in enumerate(named) if dim), default=-1)
     return [dim or f"{name}_batch_{place}" for place, dim in enumerate(named[: last + 1])]
+
+
+def _moved_back(dims: list[str], axis: int, name: str) -> list[str]:
+    """Return the names of dimensions with that of the rows, which is in front, at its axis."""
+    rows, *others = dims
+    missing = [f"{name}_batch_{place}" for place in range(len(others), axis)]
+    others += missing
+    return [*others[:axis], rows, *others[axis:]]

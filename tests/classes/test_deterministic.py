@@ -86,3 +86,26 @@ def test_events_that_broadcast_are_served_and_predicted_one_by_one():
     encoding = posterior.encode(x)["z"]
     log_q = dist.Normal(encoding.loc, encoding.scale).log_prob(draws)
     np.testing.assert_allclose(posterior.log_weights(KEY, x, 4000), log_p - log_q, atol=2e-4)
+
+
+def test_a_site_that_mixes_the_rows_is_of_all_of_them():
+    """More rows than a batch has: each less the mean of all, and their running sum."""
+
+    def mixing(x):
+        with numpyro.plate("data", len(x)):
+            z = numpyro.sample("z", dist.Normal(0.0, 1.0))
+            numpyro.deterministic("own", 2 * z)
+            numpyro.deterministic("centered", z - z.mean())
+            numpyro.deterministic("sum", jnp.cumsum(z))
+            numpyro.sample("x", dist.Normal(z, 0.5), obs=x)
+
+    x = np.random.default_rng(0).normal(size=600).astype(np.float32)
+    svi = make_svi(mixing, loss=Trace_ELBO())
+    posterior = Posterior(svi.guide, fit(svi, KEY, x, num_epochs=1, progress_bar=False))
+    group = posterior.to_datatree(KEY, x, 5, groups="posterior")["posterior"]
+    z = group["z"].values[0]
+    np.testing.assert_allclose(group["own"].values[0], 2 * z, rtol=1e-6)
+    np.testing.assert_allclose(group["centered"].values[0], z - z.mean(1)[:, None], atol=1e-5)
+    np.testing.assert_allclose(group["sum"].values[0], np.cumsum(z, 1), atol=1e-3)
+    assert group["centered"].dims == ("chain", "draw", "data")
+    assert set(posterior.predict(KEY, x, 2)) == {"x", "own"}
