@@ -71,19 +71,9 @@ def gather(
     if rows.is_unobserved:
         groups = tuple(name for name in groups if name not in OF_OBSERVATIONS)
     observed = runner.per_batch(quantities.observed, rows)
+    by_row = tuple(derived.by_row.items()) if "posterior" in groups else ()
     found: Groups = {"observed_data": observed}
-    drawn = tuple(name for name in groups if not (marginal and name == "posterior_predictive"))
-    if set(drawn) & {"posterior", "posterior_predictive", "sample_stats"}:
-        by_row = tuple(derived.by_row.items()) if "posterior" in groups else ()
-        draw = partial(run, quantities.draws, groups=drawn)
-        if rows.is_unobserved:
-            draw = partial(run, quantities.imagine, **names_of(runner))
-        found |= draw(rows, rng_key, globals_, derived=by_row, observed=True)
-    if marginal and "posterior_predictive" in groups:
-        predicted = run(quantities.replicate, rows, rng_key, globals_, observed=True)
-        found["posterior_predictive"] = {n: predicted[n] for n in observed if n in predicted}
-    if "posterior_predictive" in groups:
-        warn_of_undrawn(undrawn_sites(runner, rows, found["posterior_predictive"]))
+    found |= _draws(runner, rows, run, (rng_key, globals_), groups, by_row, marginal=marginal)
     whole = {name: np.asarray(value) for name, value in globals_.items()}
     if "posterior" in groups:
         local = _local(runner, found["posterior"])
@@ -95,9 +85,35 @@ def gather(
         evidence = run(quantities.evidence, rows, rng_key, globals_, particles=num_particles)
         name = next(iter(observed)) if alone else "joint"
         found["log_likelihood"] = {name: evidence["log_evidence"]}
-    by_row = {name for group in found.values() for name in group} - set(whole)
-    dims = rows_first(site_dims(guide.sites), by_row, (guide.plate.name, *guide.segments))
+    rowwise = {name for group in found.values() for name in group} - set(whole)
+    dims = rows_first(site_dims(guide.sites), rowwise, (guide.plate.name, *guide.segments))
     return {group: found[group] for group in groups if group in found}, dims | derived.dims
+
+
+def _draws(
+    runner: Runner,
+    rows: Rows,
+    run: Callable[..., Any],
+    given: tuple[Array, dict[str, Array]],
+    groups: tuple[str, ...],
+    by_row: quantities.Axes,
+    *,
+    marginal: bool,
+) -> Groups:
+    """Return the groups that are drawn of each row; of the prior where nothing is observed."""
+    drawn = tuple(name for name in groups if not (marginal and name == "posterior_predictive"))
+    found: Groups = {}
+    if set(drawn) & {"posterior", "posterior_predictive", "sample_stats"}:
+        draw = partial(run, quantities.draws, groups=drawn)
+        if rows.is_unobserved:
+            draw = partial(run, quantities.imagine, **names_of(runner))
+        found |= draw(rows, *given, derived=by_row, observed=True)
+    if marginal and "posterior_predictive" in groups:
+        predicted = run(quantities.replicate, rows, *given, observed=True)
+        found["posterior_predictive"] = predicted
+    if "posterior_predictive" in groups:
+        warn_of_undrawn(undrawn_sites(runner, rows, found["posterior_predictive"]))
+    return found
 
 
 def _local(runner: Runner, draws: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

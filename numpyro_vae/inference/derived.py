@@ -59,8 +59,8 @@ def _mixed(runner: Runner, rows: Rows, derived: Derived) -> list[str]:
     So have a centered latent and a running sum, which are computed of all rows at once. Two rows
     are looked at, one as the first of a batch and one as the last.
     """
-    if rows.num_rows < 3 or not derived.by_row:
-        return []
+    if rows.num_rows < 3 or not derived.by_row or rows.is_unobserved:
+        return []  # draws from the prior differ by batch, so that nothing can be compared
     key = jax.random.key(0)
     globals_ = runner.draw_globals(key, rows, 1)
     axes = tuple(derived.by_row.items())
