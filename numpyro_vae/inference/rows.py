@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from typing import Any
 
 import jax
@@ -20,7 +20,7 @@ from numpyro_vae.guides.base import AmortizedGuide
 from numpyro_vae.inference.fingerprint import Fingerprint, fingerprint_rows
 from numpyro_vae.model.missing import require_finite_observations
 from numpyro_vae.model.plan import check_observed
-from numpyro_vae.model.reading import read_for
+from numpyro_vae.model.reading import ModelReader, read_for
 from numpyro_vae.model.sites import ModelSites, choose_plate
 from numpyro_vae.numpyro_internals import HANDLERS
 
@@ -37,6 +37,7 @@ class Rows:
         is_unobserved: whether the model is given none of the observations that the guide reads.
         held: by plate its size and the rows that it is told to hold, where the model declares
             another number of them than the data have.
+        declares: whether the model declares a plate of as many rows as it is given, so many.
         chosen: the numbers of the rows that results are wanted of, in that order.
         args: the model's arguments with all rows.
         kwargs: its keyword arguments, those that never change among them.
@@ -48,6 +49,7 @@ class Rows:
     subsamples: bool
     is_unobserved: bool
     held: dict[str, tuple[int, Any]]
+    declares: Callable[[int], bool]
     chosen: np.ndarray
     args: tuple
     kwargs: dict[str, Any]
@@ -98,7 +100,9 @@ class Rows:
         check_observed(sites, plate, guide.segments)
         subsamples, chosen = plate.length < plate.size, np.arange(plate.size)
         unobserved = guide.is_unobserved(sites)
-        return cls(arrays, name, plate.size, subsamples, unobserved, held, chosen, args, kwargs)
+        declares = cache(partial(_declares, guide.reader, arrays, static_kwargs, name))
+        known = (arrays, name, plate.size, subsamples, unobserved, held, declares)
+        return cls(*known, chosen, args, kwargs)
 
     @cached_property
     def fingerprint(self) -> Fingerprint:
@@ -149,6 +153,7 @@ class Rows:
 
     def batch(self, indices: Array) -> Batch:
         """Return the rows of these numbers, as compiled functions take them."""
+        cuts = not (self.data.is_whole or self.subsamples)
         return Batch(
             self.data.arrays,
             indices,
@@ -156,8 +161,8 @@ class Rows:
             layout=self.data.layout,
             plate=self.plate,
             num_data=self.num_rows,
-            cuts=not (self.data.is_whole or self.subsamples),
-            fills_plate=not self.data.is_whole,
+            cuts=cuts,
+            fills_plate=not self.data.is_whole and not (cuts and self.declares(len(indices))),
         )
 
     def whole(self) -> Batch:
@@ -248,6 +253,24 @@ def _held(guide: AmortizedGuide, data: ArrayData, args: tuple, kwargs: dict) -> 
             return {}
         raise failed from None
     return held
+
+
+def _declares(
+    reader: ModelReader, data: ArrayData, static_kwargs: dict[str, Any], plate: str, number: int
+) -> bool:
+    """Return whether the model, given so many rows of data, declares a plate of that number.
+
+    Compiled functions read the model for the same shapes, so that it is run no more often.
+    """
+    args, kwargs = data.layout.whole(
+        jax.eval_shape(data.layout.take, data.arrays, jnp.arange(number))
+    )
+    try:
+        with HANDLERS:
+            found = reader.sites(args, {**kwargs, **static_kwargs}).plates[plate]
+    except Exception:  # of any kind, as the model's own code raises it
+        return False
+    return found.length == found.size == number
 
 
 def rounded(number: int) -> int:
