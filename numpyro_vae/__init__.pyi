@@ -17,6 +17,7 @@ from .guides.auto import (
 )
 from .guides.base import AmortizedGuide
 from .layers.convolution import Conv, ConvTranspose
+from .objectives.forward_kl import ForwardKL
 from .plots.figures import (
     plot_collapse,
     plot_khat,
@@ -35,6 +36,7 @@ from .scales.parameterization import (
     Softplus,
 )
 from .training.fit import FitResult, fit
+from .training.simulations import Simulations
 
 __version__: str
 
@@ -53,6 +55,7 @@ __all__ = [
     "ConvNet",
     "ConvTranspose",
     "FitResult",
+    "ForwardKL",
     "Fusion",
     "Gap",
     "Importance",
@@ -69,6 +72,7 @@ __all__ = [
     "Scale",
     "Segments",
     "SetEncoder",
+    "Simulations",
     "Softplus",
     "fit",
     "plot_collapse",

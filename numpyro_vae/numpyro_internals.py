@@ -169,6 +169,18 @@ def with_param_transforms(svi: SVI, transforms: dict[str, Any]) -> SVI:
     return svi
 
 
+def stop_gradients(svi: SVI, names: frozenset[str]) -> None:
+    """Let an SVI that has been initialized give some of its parameters no gradient."""
+    if names:
+        constrain: Any = partial(_constrain_rest, svi.constrain_fn, names)
+        svi.constrain_fn = constrain
+
+
+def _constrain_rest(constrain: Any, names: frozenset[str], params: dict[str, Any]) -> Any:
+    found = constrain(params).items()
+    return {name: jax.lax.stop_gradient(x) if name in names else x for name, x in found}
+
+
 def enumerates(loss: ELBO) -> bool:
     """Return whether an objective sums over discrete latents that are marked for it."""
     return loss.can_infer_discrete and not isinstance(loss, TraceGraph_ELBO)

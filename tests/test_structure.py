@@ -23,6 +23,7 @@ FOLDERS = (
     "numpyro_internals",
     "model",
     "guides",
+    "objectives",
     "training",
     "inference",
     "checks",
@@ -44,6 +45,7 @@ ORDER = {
         "reading",
         "plates",
         "redraw",
+        "simulate",
         "run",
         "plan",
         "missing",
@@ -52,7 +54,18 @@ ORDER = {
         "deterministic",
     ),
     "guides": ("blocks", "network", "encoding", "local_sites", "global_sites", "base", "auto"),
-    "training": ("step", "guarded", "taking", "sources", "callbacks", "options", "fit"),
+    "training": (
+        "freezing",
+        "simulating",
+        "step",
+        "guarded",
+        "taking",
+        "sources",
+        "simulations",
+        "callbacks",
+        "options",
+        "fit",
+    ),
     "inference": (
         "compiled",
         "psis",
@@ -75,6 +88,7 @@ ORDER = {
     # Folders of plug-ins: each knows `base` and none of its siblings.
     "encoders": ("base", PLUG_INS),
     "families": ("base", PLUG_INS),
+    "objectives": ("base", PLUG_INS),
 }
 # Installed with the library or by an extra, but loaded only by what needs them.
 LAZY = ("arviz", "arviz_base", "arviz_plots", "arviz_stats", "matplotlib")

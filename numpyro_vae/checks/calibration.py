@@ -27,6 +27,7 @@ from numpyro_vae.inference.encoded import EncodedBatch
 from numpyro_vae.inference.quantities import observed, sample
 from numpyro_vae.inference.rows import Rows
 from numpyro_vae.model.densities import predicted_rows
+from numpyro_vae.model.simulate import places, why_not_simulable
 from numpyro_vae.model.sites import ModelSites
 
 if TYPE_CHECKING:
@@ -205,19 +206,8 @@ def _simulate(batch: EncodedBatch, rng_key: Any, globals_: dict) -> dict[str, di
 
 def _require_simulable(sites: ModelSites, given: dict[str, Any]) -> None:
     """Raise if the model cannot draw one of its sites."""
-    for name, site in sites.sites.items():
-        if name in given:
-            continue
-        if not site.is_observed and site.is_improper:
-            raise NotApplicableError(
-                f"Site {name!r} has an improper prior, so data cannot be simulated from the model. "
-                "Give it a proper prior, or leave the calibration check out."
-            )
-        if site.is_observed and not site.size:
-            raise NotApplicableError(
-                f"Site {name!r} is a numpyro.factor, of which nothing can be simulated. Write the "
-                "likelihood as a distribution, or leave the calibration check out."
-            )
+    if reason := why_not_simulable(sites, given):
+        raise NotApplicableError(f"{reason}, or leave the calibration check out.")
 
 
 def _replace(
@@ -233,29 +223,19 @@ def _replace(
         return subject.runner.read(data)
     arrays = list(rows.data.arrays)
     for name, value in seen.items():
-        places = list(_places(rows, value))
-        if not places:
+        found = list(places(rows.data.arrays, rows.data.layout.axes, value))
+        if not found:
             raise NotApplicableError(
                 f"The observed values of site {name!r} are not one of the model's arguments as it "
                 "stands, so simulated ones cannot be put in its place. Pass "
                 "Calibration(to_data=...), a function from simulated values by site to data as fit "
                 "takes them."
             )
-        for number, axis in places:
+        for number, axis in found:
             arrays[number] = jnp.moveaxis(
                 jnp.asarray(made[name], arrays[number].dtype), 0, axis or 0
             )
     return rows.with_arrays(tuple(arrays))
-
-
-def _places(rows: Rows, value: np.ndarray) -> Iterator[tuple[int, int | None]]:
-    """Yield which of the model's arguments are what it observes, and their datum axes."""
-    for number, (array, axis) in enumerate(
-        zip(rows.data.arrays, rows.data.layout.axes, strict=True)
-    ):
-        by_row = np.moveaxis(np.asarray(array), axis or 0, 0) if array.ndim else np.asarray(array)
-        if by_row.shape == value.shape and np.array_equal(by_row, value):
-            yield number, axis
 
 
 def _rank(below: np.ndarray, same: np.ndarray, rng: np.random.Generator) -> np.ndarray:

@@ -18,8 +18,8 @@ from numpyro_vae.data.arrays import Layout
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=("arrays", "indices", "weights"),
-    meta_fields=("layout", "plate", "num_data", "cuts", "fills_plate"),
+    data_fields=("arrays", "indices", "weights", "latents"),
+    meta_fields=("layout", "plate", "num_data", "cuts", "fills_plate", "simulation"),
 )
 @dataclass(frozen=True, eq=False)
 class Batch:
@@ -38,6 +38,8 @@ class Batch:
         cuts: whether the rows are still to be taken out of the arrays.
         fills_plate: whether the model's plate is told which rows it holds, as it selects some, or
             declares another number of them than there are.
+        latents: the values of latent sites that the rows were simulated with; None of real data.
+        simulation: how the rows are to be simulated, hashable; None if they are data.
     """
 
     arrays: Any  # unchecked, as JAX puts what it likes into the place of arrays
@@ -48,6 +50,8 @@ class Batch:
     num_data: int
     cuts: bool
     fills_plate: bool
+    latents: Any = None
+    simulation: Any = None
 
     def at(self, indices: Int[Array, "batch"]) -> Batch:
         """Return the batch of other rows of the same data."""

@@ -135,7 +135,7 @@ class Block(nnx.Module):
         mask: Bool[Array, "num_values"] | None,
     ) -> Float[Array, "*lead"]:
         """Return the log-density of packed values, of a factorized family where a mask is True."""
-        by_step = self._by_step(packed)
+        by_step = self.by_step(packed)
         if mask is None:
             return jnp.asarray(self.distribution(raw).log_prob(by_step))
         by_value: Any = self.head.marginals(raw)
@@ -146,7 +146,8 @@ class Block(nnx.Module):
         lead = values.shape[: values.ndim - len(self.steps) - 1]
         return values.reshape(*lead, self.num_values)
 
-    def _by_step(self, packed: Shaped[Array, "*lead num_values"]) -> Shaped[Array, "..."]:
+    def by_step(self, packed: Shaped[Array, "*lead num_values"]) -> Shaped[Array, "..."]:
+        """Return packed values with the axes of the features' steps: undoes `flatten`."""
         return packed.reshape(*packed.shape[:-1], *self.steps, -1)
 
     def split(
@@ -164,7 +165,7 @@ class Block(nnx.Module):
         self, packed: Shaped[Array, "*lead num_values"]
     ) -> Iterator[tuple[Site, Shaped[Array, "*lead datum_size"]]]:
         """Yield each site with its part of packed values."""
-        yield from self.split(self._by_step(packed))
+        yield from self.split(self.by_step(packed))
 
     def pack(self, parts: Mapping[str, Shaped[Array, "*lead datum_size"]]) -> Shaped[Array, "..."]:
         """Pack the sites' values, ``(*lead, num_values)``: the inverse of `unpack`."""

@@ -104,14 +104,25 @@ def _jointly(
     spread = jax.tree.map(lambda x: x.reshape(x.shape[0], *[1] * after, *x.shape[1:]), raw)
     factor = run.row_scale(block.sites)
     factor = None if factor is None else factor.reshape(-1, *[1] * after)
+    pack = partial(_packed, encoding, block, after)
     with run.enter_plates((run.plate.name,)), scaled(factor):
         fn = block.distribution(spread)
-        by_step = jnp.asarray(numpyro.sample(name, fn, infer={"is_auxiliary": True}))
+        infer = {"is_auxiliary": True, "pack": pack}
+        by_step = jnp.asarray(numpyro.sample(name, fn, infer=infer))
     packed = block.flatten(by_step.reshape(run.plate.length, *by_step.shape[after + 1 :]))
     for site, part in block.unpack(packed):
         fn = _function_of_draw(site, site.unpack(part, run.plate), run.support(site))
         with run.enter_plates(site.plates), scaled(run.scale(site)):
             yield site, jnp.asarray(numpyro.sample(site.name, fn))
+
+
+def _packed(encoding: Encoding, block: Block, after: int, values: dict[str, Array]) -> Array:
+    """Return the draw of which the sites of a block are functions, from the values of these."""
+    rows = {
+        site.name: _unconstrained_rows(encoding, site, values[site.name]) for site in block.sites
+    }
+    packed = block.by_step(block.pack(rows))
+    return packed.reshape(packed.shape[0], *[1] * after, *packed.shape[1:])
 
 
 def _function_of_draw(site: Site, unconstrained: Array, support: Any) -> dist.Delta:

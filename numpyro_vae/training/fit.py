@@ -22,6 +22,7 @@ from numpyro_vae.training.callbacks import (
     StopReason,
     UndeclaredScale,
 )
+from numpyro_vae.training.freezing import Freeze
 from numpyro_vae.training.options import (
     check_names,
     check_objective,
@@ -32,6 +33,7 @@ from numpyro_vae.training.options import (
     check_supports,
     check_svi,
 )
+from numpyro_vae.training.simulations import Simulations, SimulationSource
 from numpyro_vae.training.sources import ArraySource, IterableSource, Source, WholeSource
 from numpyro_vae.training.step import Trainer, trainer_of
 
@@ -78,6 +80,7 @@ def fit(
     plate: str | None = None,
     init_state: SVIState | None = None,
     init_params: dict[str, Any] | None = None,
+    freeze: Freeze = (),
     callbacks: Iterable[Callback] = (),
     progress_bar: bool = True,
 ) -> FitResult:
@@ -93,7 +96,7 @@ def fit(
         svi: model, guide, optimizer and objective.
         rng_key: the same key gives the same result, bit for bit.
         data: an array, a tuple of positional arguments of the model, or a dict of keyword
-            arguments, the data along axis 0; or an iterable of such batches.
+            arguments, the data along axis 0; or an iterable of such batches; or `Simulations`.
         batch_size: rows in a batch of in-memory data; by default 128, or all if they are fewer.
         num_epochs: passes over the data.
         num_data: for an iterable, how many data there are in all.
@@ -106,6 +109,9 @@ def fit(
         plate: the local plate's name, for a guide that does not know it.
         init_state: continue from this state.
         init_params: initial values of parameters, by name, where training does not continue.
+        freeze: what stays as it is: "model", the parameters that the model declares; "guide", all
+            others; "globals", those of the guide of global sites; or parameters by name; or a
+            sequence of these. Where training starts anew, give their values with ``init_params``.
         callbacks: each is called after every epoch with its number, the SVI state and the losses,
             and may stop training; see `numpyro_vae.training.callbacks.Callback`.
         progress_bar: whether to show one, updated once an epoch.
@@ -134,7 +140,8 @@ def fit(
     num_epochs = require_count("num_epochs", num_epochs)
     check_stopping(patience, validation)
     check_start(init_state, init_params)
-    trainer = trainer_of(svi)
+    freeze = freeze if isinstance(freeze, str) else tuple(freeze)
+    trainer = trainer_of(svi, freeze)
     plate = plate or getattr(svi.guide, "plate_name", None)
     check_passes(data, num_epochs)
     source = _source(trainer, data, batch_size, num_data, batch_axes, plate)
@@ -142,6 +149,8 @@ def fit(
     init_key, order_key, validation_key = jax.random.split(rng_key, 3)
     state = _start(svi, trainer, source, init_key, init_state, init_params)
     check_supports(trainer, source.first())
+    if isinstance(source, SimulationSource):
+        source.require_frozen()
     score = _validator(trainer, source, validation, batch_axes, validation_key)
     stopping = None if patience is None else EarlyStopping(patience)
     history = _History()
@@ -231,6 +240,11 @@ def _source(
     batch_axes: Any,
     plate: str | None,
 ) -> Source:
+    if isinstance(data, Simulations):
+        if not is_in_memory(data.like):
+            raise ValueError("Simulations(like=) takes data in memory, not an iterable of batches.")
+        like = _source(trainer, data.like, batch_size, num_data, batch_axes, plate)
+        return SimulationSource(trainer, like, data)
     if is_in_memory(data):
         if num_data is not None:
             raise ValueError("num_data= is for iterables; arrays say how many data there are.")

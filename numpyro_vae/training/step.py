@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -23,14 +24,18 @@ from numpyro_vae.guides.base import AmortizedGuide
 from numpyro_vae.model.contents import Reading
 from numpyro_vae.model.plates import minibatch
 from numpyro_vae.model.reading import ModelReader, read_for
+from numpyro_vae.model.simulate import simulated
 from numpyro_vae.numpyro_internals import (
     init_model_key,
     param_transforms,
     particle_keys,
     returns_mutable_state,
+    stop_gradients,
     with_hidden_state,
     with_param_transforms,
 )
+from numpyro_vae.training.freezing import Freeze, frozen_names, keep, parts_of
+from numpyro_vae.training.simulating import draw_batch
 
 Step = tuple[SVIState, Float[Array, ""]]
 
@@ -43,12 +48,15 @@ class Trainer:
 
     Args:
         svi: the inference to run.
+        freeze: names of parameters that stay as they are; see `fit`.
     """
 
-    def __init__(self, svi: SVI):
+    def __init__(self, svi: SVI, freeze: Freeze = ()):
         self.svi = copy.copy(svi)  # whose parts may be replaced; see `serves`
+        self.freeze, self.frozen = freeze, frozenset[str]()
         shared = isinstance(svi.guide, AmortizedGuide) and svi.guide.model is svi.model
         self.reader = svi.guide.reader if shared else ModelReader(svi.model)
+        self.parts: dict[str, frozenset[str]] = {}  # the names of parameters
         self.transforms: dict[str, Any] = {}
         self.fresh: Any = None  # the shapes of a first state, once there was one
         self._compile()
@@ -57,21 +65,27 @@ class Trainer:
         """Forget what was compiled before."""
         # Of functions made here, as JAX knows a method that it has traced before.
         self._init_compiled = jax.jit(partial(self._init))
+        self._draw_compiled = jax.jit(partial(self._draw))
         self._step_compiled = jax.jit(partial(self._step))
         self._guarded_compiled = jax.jit(partial(self._guarded_step))
         self._scan_compiled = jax.jit(partial(self._scan))
         self._evaluate_compiled = jax.jit(partial(self._evaluate))
 
-    def serves(self, svi: SVI) -> bool:
+    def serves(self, svi: SVI, freeze: Freeze) -> bool:
         """Return whether an SVI has the parts that this trainer was made with."""
         mine, theirs = vars(self.svi), vars(svi)
         parts = ("model", "guide", "optim", "loss")
         same = all(mine[part] is theirs[part] for part in parts)
-        return same and _same_values(self.svi.static_kwargs, svi.static_kwargs)
+        return (
+            same
+            and self.freeze == freeze
+            and _same_values(self.svi.static_kwargs, svi.static_kwargs)
+        )
 
     def _bind(self, batch: Batch, transforms: dict[str, Any], *, evaluate: bool = False) -> SVI:
         """Return the SVI whose model and guide see the batch as part of all the data."""
         svi = with_param_transforms(self.svi, transforms)
+        stop_gradients(svi, self.frozen)
         wrap = partial(
             minibatch,
             plate=batch.plate,
@@ -107,7 +121,20 @@ class Trainer:
         init = self._init_compiled if compiled else self._init
         state, self.transforms = init(rng_key, batch, init_params)
         self.fresh = jax.eval_shape(lambda: state)
+        self._freeze(batch)
         return state
+
+    def _freeze(self, batch: Batch) -> None:
+        """Find out which parameters belong to what, and which of them stay as they are."""
+        args, kwargs = batch.arguments()
+        kwargs = {**kwargs, **self.svi.static_kwargs}
+        of_model = self.reader.abstract(args, kwargs, batch.rows).params
+        network = f"{getattr(self.svi.guide, 'prefix', '')}$params"
+        self.parts = parts_of(self.transforms, of_model, network)
+        frozen = frozen_names(self.freeze, self.parts) if self.freeze else frozenset[str]()
+        if frozen != self.frozen:
+            self.frozen = frozen
+            self._compile()
 
     def _init(
         self, rng_key: Array, batch: Batch, init_params: dict | None
@@ -145,7 +172,29 @@ class Trainer:
         """
         return self._scan_compiled(self.transforms, state, batch, order)
 
+    def draw(self, state: SVIState, rng_key: Array, batch: Batch) -> Batch:
+        """Return the batch with rows simulated from the model as it is in a state, compiled."""
+        return self._draw_compiled(self.transforms, state, rng_key, batch)
+
+    def _draw(
+        self, transforms: dict[str, Any], state: SVIState, rng_key: Array, batch: Batch
+    ) -> Batch:
+        svi = self._bind(batch, transforms)
+        return draw_batch(svi, _params(svi, state), rng_key, batch)
+
     def _step(self, transforms: dict[str, Any], state: SVIState, batch: Batch) -> Step:
+        if batch.simulation is not None:
+            draw_key, key = jax.random.split(state.rng_key)
+            batch = self._draw(transforms, state, draw_key, batch)
+            state = state._replace(rng_key=key)
+        with nullcontext() if batch.latents is None else simulated(batch.latents):
+            new, loss = self._update(transforms, state, batch)
+        if self.frozen:
+            params = self.svi.optim.get_params(state.optim_state)
+            new = keep(new, state, params, self.frozen)
+        return new, loss
+
+    def _update(self, transforms: dict[str, Any], state: SVIState, batch: Batch) -> Step:
         (args, kwargs), held = batch.arguments(), state.mutable_state
         svi = self._bind(batch, transforms)
         if held is None or returns_mutable_state(svi.loss):
@@ -245,11 +294,11 @@ def _is_finite(site: dict[str, Any]) -> bool:
 _TRAINERS: WeakKeyDictionary[SVI, Trainer] = WeakKeyDictionary()
 
 
-def trainer_of(svi: SVI) -> Trainer:
+def trainer_of(svi: SVI, freeze: Freeze = ()) -> Trainer:
     """Return the trainer of an SVI, the same as the last time, so that nothing compiles twice."""
     trainer = _TRAINERS.get(svi)
-    if trainer is None or not trainer.serves(svi):
-        trainer = _TRAINERS[svi] = Trainer(svi)
+    if trainer is None or not trainer.serves(svi, freeze):
+        trainer = _TRAINERS[svi] = Trainer(svi, freeze)
     return trainer
 
 

@@ -1,0 +1,133 @@
+"""Latents and data drawn from a model, and data put in the place of those observed."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Array
+from numpyro import handlers
+from numpyro.primitives import Messenger
+
+from numpyro_vae.model.redraw import drawn_value, redraw
+from numpyro_vae.model.sites import ModelSites
+from numpyro_vae.model.trace import Model
+from numpyro_vae.numpyro_internals import ask_handlers, was_observed
+
+SIMULATED = "numpyro_vae.simulated"  # the type of a message that asks what data were drawn with
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Latents:
+    """The values of the latent sites that data were simulated with.
+
+    Attributes:
+        drawn: by site, of those that were drawn from the model.
+        given: of those that were given to it, such as the guide's draws of the global sites.
+    """
+
+    drawn: dict[str, Any]
+    given: dict[str, Any]
+
+
+def simulate(
+    model: Model,
+    values: dict[str, Any],
+    given: dict[str, Any],
+    rng_key: Array,
+    args: tuple,
+    kwargs: dict[str, Any],
+) -> tuple[Latents, dict[str, dict[str, Any]]]:
+    """Draw latents from their prior and data from the likelihood.
+
+    Args:
+        model: a NumPyro model.
+        values: of its parameters and network state.
+        given: values of latent sites that are not to be drawn.
+        rng_key: the random key.
+        args: the model's arguments, of which the covariates matter.
+        kwargs: its keyword arguments.
+
+    Returns:
+        The latents, and the observed sites of the trace, whose values are drawn.
+
+    Raises:
+        ValueError: if the model cannot draw one of its sites.
+    """
+    model = handlers.substitute(redraw(model), data={**values, **given})
+    with handlers.block():
+        trace = handlers.trace(handlers.seed(model, rng_key)).get_trace(*args, **kwargs)
+    sites = {name: site for name, site in trace.items() if site["type"] == "sample"}
+    drawn = {name: site["value"] for name, site in sites.items() if not was_observed(site)}
+    seen = {name: site for name, site in sites.items() if was_observed(site)}
+    latents = Latents({name: x for name, x in drawn.items() if name not in given}, given)
+    return latents, {name: {**site, "value": drawn_value(site)} for name, site in seen.items()}
+
+
+def why_not_simulable(sites: ModelSites, given: Collection[str]) -> str:
+    """Return why a model cannot draw one of its sites; empty if it can draw all.
+
+    Args:
+        sites: what the model holds.
+        given: the names of latent sites that are not to be drawn.
+    """
+    for name, site in sites.sites.items():
+        if name in given:
+            continue
+        if not site.is_observed and site.is_improper:
+            return (
+                f"Site {name!r} has an improper prior, so data cannot be simulated from the model. "
+                "Give it a proper prior"
+            )
+        if site.is_observed and not site.size:
+            return (
+                f"Site {name!r} is a numpyro.factor, of which nothing can be simulated. Write the "
+                "likelihood as a distribution"
+            )
+    return ""
+
+
+def places(
+    arrays: Sequence[Any], axes: Sequence[int | None], value: np.ndarray
+) -> Iterator[tuple[int, int | None]]:
+    """Yield which of the model's arguments are what it observes, and their datum axes.
+
+    Args:
+        arrays: those among the arguments.
+        axes: their datum axes.
+        value: what is observed, rows in front.
+    """
+    for number, (array, axis) in enumerate(zip(arrays, axes, strict=True)):
+        by_row = np.moveaxis(np.asarray(array), axis or 0, 0) if array.ndim else np.asarray(array)
+        if by_row.shape == value.shape and np.array_equal(by_row, value):
+            yield number, axis
+
+
+class simulated(Messenger):  # noqa: N801 - handlers are lower case, as in numpyro.handlers
+    """Tell an objective which latents the data were simulated with.
+
+    Example:
+        >>> with simulated(Latents({"z": jnp.zeros(3)}, {})):
+        ...     print(simulated_latents().drawn["z"])
+        [0. 0. 0.]
+        >>> print(simulated_latents())
+        None
+    """
+
+    def __init__(self, latents: Latents):
+        self.latents = latents
+        super().__init__(None)
+
+    def process_message(self, msg: Any) -> None:
+        """Answer the question."""
+        if msg["type"] == SIMULATED:
+            msg["value"] = self.latents
+
+
+def simulated_latents() -> Latents | None:
+    """Return the latents that the data were simulated with, or None of real data."""
+    return ask_handlers(SIMULATED)

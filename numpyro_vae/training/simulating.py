@@ -1,0 +1,110 @@
+"""Draws the rows of a batch from the model, in compiled code."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+from numpyro import handlers
+from numpyro.infer import SVI
+
+from numpyro_vae.data.arrays import as_arguments, is_array
+from numpyro_vae.data.batch import Batch
+from numpyro_vae.model.simulate import simulate
+
+
+@dataclass(frozen=True)
+class Simulation:
+    """How the rows of a batch are simulated; hashable, so that compiled code can depend on it.
+
+    Attributes:
+        places: by observed site the numbers of the arrays among the arguments that hold it.
+        num_real: how many rows of a batch, the first ones, stay the data they are.
+        to_data: from simulated values by observed site to data; None to put them into ``places``.
+        plates: those that hold the observations of the local plate's data, itself the first.
+    """
+
+    places: tuple[tuple[str, tuple[int, ...]], ...]
+    num_real: int
+    to_data: Callable[[dict], Any] | None
+    plates: tuple[str, ...]
+
+
+def draw_batch(svi: SVI, params: dict[str, Any], rng_key: Array, batch: Batch) -> Batch:
+    """Return a batch with rows drawn from the model, in place of its own.
+
+    Global latents are drawn from the guide, once for the batch, and the rest from the model.
+
+    Args:
+        svi: whose model and guide see the batch.
+        params: constrained parameters, with the networks' state.
+        rng_key: the random key.
+        batch: the rows whose covariates the model is given.
+    """
+    (args, kwargs), plan = batch.arguments(), batch.simulation
+    kwargs = {**kwargs, **svi.static_kwargs}
+    guide_key, model_key = jax.random.split(rng_key)
+    given = _globals(svi, params, guide_key, batch.plate, args, kwargs)
+    latents, seen = simulate(svi.model, params, given, model_key, args, kwargs)
+    latents = jax.lax.stop_gradient(latents)
+    made = {name: _by_row(site, plan.plates) for name, site in seen.items()}
+    arrays = batch.layout.take(batch.arrays, batch.indices) if batch.cuts else batch.arrays
+    arrays = _replaced(plan, batch, arrays, made)
+    indices = jnp.arange(len(batch.indices)) if batch.cuts else batch.indices
+    return replace(
+        batch,
+        arrays=arrays,
+        indices=indices,
+        cuts=False,
+        latents=None if plan.num_real else latents,
+        simulation=None,
+    )
+
+
+def _globals(
+    svi: SVI, params: dict[str, Any], rng_key: Array, plate: str, args: tuple, kwargs: dict
+) -> dict[str, Any]:
+    """Return a draw of the guide of the sites outside the local plate."""
+    guide = handlers.seed(handlers.substitute(svi.guide, data=params), rng_key)
+    with handlers.block():
+        trace = handlers.trace(guide).get_trace(*args, **kwargs)
+    return {
+        name: site["value"]
+        for name, site in trace.items()
+        if site["type"] == "sample" and plate not in {x.name for x in site["cond_indep_stack"]}
+    }
+
+
+def _by_row(site: dict[str, Any], plates: tuple[str, ...]) -> Array:
+    """Return the value of an observed site, rows in front where it has some."""
+    dims = {frame.name: frame.dim for frame in site["cond_indep_stack"]}
+    dim = next((dims[plate] for plate in plates if plate in dims), None)
+    value = site["value"]
+    return value if dim is None else jnp.moveaxis(value, dim - site["fn"].event_dim, 0)
+
+
+def _replaced(
+    plan: Simulation, batch: Batch, arrays: tuple, made: dict[str, Array]
+) -> tuple[Array, ...]:
+    """Return the arguments' arrays with simulated rows in place of their own."""
+    if plan.to_data is not None:
+        leaves = jax.tree.leaves(as_arguments(plan.to_data(made)))
+        new = dict(enumerate(leaf for leaf in leaves if is_array(leaf)))
+    else:
+        new = {number: made[name] for name, numbers in plan.places for number in numbers}
+    drawn = slice(plan.num_real, None)
+    places = jnp.arange(len(batch.indices)) if batch.cuts else batch.indices
+    found = list(arrays)
+    for number, value in new.items():
+        axis = batch.layout.axes[number]
+        if axis is None:
+            found[number] = value.astype(arrays[number].dtype)
+            continue
+        rows = jnp.moveaxis(arrays[number], axis, 0)
+        rows = rows.at[places[drawn]].set(value[drawn].astype(rows.dtype))
+        found[number] = jnp.moveaxis(rows, 0, axis)
+    return tuple(found)

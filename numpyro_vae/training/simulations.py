@@ -1,0 +1,201 @@
+"""A source of data that draws them from the model, with the covariates of given data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+from numpyro.infer.svi import SVIState
+
+from numpyro_vae.data.arguments import require_count
+from numpyro_vae.data.arrays import ArrayData
+from numpyro_vae.data.batch import Batch
+from numpyro_vae.model.simulate import places, why_not_simulable
+from numpyro_vae.numpyro_internals import HANDLERS
+from numpyro_vae.objectives import ForwardKL
+from numpyro_vae.training.guarded import guarded_steps
+from numpyro_vae.training.simulating import Simulation
+from numpyro_vae.training.sources import Source
+from numpyro_vae.training.step import Trainer
+
+__all__ = ["Simulations"]
+
+
+@dataclass(frozen=True)
+class Simulations:
+    """Data that `fit` draws from the model itself, with its parameters as they are.
+
+    A guide trained on the ELBO of simulated rows reads more data than there are, and cannot learn
+    the noise of a training set by heart (Zhang, Hayes and Barber, *Generalization Gap in Amortized
+    Inference*, NeurIPS 2022); trained by `ForwardKL`, it learns the posterior from the latents that
+    the rows were drawn with. Pass ``freeze=("model", "globals")`` to `fit`: data drawn from the
+    model say nothing of its own parameters.
+
+    Latents in the local plate are drawn from their prior, global ones from the guide.
+
+    Args:
+        num_data: how many rows an epoch has.
+        like: data as `fit` takes them, whose covariates the simulated rows have; what the model
+            observes of them is replaced.
+        is_fixed: whether all epochs have the same rows, drawn once at the start: a budget of
+            simulations. Otherwise every step draws its own.
+        real_fraction: the share of each batch that stays the data it is, from 0 to below 1.
+        to_data: from simulated values by observed site to data as `fit` takes them, for a model
+            whose observed values are not one of its arguments as it stands.
+
+    Raises:
+        ValueError: if a number is out of range.
+
+    Example:
+        >>> import optax, numpyro, numpyro.distributions as dist
+        >>> from numpyro.infer import SVI, Trace_ELBO
+        >>> from numpyro_vae import AutoAmortizedNormal, fit
+        >>> def model(x):
+        ...     with numpyro.plate("data", len(x)):
+        ...         z = numpyro.sample("z", dist.Normal(0.0, 1.0))
+        ...         numpyro.sample("x", dist.Normal(z, 0.5), obs=x)
+        >>> svi = SVI(model, AutoAmortizedNormal(model), optax.adam(1e-3), Trace_ELBO())
+        >>> simulations = Simulations(1000, like=np.linspace(-2.0, 2.0, 50))
+        >>> result = fit(svi, jax.random.key(0), simulations, num_epochs=2, progress_bar=False)
+        >>> result.losses.shape  # in batches of 50
+        (40,)
+    """
+
+    num_data: int
+    like: Any
+    is_fixed: bool = False
+    real_fraction: float = 0.0
+    to_data: Any = None
+
+    def __post_init__(self) -> None:
+        require_count("num_data", self.num_data)
+        if not 0 <= self.real_fraction < 1:
+            raise ValueError(
+                f"real_fraction is {self.real_fraction}, expected a share from 0 to below 1. "
+                "Without simulations, pass the data themselves."
+            )
+
+
+class SimulationSource:
+    """Batches whose rows are drawn from the model.
+
+    Args:
+        trainer: takes the steps.
+        like: a source of the data whose covariates they have.
+        simulations: how many there are, and what else is known of them.
+
+    Raises:
+        ValueError: if the model cannot be simulated from, its own parameters would be trained, or
+            there is no place for what it observes.
+    """
+
+    def __init__(self, trainer: Trainer, like: Source, simulations: Simulations):
+        self.trainer, self.like, self.simulations = trainer, like, simulations
+        self.data, self.sites = like.data, like.sites
+        batch = like.first()
+        self.size = len(batch.indices)
+        self.num_steps = -(-simulations.num_data // self.size)
+        self._batch = replace(batch, simulation=self._plan(batch))
+        self._table: list[Batch] | None = None
+
+    def require_frozen(self) -> None:
+        """Raise if an ELBO would be maximized of data that were drawn with what it trains.
+
+        Raises:
+            ValueError: naming the parameters.
+        """
+        trainer = self.trainer
+        if isinstance(trainer.svi.loss, ForwardKL):  # which trains none of them
+            return
+        trained = (trainer.parts["model"] | trainer.parts["globals"]) - trainer.frozen
+        if trained:
+            raise ValueError(
+                f"Data simulated from the model say nothing of its parameters or global latents, "
+                f"and {sorted(trained)} would be trained on them. Pass "
+                'freeze=("model", "globals"), and their values with init_params=result.params.'
+            )
+
+    def _plan(self, batch: Batch) -> Simulation:
+        """Return how the rows of a batch are simulated."""
+        guide, wanted = self.trainer.svi.guide, self.simulations
+        if reason := why_not_simulable(self.sites, getattr(guide, "global_names", ())):
+            raise ValueError(f"{reason}, or train on the data themselves.")
+        if wanted.real_fraction and isinstance(self.trainer.svi.loss, ForwardKL):
+            raise ValueError(
+                f"real_fraction is {wanted.real_fraction}, but ForwardKL trains on the latents "
+                "that rows were simulated with, which data do not have. Leave it out."
+            )
+        plates = (batch.plate, *getattr(guide, "segments", ()))
+        places = () if wanted.to_data is not None else tuple(self._places(batch, plates))
+        num_real = round(wanted.real_fraction * self.size)
+        return Simulation(places, num_real, wanted.to_data, plates)
+
+    def _places(self, batch: Batch, plates: tuple[str, ...]) -> Any:
+        """Yield for each observed site the numbers of the arrays among the arguments that hold it.
+
+        All rows of the data are compared, so that a site that observes something else is not taken
+        for one of the arguments.
+        """
+        trainer, data = self.trainer, self.data
+        args, kwargs = data.whole()
+        kwargs = {**kwargs, **trainer.svi.static_kwargs}
+        number = 1 if data.is_whole else data.num_data
+        with HANDLERS:
+            reading = trainer.reader.read_all(args, kwargs, batch.every(number))
+        for name, value in reading.values.items():
+            site = reading.sites.sites[name]
+            plate = next((reading.sites.plates[p] for p in plates if p in site.plates), None)
+            rows = value if plate is None else jnp.moveaxis(value, site.axis(plate), 0)
+            found = list(places(data.arrays, data.layout.axes, np.asarray(rows)))
+            if not found:
+                raise ValueError(
+                    f"The observed values of site {name!r} are not one of the model's arguments as "
+                    "it stands, so simulated ones cannot be put in its place. Pass "
+                    "Simulations(to_data=...), a function from simulated values by site to data as "
+                    "fit takes them."
+                )
+            yield name, tuple(number for number, _ in found)
+
+    def first(self) -> Batch:
+        """Return a batch of the data to initialize with."""
+        return self.like.first()
+
+    def batches(self, data: ArrayData) -> list[tuple[Batch, int]]:
+        """Return all rows of data like these in batches, and how many of them are in each."""
+        return self.like.batches(data)
+
+    def run(self, state: SVIState, rng_key: Array, epoch: int) -> tuple[SVIState, np.ndarray]:
+        """Run an epoch on rows that every step draws, or on those of the table in another order."""
+        if self.simulations.is_fixed:
+            return self._run_table(state, rng_key, epoch)
+        order, batch, trainer = self._order(rng_key, epoch), self._batch, self.trainer
+        run = trainer.loop if trainer.is_slow_in_scan(state, batch) else trainer.scan
+        new_state, losses, ok = run(state, batch, order)
+        if ok:
+            return new_state, np.asarray(losses)
+        return guarded_steps(trainer, state, map(batch.at, order), epoch)
+
+    def _order(self, rng_key: Array, epoch: int) -> Array:
+        """Return the rows of each step whose covariates are taken."""
+        if self.data.is_whole:
+            return jnp.tile(self._batch.indices, (self.num_steps, 1))
+        key, number = jax.random.fold_in(rng_key, epoch), self.data.num_data
+        times = -(-self.num_steps * self.size // number)
+        keys = jax.random.split(key, times)
+        order = jnp.concatenate([jax.random.permutation(key, number) for key in keys])
+        return order[: self.num_steps * self.size].reshape(self.num_steps, self.size)
+
+    def _run_table(
+        self, state: SVIState, rng_key: Array, epoch: int
+    ) -> tuple[SVIState, np.ndarray]:
+        if self._table is None:
+            order, keys = self._order(rng_key, 0), jax.random.split(rng_key, self.num_steps)
+            pairs = zip(keys, map(self._batch.at, order), strict=True)
+            self._table = [self.trainer.draw(state, key, batch) for key, batch in pairs]
+        table, key = self._table, jax.random.fold_in(rng_key, epoch)
+        steps = np.asarray(jax.random.permutation(key, self.num_steps))
+        return guarded_steps(self.trainer, state, (table[step] for step in steps), epoch)
