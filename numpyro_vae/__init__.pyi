@@ -1,3 +1,4 @@
+from .amortization import amortize
 from .checks import Calibration, Collapse, Gap, Importance, Novelty, Predictive, Report
 from .data.ragged import Masked, Segments
 from .encoders import (
@@ -74,6 +75,7 @@ __all__ = [
     "SetEncoder",
     "Simulations",
     "Softplus",
+    "amortize",
     "fit",
     "plot_collapse",
     "plot_khat",

@@ -29,6 +29,7 @@ FOLDERS = (
     "checks",
     "repair",
     "posterior",
+    "amortization",
     "plots",
 )
 # The modules of a folder in order: each imports only those before it.

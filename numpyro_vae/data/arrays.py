@@ -215,6 +215,27 @@ def _constant(array: Array, axis: int | None) -> Constant | None:
     return Constant(array) if axis is None else None
 
 
+def take_rows(data: Data, batch_axes: Any, indices: Any) -> Data:
+    """Return some rows of data, in the form in which they were given.
+
+    Args:
+        data: see `ArrayData.read`.
+        batch_axes: likewise.
+        indices: the numbers of the rows.
+
+    Example:
+        >>> take_rows((np.arange(4), 3.0), (0, None), [1, 2])
+        (array([1, 2]), 3.0)
+    """
+    axes = iter(_axes(batch_axes, data))
+
+    def take(leaf: Any) -> Any:
+        axis = next(axes)
+        return leaf if axis is None else leaf[(slice(None),) * (axis % leaf.ndim) + (indices,)]
+
+    return jax.tree.map(take, data)
+
+
 def _axes(batch_axes: Any, data: Data) -> list[int | None]:
     """Return the datum axis of each leaf of the data, among which None does not count."""
     axes: list[int | None] = []

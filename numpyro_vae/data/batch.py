@@ -19,7 +19,7 @@ from numpyro_vae.data.arrays import Layout
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=("arrays", "indices", "weights", "latents"),
-    meta_fields=("layout", "plate", "num_data", "cuts", "fills_plate", "simulation"),
+    meta_fields=("layout", "plate", "num_data", "cuts", "fills_plate"),
 )
 @dataclass(frozen=True, eq=False)
 class Batch:
@@ -39,7 +39,6 @@ class Batch:
         fills_plate: whether the model's plate is told which rows it holds, as it selects some, or
             declares another number of them than there are.
         latents: the values of latent sites that the rows were simulated with; None of real data.
-        simulation: how the rows are to be simulated, hashable; None if they are data.
     """
 
     arrays: Any  # unchecked, as JAX puts what it likes into the place of arrays
@@ -51,7 +50,6 @@ class Batch:
     cuts: bool
     fills_plate: bool
     latents: Any = None
-    simulation: Any = None
 
     def at(self, indices: Int[Array, "batch"]) -> Batch:
         """Return the batch of other rows of the same data."""

@@ -17,6 +17,11 @@ from numpyro_vae.model.sites import ModelSites
 from numpyro_vae.model.trace import Model
 from numpyro_vae.numpyro_internals import ask_handlers, was_observed
 
+
+class NotSimulableError(ValueError):
+    """Data cannot be drawn from a model, or simulated ones not put in the place of the observed."""
+
+
 SIMULATED = "numpyro_vae.simulated"  # the type of a message that asks what data were drawn with
 
 

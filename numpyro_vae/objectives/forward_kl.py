@@ -14,7 +14,7 @@ from numpyro.infer.elbo import ELBO, LossWithMutableState
 from numpyro.primitives import Messenger
 
 from numpyro_vae.guides.base import AmortizedGuide
-from numpyro_vae.model.simulate import Latents, simulate, simulated_latents
+from numpyro_vae.model.simulate import Latents, NotSimulableError, simulate, simulated_latents
 
 __all__ = ["ForwardKL"]
 
@@ -134,7 +134,7 @@ def _simulated(
     for name, site in seen.items():
         found = [number for number, leaf in enumerate(leaves) if leaf is trace[name]["value"]]
         if not found:
-            raise ValueError(
+            raise NotSimulableError(
                 f"The observed values of site {name!r} are not one of the model's arguments as it "
                 "stands, so simulated ones cannot be put in its place. Train with fit on "
                 "Simulations(num_data, like=data, to_data=...)."

@@ -101,7 +101,8 @@ def check_objective(svi: SVI, sites: ModelSites) -> None:
 
 def check_names(init_params: dict[str, Any] | None, trainer: Trainer) -> None:
     """Raise if initial values are given to parameters that do not exist."""
-    unknown = sorted(set(init_params or {}) - set(trainer.transforms))
+    states = trainer.fresh.mutable_state or {}  # which are among the params of a result
+    unknown = sorted(set(init_params or {}) - {*trainer.transforms, *states})
     if unknown:
         raise ValueError(
             f"init_params= names {unknown}; model and guide have the parameters "

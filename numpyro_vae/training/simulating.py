@@ -34,7 +34,9 @@ class Simulation:
     plates: tuple[str, ...]
 
 
-def draw_batch(svi: SVI, params: dict[str, Any], rng_key: Array, batch: Batch) -> Batch:
+def draw_batch(
+    svi: SVI, params: dict[str, Any], rng_key: Array, batch: Batch, plan: Simulation
+) -> Batch:
     """Return a batch with rows drawn from the model, in place of its own.
 
     Global latents are drawn from the guide, once for the batch, and the rest from the model.
@@ -44,8 +46,9 @@ def draw_batch(svi: SVI, params: dict[str, Any], rng_key: Array, batch: Batch) -
         params: constrained parameters, with the networks' state.
         rng_key: the random key.
         batch: the rows whose covariates the model is given.
+        plan: how its rows are simulated.
     """
-    (args, kwargs), plan = batch.arguments(), batch.simulation
+    args, kwargs = batch.arguments()
     kwargs = {**kwargs, **svi.static_kwargs}
     guide_key, model_key = jax.random.split(rng_key)
     given = _globals(svi, params, guide_key, batch.plate, args, kwargs)
@@ -61,7 +64,6 @@ def draw_batch(svi: SVI, params: dict[str, Any], rng_key: Array, batch: Batch) -
         indices=indices,
         cuts=False,
         latents=None if plan.num_real else latents,
-        simulation=None,
     )
 
 

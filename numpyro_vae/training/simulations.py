@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -14,7 +15,7 @@ from numpyro.infer.svi import SVIState
 from numpyro_vae.data.arguments import require_count
 from numpyro_vae.data.arrays import ArrayData
 from numpyro_vae.data.batch import Batch
-from numpyro_vae.model.simulate import places, why_not_simulable
+from numpyro_vae.model.simulate import NotSimulableError, places, why_not_simulable
 from numpyro_vae.numpyro_internals import HANDLERS
 from numpyro_vae.objectives import ForwardKL
 from numpyro_vae.training.guarded import guarded_steps
@@ -41,8 +42,8 @@ class Simulations:
         num_data: how many rows an epoch has.
         like: data as `fit` takes them, whose covariates the simulated rows have; what the model
             observes of them is replaced.
-        is_fixed: whether all epochs have the same rows, drawn once at the start: a budget of
-            simulations. Otherwise every step draws its own.
+        redraw_every: after how many epochs the rows are drawn anew; None to have the same in all,
+            a budget of simulations.
         real_fraction: the share of each batch that stays the data it is, from 0 to below 1.
         to_data: from simulated values by observed site to data as `fit` takes them, for a model
             whose observed values are not one of its arguments as it stands.
@@ -67,12 +68,14 @@ class Simulations:
 
     num_data: int
     like: Any
-    is_fixed: bool = False
+    redraw_every: int | None = 1
     real_fraction: float = 0.0
     to_data: Any = None
 
     def __post_init__(self) -> None:
         require_count("num_data", self.num_data)
+        if self.redraw_every is not None:
+            require_count("redraw_every", self.redraw_every)
         if not 0 <= self.real_fraction < 1:
             raise ValueError(
                 f"real_fraction is {self.real_fraction}, expected a share from 0 to below 1. "
@@ -89,8 +92,9 @@ class SimulationSource:
         simulations: how many there are, and what else is known of them.
 
     Raises:
-        ValueError: if the model cannot be simulated from, its own parameters would be trained, or
-            there is no place for what it observes.
+        NotSimulableError: if the model cannot be simulated from, or there is no place for what it
+            observes.
+        ValueError: if an objective has no use for real rows.
     """
 
     def __init__(self, trainer: Trainer, like: Source, simulations: Simulations):
@@ -99,8 +103,8 @@ class SimulationSource:
         batch = like.first()
         self.size = len(batch.indices)
         self.num_steps = -(-simulations.num_data // self.size)
-        self._batch = replace(batch, simulation=self._plan(batch))
-        self._table: list[Batch] | None = None
+        self.plan = self._plan(batch)
+        self._table: list[Batch] = []
 
     def require_frozen(self) -> None:
         """Raise if an ELBO would be maximized of data that were drawn with what it trains.
@@ -123,7 +127,7 @@ class SimulationSource:
         """Return how the rows of a batch are simulated."""
         guide, wanted = self.trainer.svi.guide, self.simulations
         if reason := why_not_simulable(self.sites, getattr(guide, "global_names", ())):
-            raise ValueError(f"{reason}, or train on the data themselves.")
+            raise NotSimulableError(f"{reason}, or train on the data themselves.")
         if wanted.real_fraction and isinstance(self.trainer.svi.loss, ForwardKL):
             raise ValueError(
                 f"real_fraction is {wanted.real_fraction}, but ForwardKL trains on the latents "
@@ -152,7 +156,7 @@ class SimulationSource:
             rows = value if plate is None else jnp.moveaxis(value, site.axis(plate), 0)
             found = list(places(data.arrays, data.layout.axes, np.asarray(rows)))
             if not found:
-                raise ValueError(
+                raise NotSimulableError(
                     f"The observed values of site {name!r} are not one of the model's arguments as "
                     "it stands, so simulated ones cannot be put in its place. Pass "
                     "Simulations(to_data=...), a function from simulated values by site to data as "
@@ -169,33 +173,26 @@ class SimulationSource:
         return self.like.batches(data)
 
     def run(self, state: SVIState, rng_key: Array, epoch: int) -> tuple[SVIState, np.ndarray]:
-        """Run an epoch on rows that every step draws, or on those of the table in another order."""
-        if self.simulations.is_fixed:
-            return self._run_table(state, rng_key, epoch)
-        order, batch, trainer = self._order(rng_key, epoch), self._batch, self.trainer
-        run = trainer.loop if trainer.is_slow_in_scan(state, batch) else trainer.scan
-        new_state, losses, ok = run(state, batch, order)
-        if ok:
-            return new_state, np.asarray(losses)
-        return guarded_steps(trainer, state, map(batch.at, order), epoch)
+        """Run an epoch on the table of simulated batches, in an order of its own."""
+        every, (table_key, order_key) = self.simulations.redraw_every, jax.random.split(rng_key)
+        if not self._table or (every is not None and epoch % every == 0):
+            self._table = list(self._draw(state, jax.random.fold_in(table_key, epoch)))
+        order = jax.random.permutation(jax.random.fold_in(order_key, epoch), self.num_steps)
+        batches = (self._table[step] for step in np.asarray(order))
+        return guarded_steps(self.trainer, state, batches, epoch)
 
-    def _order(self, rng_key: Array, epoch: int) -> Array:
-        """Return the rows of each step whose covariates are taken."""
+    def _draw(self, state: SVIState, rng_key: Array) -> Iterator[Batch]:
+        """Yield the simulated batches of an epoch, from the model as it is in a state."""
+        rows_key, draw_key = jax.random.split(rng_key)
+        keys = jax.random.split(draw_key, self.num_steps)
+        for key, rows in zip(keys, self._order(rows_key), strict=True):
+            yield self.trainer.draw(self.plan, state, key, self.first().at(rows))
+
+    def _order(self, rng_key: Array) -> Array:
+        """Return the rows of each batch whose covariates are taken."""
         if self.data.is_whole:
-            return jnp.tile(self._batch.indices, (self.num_steps, 1))
-        key, number = jax.random.fold_in(rng_key, epoch), self.data.num_data
-        times = -(-self.num_steps * self.size // number)
-        keys = jax.random.split(key, times)
+            return jnp.tile(self.first().indices, (self.num_steps, 1))
+        number = self.data.num_data
+        keys = jax.random.split(rng_key, -(-self.num_steps * self.size // number))
         order = jnp.concatenate([jax.random.permutation(key, number) for key in keys])
         return order[: self.num_steps * self.size].reshape(self.num_steps, self.size)
-
-    def _run_table(
-        self, state: SVIState, rng_key: Array, epoch: int
-    ) -> tuple[SVIState, np.ndarray]:
-        if self._table is None:
-            order, keys = self._order(rng_key, 0), jax.random.split(rng_key, self.num_steps)
-            pairs = zip(keys, map(self._batch.at, order), strict=True)
-            self._table = [self.trainer.draw(state, key, batch) for key, batch in pairs]
-        table, key = self._table, jax.random.fold_in(rng_key, epoch)
-        steps = np.asarray(jax.random.permutation(key, self.num_steps))
-        return guarded_steps(self.trainer, state, (table[step] for step in steps), epoch)

@@ -35,7 +35,7 @@ from numpyro_vae.numpyro_internals import (
     with_param_transforms,
 )
 from numpyro_vae.training.freezing import Freeze, frozen_names, keep, parts_of
-from numpyro_vae.training.simulating import draw_batch
+from numpyro_vae.training.simulating import Simulation, draw_batch
 
 Step = tuple[SVIState, Float[Array, ""]]
 
@@ -65,7 +65,7 @@ class Trainer:
         """Forget what was compiled before."""
         # Of functions made here, as JAX knows a method that it has traced before.
         self._init_compiled = jax.jit(partial(self._init))
-        self._draw_compiled = jax.jit(partial(self._draw))
+        self._draw_compiled = jax.jit(partial(self._draw), static_argnums=0)
         self._step_compiled = jax.jit(partial(self._step))
         self._guarded_compiled = jax.jit(partial(self._guarded_step))
         self._scan_compiled = jax.jit(partial(self._scan))
@@ -120,6 +120,10 @@ class Trainer:
                 self._compile()
         init = self._init_compiled if compiled else self._init
         state, self.transforms = init(rng_key, batch, init_params)
+        if state.mutable_state:  # in which the networks have seen the batch
+            held = state.mutable_state
+            given = {name: (init_params or {}).get(name, held[name]) for name in held}
+            state = state._replace(mutable_state=jax.tree.map(jnp.asarray, given))
         self.fresh = jax.eval_shape(lambda: state)
         self._freeze(batch)
         return state
@@ -172,21 +176,22 @@ class Trainer:
         """
         return self._scan_compiled(self.transforms, state, batch, order)
 
-    def draw(self, state: SVIState, rng_key: Array, batch: Batch) -> Batch:
+    def draw(self, plan: Simulation, state: SVIState, rng_key: Array, batch: Batch) -> Batch:
         """Return the batch with rows simulated from the model as it is in a state, compiled."""
-        return self._draw_compiled(self.transforms, state, rng_key, batch)
+        return self._draw_compiled(plan, self.transforms, state, rng_key, batch)
 
     def _draw(
-        self, transforms: dict[str, Any], state: SVIState, rng_key: Array, batch: Batch
+        self,
+        plan: Simulation,
+        transforms: dict[str, Any],
+        state: SVIState,
+        rng_key: Array,
+        batch: Batch,
     ) -> Batch:
         svi = self._bind(batch, transforms)
-        return draw_batch(svi, _params(svi, state), rng_key, batch)
+        return draw_batch(svi, _params(svi, state), rng_key, batch, plan)
 
     def _step(self, transforms: dict[str, Any], state: SVIState, batch: Batch) -> Step:
-        if batch.simulation is not None:
-            draw_key, key = jax.random.split(state.rng_key)
-            batch = self._draw(transforms, state, draw_key, batch)
-            state = state._replace(rng_key=key)
         with nullcontext() if batch.latents is None else simulated(batch.latents):
             new, loss = self._update(transforms, state, batch)
         if self.frozen:

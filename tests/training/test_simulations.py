@@ -9,7 +9,9 @@ import numpyro
 import numpyro.distributions as dist
 import optax
 import pytest
+from flax import nnx
 from helpers import SMALL, make_svi
+from numpyro.contrib.module import nnx_module
 from numpyro.infer import SVI, Trace_ELBO
 
 from numpyro_vae import (
@@ -52,10 +54,10 @@ def schedule(steps, rate=1e-2):
 
 
 @pytest.mark.parametrize("loss", [Trace_ELBO(), ForwardKL()], ids=["ELBO", "ForwardKL"])
-@pytest.mark.parametrize("is_fixed", [False, True], ids=["fresh", "fixed"])
-def test_simulations_lead_to_the_exact_posterior(loss, is_fixed):
+@pytest.mark.parametrize("every", [1, None], ids=["fresh", "fixed"])
+def test_simulations_lead_to_the_exact_posterior(loss, every):
     svi = make_svi(conjugate, loss=loss, optimizer=schedule(1200))
-    source = Simulations(64 * 60, like=X, is_fixed=is_fixed)
+    source = Simulations(64 * 60, like=X, redraw_every=every)
     result = fit(svi, KEY, source, num_epochs=20, progress_bar=False)
     encoded = Posterior(svi.guide, result).encode(X)["z"]
     mean, sd = exact(X)
@@ -76,12 +78,12 @@ def test_the_loss_is_the_guides_density_of_the_simulated_latents(guide):
             numpyro.sample("x", dist.Normal(z, s), obs=x)
 
     svi = SVI(model, guide(model, SMALL), optax.sgd(0.0), ForwardKL())
-    source = Simulations(8, like=X[:8, 0], is_fixed=True)
+    source = Simulations(8, like=X[:8, 0])
     result = fit(svi, KEY, source, num_epochs=1, progress_bar=False)
     trainer = trainer_of(svi)
     data = trainer.read(X[:8, 0], 0)
-    batch = SimulationSource(trainer, ArraySource(trainer, data, 8, None), source)._batch
-    made = trainer.draw(result.state, KEY, batch)
+    plan = SimulationSource(trainer, ArraySource(trainer, data, 8, None), source).plan
+    made = trainer.draw(plan, result.state, KEY, ArraySource(trainer, data, 8, None).first())
     _, loss = trainer.step(result.state, made)
     encoding = svi.guide.encode(result.params, made.arrays[0])
     packed = encoding.pack(made.latents.drawn)
@@ -198,6 +200,27 @@ class TestFreezing:
         alone = fit(make_svi(hidden, loss=Trace_ELBO()), KEY, X, **options)
         np.testing.assert_allclose(found.losses, alone.losses, rtol=1e-5)
 
+    def test_the_state_of_a_frozen_network_stays(self):
+        """The params of a result have the networks' state, from which another fit goes on."""
+        decoder = nnx.BatchNorm(1, momentum=0.5, rngs=nnx.Rngs(0))
+
+        def model(x):
+            decode = nnx_module("decoder", decoder)
+            with numpyro.plate("data", len(x)):
+                z = numpyro.sample("z", dist.Normal(0.0, 1.0))
+                numpyro.sample("x", dist.Normal(decode(z[:, None]), 1.0).to_event(1), obs=x[:, :1])
+
+        svi = make_svi(model, loss=Trace_ELBO())
+        options = {"num_epochs": 2, "batch_size": 32, "progress_bar": False}
+        first = fit(svi, KEY, X, **options)
+        for freeze in ("model", "decoder"):
+            found = fit(svi, KEY, X, init_params=first.params, freeze=freeze, **options)
+            for name in ("decoder$params", "decoder$state"):
+                jax.tree.map(np.testing.assert_array_equal, found.params[name], first.params[name])
+        free = fit(svi, KEY, X, init_params=first.params, **options)
+        leaves = (jax.tree.leaves(result.params["decoder$state"]) for result in (free, first))
+        assert not all(map(np.array_equal, *leaves))
+
     def test_bad_names(self):
         svi = make_svi(self.model, loss=Trace_ELBO())
         options = {"num_epochs": 1, "progress_bar": False}
@@ -261,6 +284,8 @@ class TestBadInput:
             Simulations(10, like=X, real_fraction=1.0)
         with pytest.raises(ValueError, match="num_data is 0"):
             Simulations(0, like=X)
+        with pytest.raises(ValueError, match="redraw_every is 0"):
+            Simulations(10, like=X, redraw_every=0)
 
 
 def test_a_share_of_each_batch_stays_real():

@@ -1,0 +1,239 @@
+"""A trained posterior in one call, with every choice made from the model and the data."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from jaxtyping import Array
+from numpyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO
+from numpyro.infer.elbo import ELBO
+
+from numpyro_vae.data.arrays import ArrayData, take_rows
+from numpyro_vae.encoders import MLP, RNN, ConvNet
+from numpyro_vae.guides.auto import (
+    AutoAmortizedLowRankMultivariateNormal,
+    AutoAmortizedMultivariateNormal,
+    AutoAmortizedNormal,
+)
+from numpyro_vae.guides.base import AmortizedGuide
+from numpyro_vae.inference.rows import Rows
+from numpyro_vae.model.simulate import NotSimulableError
+from numpyro_vae.objectives import ForwardKL
+from numpyro_vae.posterior import Posterior
+from numpyro_vae.training.fit import FitResult, fit
+from numpyro_vae.training.simulations import Simulations
+
+__all__ = ["amortize", "choose_guide", "choose_optimizer"]
+
+FULL_RANK = 32  # latents of a datum, up to which a Normal has a full covariance
+IMAGE = 16  # pixels, from which on two axes of an observation are read as an image
+HELD_OUT = 0.1, 1000  # the share of the rows that are held out, and the most of them
+CHECKED = 256  # rows held out that the quick check looks at
+TABLE, EPOCHS = 40_000, 8  # simulated rows at once, and passes over them
+SIMULATED = 2000  # rows, at least, that the second phase is validated with
+
+
+def amortize(
+    model: Callable[..., Any],
+    rng_key: Array,
+    data: Any,
+    *,
+    guide: AmortizedGuide | None = None,
+    loss: ELBO | None = None,
+    optimizer: Callable[[int], Any] | None = None,
+    validation: Any = None,
+    batch_axes: Any = 0,
+    batch_size: int | None = None,
+    num_steps: int = 4000,
+    num_simulation_steps: int = 12_000,
+    to_data: Callable[[dict], Any] | None = None,
+    static_kwargs: Mapping[str, Any] | None = None,
+    progress_bar: bool = True,
+) -> Posterior:
+    """Train a guide for a model, and return the posterior.
+
+    First model and guide are trained by the ELBO on the data, until rows held out improve no more.
+    Then the model stays, and the guide alone is trained by `ForwardKL` on `Simulations`, until rows
+    simulated like those held out improve no more: of more data than there are it cannot learn the
+    noise by heart, and it covers each posterior, so that draws can be weighted.
+
+    Args:
+        model: a NumPyro model with latent sites in a plate.
+        rng_key: the same key gives the same posterior.
+        data: as `fit` takes them, in memory.
+        guide: by default `choose_guide` makes one.
+        loss: of the first phase; by default an ELBO of NumPyro's for the model and the guide.
+        optimizer: from a number of steps to an optimizer; by default `choose_optimizer`.
+        validation: rows held out; by default a tenth of the data, at most 1,000.
+        batch_axes: the datum axis of each argument, as for `fit`.
+        batch_size: rows in a batch, as for `fit`.
+        num_steps: the most steps of the first phase.
+        num_simulation_steps: the most steps of the second phase; 0 leaves it out.
+        to_data: see `Simulations`.
+        static_kwargs: keyword arguments of the model that are the same in every call.
+        progress_bar: whether to show progress, and to print what was chosen and found.
+
+    Raises:
+        ValueError: as `fit` does.
+
+    Example:
+        >>> import numpyro, numpyro.distributions as dist
+        >>> def model(x):
+        ...     with numpyro.plate("data", len(x)):
+        ...         z = numpyro.sample("z", dist.Normal(0.0, 1.0))
+        ...         numpyro.sample("x", dist.Normal(z, 0.5), obs=x)
+        >>> x = np.linspace(-2.0, 2.0, 100)
+        >>> options = {"num_steps": 50, "num_simulation_steps": 0, "progress_bar": False}
+        >>> posterior = amortize(model, jax.random.key(0), x, **options)
+        >>> posterior.encode(x)["z"].loc.shape
+        (100,)
+    """
+    kwargs, say = dict(static_kwargs or {}), print if progress_bar else _nothing
+    guide = guide or choose_guide(model, data, batch_axes=batch_axes, static_kwargs=kwargs)
+    rows = Rows.read(guide, kwargs, data, batch_axes)
+    say(_choices(guide, rows))
+    cuts = not (rows.data.is_whole or rows.subsamples)
+    train, held_out, keys = data, validation, jax.random.split(rng_key, 4)
+    if validation is None and cuts:
+        train, held_out = _hold_out(data, batch_axes, rows.num_rows, keys[0])
+    size = rows.num_rows if rows.data.is_whole else min(batch_size or 128, rows.num_rows)
+    options = {"batch_axes": batch_axes, "batch_size": batch_size, "progress_bar": progress_bar}
+    phase = partial(_phase, model, guide, optimizer or choose_optimizer, kwargs, options, say)
+    steps = num_steps, max(num_steps * size // rows.num_rows, 1)
+    result = phase("The ELBO of the data", keys[1], loss or _loss(guide), train, held_out, *steps)
+    if num_simulation_steps:
+        table = Simulations(TABLE, like=train, redraw_every=EPOCHS, to_data=to_data)
+        like = _repeated(held_out, batch_axes) if cuts and to_data is None else None
+        steps = num_simulation_steps, max(num_simulation_steps * size // TABLE, 1)
+        more = {"init_params": result.params, "freeze": ("model", "globals")}
+        try:
+            result = phase("Simulations", keys[2], ForwardKL(), table, like, *steps, **more)
+        except NotSimulableError as reason:
+            say(f"No simulations. {reason}")
+    posterior = Posterior(guide, result)
+    if progress_bar:
+        some = train if held_out is None else held_out
+        some = take_rows(some, batch_axes, slice(CHECKED)) if cuts else some
+        say(posterior.check(keys[3], some, progress_bar=False))
+    return posterior
+
+
+def _phase(
+    model: Callable[..., Any],
+    guide: AmortizedGuide,
+    make_optimizer: Callable[[int], Any],
+    static_kwargs: dict[str, Any],
+    options: dict[str, Any],
+    say: Callable[..., None],
+    name: str,
+    rng_key: Array,
+    loss: ELBO,
+    data: Any,
+    validation: Any,
+    num_steps: int,
+    num_epochs: int,
+    **more: Any,
+) -> FitResult:
+    """Train until rows held out improve no more, and say how long it took and where it ended."""
+    start, svi = (
+        time.perf_counter(),
+        SVI(model, guide, make_optimizer(num_steps), loss, **static_kwargs),
+    )
+    patience = None if validation is None else max(10, num_epochs // 5)
+    more |= options | {"validation": validation, "patience": patience}
+    result = fit(svi, rng_key, data, num_epochs=num_epochs, **more)
+    losses = result.history.get("validation_loss")
+    end = "" if losses is None else f", held-out loss {np.nanmin(losses):.3f} nats"
+    epochs, seconds = len(result.history["loss"]), time.perf_counter() - start
+    say(f"{name}: {epochs} epochs, {seconds:.0f} s{end}.")
+    return result
+
+
+def _nothing(*_: Any) -> None:
+    """Say nothing."""
+
+
+def _hold_out(data: Any, batch_axes: Any, number: int, rng_key: Array) -> tuple[Any, Any]:
+    """Return rows to train on, and others to validate with."""
+    share, most = HELD_OUT
+    order = np.asarray(jax.random.permutation(rng_key, number))
+    kept = number - min(int(share * number), most)
+    if kept == number:
+        return data, None
+    return tuple(take_rows(data, batch_axes, rows) for rows in (order[:kept], order[kept:]))
+
+
+def _repeated(data: Any, batch_axes: Any) -> Any:
+    """Return data with rows again and again, so that those simulated like them are enough."""
+    if data is None:
+        return None
+    number = ArrayData.read(data, batch_axes).num_data
+    return take_rows(data, batch_axes, np.arange(max(SIMULATED, number)) % number)
+
+
+def choose_optimizer(num_steps: int) -> optax.GradientTransformation:
+    """Return Adam with gradients clipped, a warm-up, and a rate that falls to zero.
+
+    Args:
+        num_steps: how many steps will be taken.
+    """
+    warmup = min(100, num_steps // 10)
+    rate = optax.warmup_cosine_decay_schedule(0.0, 2e-3, warmup, num_steps)
+    return optax.chain(optax.clip_by_global_norm(100.0), optax.adam(rate))
+
+
+def choose_guide(
+    model: Callable[..., Any],
+    data: Any,
+    *,
+    batch_axes: Any = 0,
+    static_kwargs: Mapping[str, Any] | None = None,
+) -> AmortizedGuide:
+    """Return a guide whose encoder and family fit a model and its data.
+
+    The encoder is an `RNN` where latents are stacked by ``scan``, a `ConvNet` for images of at
+    least 16 x 16 pixels, and an `MLP` else. The latents of a datum have a Normal of full covariance
+    up to 32 of them and of low rank beyond; of one latent, or where the model masks some, they are
+    independent.
+
+    Args:
+        model: a NumPyro model.
+        data: as `fit` takes them.
+        batch_axes: the datum axis of each argument, as for `fit`.
+        static_kwargs: keyword arguments of the model that are the same in every call.
+    """
+    guide = AutoAmortizedNormal(model)
+    rows = Rows.read(guide, dict(static_kwargs or {}), data, batch_axes)
+    reading = guide.reader.abstract(rows.args, rows.kwargs, rows.held)
+    size = sum(site.datum_size(guide.plate) for site in guide.local_sites)
+    masked = any(site.name in reading.masks for site in guide.local_sites)
+    family: Callable[..., AmortizedGuide] = AutoAmortizedNormal
+    if size > 1 and not masked and not (guide.plan and guide.plan.unlike):
+        joint = AutoAmortizedMultivariateNormal, AutoAmortizedLowRankMultivariateNormal
+        family = joint[size > FULL_RANK]
+    seen = [site.event_shape for site in guide.sites.observed(guide.plate.name)]
+    image = len(seen) == 1 and len(seen[0]) in (2, 3) and min(seen[0][:2]) >= IMAGE
+    encoder = ConvNet if image else MLP
+    if guide.plate.name not in reading.indices:
+        encoder = partial(RNN)
+    return family(model, encoder)
+
+
+def _loss(guide: AmortizedGuide) -> ELBO:
+    """Return NumPyro's ELBO for a model and the family of its guide."""
+    if guide.sites.enumerated(guide.plate.name):
+        return TraceEnum_ELBO()
+    return TraceMeanField_ELBO() if guide.family.is_factorized else Trace_ELBO()
+
+
+def _choices(guide: AmortizedGuide, rows: Rows) -> str:
+    names = [site.name for site in guide.local_sites]
+    encoder = getattr(guide.encoder, "func", guide.encoder)
+    encoder = getattr(encoder, "__name__", type(encoder).__name__)
+    return f"{type(guide).__name__} with {encoder}, for {names} of {rows.num_rows:,} rows."
