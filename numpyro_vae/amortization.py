@@ -29,7 +29,7 @@ from numpyro_vae.posterior import Posterior
 from numpyro_vae.training.fit import FitResult, fit
 from numpyro_vae.training.simulations import Simulations
 
-__all__ = ["amortize", "choose_guide", "choose_optimizer"]
+__all__ = ["amortize"]
 
 FULL_RANK = 32  # latents of a datum, up to which a Normal has a full covariance
 IMAGE = 16  # pixels, from which on two axes of an observation are read as an image
@@ -219,9 +219,9 @@ def choose_guide(
         family = joint[size > FULL_RANK]
     seen = [site.event_shape for site in guide.sites.observed(guide.plate.name)]
     image = len(seen) == 1 and len(seen[0]) in (2, 3) and min(seen[0][:2]) >= IMAGE
-    encoder = ConvNet if image else MLP
-    if guide.plate.name not in reading.indices:
-        encoder = partial(RNN)
+    encoder: Any = ConvNet if image else MLP
+    if guide.plate.name not in reading.indices:  # it stands in a scan
+        encoder = RNN
     return family(model, encoder)
 
 
