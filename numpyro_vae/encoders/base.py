@@ -248,9 +248,9 @@ def bounded(features: FloatDtype[Array, "*batch k"]) -> FloatDtype[Array, "*batc
     than `MAX_NORM` hardly change.
 
     Example:
-        >>> bounded(jnp.array([[0.03, 0.04], [3e4, 4e4]])).round(2)
-        Array([[0.03, 0.04],
-               [1.2 , 1.6 ]], dtype=float32)
+        >>> norms = jnp.linalg.norm(bounded(jnp.array([[0.03, 0.04], [3e4, 4e4]])), axis=-1)
+        >>> [f"{norm:.3f}" for norm in norms]
+        ['0.050', '2.000']
     """
     # Of features in units of the largest, as squares of large numbers overflow.
     largest = jax.lax.stop_gradient(jnp.maximum(1, jnp.abs(features).max(-1, keepdims=True)))
