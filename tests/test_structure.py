@@ -52,7 +52,16 @@ ORDER = {
         "deterministic",
     ),
     "guides": ("blocks", "network", "encoding", "local_sites", "global_sites", "base", "auto"),
-    "training": ("step", "guarded", "taking", "sources", "callbacks", "options", "fit"),
+    "training": (
+        "step",
+        "guarded",
+        "taking",
+        "sources",
+        "callbacks",
+        "convergence",
+        "options",
+        "fit",
+    ),
     "inference": (
         "compiled",
         "psis",

@@ -1,5 +1,7 @@
 """What nobody sets trains: the default encoder at learning rates that people use, and schedules."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,11 +11,12 @@ import optax
 import pytest
 from flax import nnx
 from models import normal_model
-from numpyro.infer import SVI, Trace_ELBO
+from numpyro.infer import SVI, RenyiELBO, Trace_ELBO
 from scipy import stats
 
 from numpyro_vae import MLP, AutoAmortizedNormal, fit
 from numpyro_vae.encoders.base import MAX_NORM
+from numpyro_vae.training.convergence import warn_of_losses
 
 RNG = np.random.default_rng(1)
 COUNTS = RNG.poisson(RNG.gamma(2.0, 1.0, 800)).astype(np.float32)
@@ -67,3 +70,61 @@ def test_an_optimizer_that_reads_the_loss_trains(accumulation_size):
     state = result.state.optim_state[1][1][1]
     assert state.scale < 1
     assert result.losses[-20:].mean() < result.losses[:20].mean()
+
+
+def losses_of(start, stop, num_steps=2000, noise=0.1):
+    """Losses that fall by a line over the last tenth of the steps, and are noisy."""
+    line = np.append(
+        np.full(num_steps - num_steps // 10, start), np.linspace(start, stop, num_steps // 10)
+    )
+    return (line + noise * np.random.default_rng(0).normal(size=num_steps)).astype(np.float32)
+
+
+def judge(losses, model=gamma_poisson, loss=Trace_ELBO):
+    guide = AutoAmortizedNormal(model)
+    guide.setup(COUNTS)
+    warn_of_losses(losses, SVI(model, guide, optax.adam(1e-3), loss()), guide.sites)
+
+
+@pytest.mark.parametrize(
+    "losses",
+    [
+        losses_of(2.0, 1.8),
+        losses_of(2.0, 1.98, noise=1e-3),
+        losses_of(2.0, 1.0, num_steps=200),
+        np.where(np.arange(2000) % 2, losses_of(2.0, 1.8), np.nan),
+    ],
+)
+def test_losses_that_still_fall_are_warned_about(losses):
+    with pytest.warns(UserWarning, match="still falling .* by .*more epochs"):
+        judge(losses)
+
+
+@pytest.mark.parametrize(
+    "losses",
+    [
+        losses_of(2.0, 2.2),  # rising
+        losses_of(2.0, 1.96),  # by less than the noise
+        losses_of(2.0, 1.992, noise=1e-4),  # by next to nothing
+        losses_of(2.0, 1.0, num_steps=190),  # too few to judge by
+        losses_of(2.0, 1.94, num_steps=300),  # uncertain
+        np.zeros(0, np.float32),
+    ],
+)
+def test_losses_are_not_warned_about_without_reason(losses):
+    judge(losses)
+
+
+def test_a_positive_elbo_of_discrete_data_is_warned_about():
+    with pytest.warns(UserWarning, match="ELBO is 0.5.* discrete"):
+        judge(losses_of(-0.5, -0.5))
+    judge(losses_of(-0.005, -0.005))  # by less than the noise
+    judge(losses_of(-0.5, -0.5), normal_model)  # densities may be large
+    judge(losses_of(-0.5, -0.5), loss=partial(RenyiELBO, alpha=2.0))  # not known to be a bound
+
+
+def test_a_fit_that_was_too_short_says_so():
+    svi = SVI(normal_model, AutoAmortizedNormal(normal_model), optax.adam(1e-3), Trace_ELBO())
+    options = {"num_epochs": 100, "batch_size": 10, "progress_bar": False}
+    with pytest.warns(UserWarning, match="still falling"):
+        fit(svi, jax.random.key(0), 100 + X, **options)
