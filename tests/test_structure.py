@@ -64,6 +64,7 @@ ORDER = {
         "sources",
         "simulations",
         "callbacks",
+        "convergence",
         "options",
         "fit",
     ),

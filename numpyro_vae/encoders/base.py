@@ -56,6 +56,7 @@ from numpyro_vae.data.ragged import Masked, Segments
 __all__ = ["Standardize", "flatten_inputs"]
 
 FURTHEST = 5.0  # no value of the first data is more scales away from their mean
+MAX_NORM = 2.0  # of the features of a datum
 
 
 def flatten_inputs(inputs: Any) -> FloatDtype[Array, "batch size"]:
@@ -236,6 +237,26 @@ def scaled(
             f"{rows.shape[-1]}. Pass data of the shape it was trained on."
         )
     return rows if standardize is None else standardize(rows, where=there)
+
+
+def bounded(features: FloatDtype[Array, "*batch k"]) -> FloatDtype[Array, "*batch k"]:
+    """Return ``h / sqrt(1 + norm(h)**2 / MAX_NORM**2)``: as long as `MAX_NORM`, and never longer.
+
+    A step of Adam moves every weight by the learning rate, so that the longer the features of a
+    datum, the further its latents move: those of an outlier go far enough in the first steps, to
+    rates of exp(20), to fill Adam's second moments for thousands of steps. Features much shorter
+    than `MAX_NORM` hardly change.
+
+    Example:
+        >>> norms = jnp.linalg.norm(bounded(jnp.array([[0.03, 0.04], [3e4, 4e4]])), axis=-1)
+        >>> [f"{norm:.3f}" for norm in norms]
+        ['0.050', '2.000']
+    """
+    # Of features in units of the largest, as squares of large numbers overflow.
+    largest = jax.lax.stop_gradient(jnp.maximum(1, jnp.abs(features).max(-1, keepdims=True)))
+    unit = features / largest
+    length = jnp.square(unit / MAX_NORM).sum(-1, keepdims=True)
+    return unit / jnp.sqrt((1 / largest) ** 2 + length)
 
 
 def dense_layers(

@@ -8,7 +8,7 @@ from typing import Any
 from flax import nnx
 from jaxtyping import Array, Float
 
-from numpyro_vae.encoders.base import Standardize, dense_layers, flatten_with_mask, scaled
+from numpyro_vae.encoders.base import Standardize, bounded, dense_layers, flatten_with_mask, scaled
 
 __all__ = ["MLP"]
 
@@ -24,8 +24,9 @@ class MLP(nnx.Module):
             `Masked` arrays the network is told the mask too.
         hidden_sizes: the width of each layer; the last is the number of features.
         activation: applied after each layer.
-        standardize: whether to put the inputs on the scale of the first batch, see `Standardize`;
-            of `Masked` arrays, that of the values that are there.
+        standardize: whether to put the inputs on the scale of the first batch, see `Standardize`,
+            of `Masked` arrays that of the values that are there; and to keep the norm of a datum's
+            features below 2, so that no outlier sends its latents far away in the first steps.
         rngs: where the initial weights come from.
 
     Raises:
@@ -59,4 +60,4 @@ class MLP(nnx.Module):
         hidden = scaled(*flatten_with_mask(inputs), self.num_inputs, self.standardize)
         for layer in self.layers:
             hidden = self.activation(layer(hidden))
-        return hidden
+        return hidden if self.standardize is None else bounded(hidden)

@@ -22,6 +22,7 @@ from numpyro_vae.training.callbacks import (
     StopReason,
     UndeclaredScale,
 )
+from numpyro_vae.training.convergence import warn_of_losses
 from numpyro_vae.training.freezing import Freeze
 from numpyro_vae.training.options import (
     check_names,
@@ -89,7 +90,8 @@ def fit(
     In memory an epoch is one compiled scan over a fresh permutation; the model may take the rows
     of a batch, or all data and subsample in its plate. The ELBO of a batch is an unbiased
     estimate of that of all data, also where the model declares a plate of just the batch's size.
-    A step that is not finite changes neither parameters, optimizer nor network state.
+    A step that is not finite changes neither parameters, optimizer nor network state. Losses that
+    were still falling when the epochs were done are warned about.
     ``KeyboardInterrupt`` ends training and returns what has been learned after the last epoch.
 
     Args:
@@ -170,6 +172,8 @@ def fit(
         except KeyboardInterrupt:
             reason = StopReason.INTERRUPTED
             bar.write("Interrupted: returning the state after the last complete epoch.")
+    if reason is StopReason.EPOCHS_DONE:
+        warn_of_losses(np.concatenate(history.losses), svi, source.sites)
     if stopping is not None and stopping.best_state is not None:
         state = stopping.best_state
     return FitResult(

@@ -213,7 +213,7 @@ class Trainer:
 
     def _guarded_step(self, transforms: dict[str, Any], state: SVIState, batch: Batch) -> Step:
         new, loss = self._step_compiled(transforms, state, batch)
-        ok = jnp.isfinite(loss) & all_finite(new)
+        ok = jnp.isfinite(loss) & stays_finite(state, new)
         kept = jax.tree.map(lambda new, old: jnp.where(ok, new, old), new, state)
         return kept._replace(rng_key=new.rng_key), jnp.where(ok, loss, jnp.nan)
 
@@ -221,19 +221,19 @@ class Trainer:
         def step(state: SVIState, rows: Array) -> Step:
             return self._step_compiled(transforms, state, batch.at(rows))
 
-        state, losses = jax.lax.scan(step, state, order)
-        return state, losses, jnp.isfinite(losses).all() & all_finite(state)
+        new, losses = jax.lax.scan(step, state, order)
+        return new, losses, jnp.isfinite(losses).all() & stays_finite(state, new)
 
     def loop(
         self, state: SVIState, batch: Batch, order: Int[Array, "num_steps batch"]
     ) -> tuple[SVIState, Float[Array, "num_steps"], Bool[Array, ""]]:
         """Do what `scan` does, each step called from Python."""
-        losses = []
+        new, found = state, []
         for rows in order:
-            state, loss = self.step(state, batch.at(rows))
-            losses.append(loss)
-        losses = jnp.stack(losses)
-        return state, losses, jnp.isfinite(losses).all() & all_finite(state)
+            new, loss = self.step(new, batch.at(rows))
+            found.append(loss)
+        losses = jnp.stack(found)
+        return new, losses, jnp.isfinite(losses).all() & stays_finite(state, new)
 
     def is_slow_in_scan(self, state: SVIState, batch: Batch) -> bool:
         """Return whether a step has convolutions, which XLA runs slowly in a scan on a CPU."""
@@ -333,5 +333,20 @@ def _is_jaxpr(x: Any) -> bool:
 
 def all_finite(tree: Any) -> Bool[Array, ""]:
     """Return whether every floating-point value of a pytree is finite."""
-    leaves = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(jnp.result_type(x), jnp.floating)]
-    return jnp.array([jnp.isfinite(leaf).all() for leaf in leaves]).all()
+    return jnp.array([jnp.isfinite(leaf).all() for leaf in _floats(tree)]).all()
+
+
+def stays_finite(old: Any, new: Any) -> Bool[Array, ""]:
+    """Return whether what was finite in a pytree still is, in another of the same structure.
+
+    Of an optimizer's state not all is: `optax.contrib.reduce_on_plateau` begins with an infinite
+    loss, as the best so far.
+    """
+    pairs = zip(_floats(old), _floats(new), strict=True)
+    found = [(jnp.isfinite(after) | ~jnp.isfinite(before)).all() for before, after in pairs]
+    return jnp.array(found).all()
+
+
+def _floats(tree: Any) -> list[Any]:
+    leaves = jax.tree.leaves(tree)
+    return [leaf for leaf in leaves if jnp.issubdtype(jnp.result_type(leaf), jnp.floating)]
