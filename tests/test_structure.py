@@ -23,6 +23,7 @@ FOLDERS = (
     "numpyro_internals",
     "model",
     "guides",
+    "objectives",
     "training",
     "inference",
     "checks",
@@ -75,6 +76,7 @@ ORDER = {
     # Folders of plug-ins: each knows `base` and none of its siblings.
     "encoders": ("base", PLUG_INS),
     "families": ("base", PLUG_INS),
+    "objectives": ("traces", "rows", "base", PLUG_INS),
 }
 # Installed with the library or by an extra, but loaded only by what needs them.
 LAZY = ("arviz", "arviz_base", "arviz_plots", "arviz_stats", "matplotlib")
