@@ -77,7 +77,7 @@ def latents(trace: Trace) -> Trace:
     return {name: site for name, site in samples(trace).items() if not site["is_observed"]}
 
 
-def values_of(sites: Trace) -> dict[str, Array]:
+def values_of(sites: Trace) -> dict[str, Any]:
     """Return the values of sites."""
     return {name: site["value"] for name, site in sites.items()}
 
