@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.lax import stop_gradient
 from jaxtyping import Array
 from numpyro.infer import TraceMeanField_ELBO
 from numpyro.infer.elbo import ELBO, LossWithMutableState
@@ -22,9 +23,6 @@ from numpyro.infer.elbo import ELBO, LossWithMutableState
 from numpyro_vae.numpyro_internals import Objective
 from numpyro_vae.objectives.rows import Densities, Rows, densities_of, find_rows
 from numpyro_vae.objectives.traces import Call, Trace, latents, mutable_state, values_of
-
-# Runs the guide, given the shared values, a key and a particle's part of factors.
-Draw = Callable[[Call, dict[str, Array], Array, Any], Trace]
 
 
 class AbstractObjective(Objective):
@@ -104,6 +102,7 @@ class Particles(NamedTuple):
     Attributes:
         call: model and guide.
         rows: those that have weights of their own.
+        local: by latent of the guide inside the rows its number of event dimensions.
         shared: values of the latents outside the rows, the same for all particles.
         keys: one for each particle.
         map: maps a function over a leading axis.
@@ -111,36 +110,44 @@ class Particles(NamedTuple):
 
     call: Call
     rows: Rows
+    local: dict[str, int]
     shared: dict[str, Any]
     keys: Any
     map: Callable[..., Any]
 
-    def run(self, draw: Draw, factors: Any = None) -> tuple[Densities, dict[str, Any]]:
+    def run(
+        self, draw: Callable[[Array, Any], Trace], inputs: Any = None
+    ) -> tuple[Densities, dict[str, Any]]:
         """Run all particles.
 
         Args:
-            draw: runs the guide.
-            factors: arrays with the particles along the leading axis, or None.
+            draw: runs the guide, given a key and a particle's part of the inputs.
+            inputs: arrays with the particles along the leading axis, or None.
 
         Returns:
             The densities, and the networks' state that the first particle leaves.
         """
 
-        def particle(inputs: tuple[Array, Any]) -> tuple[Densities, dict[str, Any]]:
-            key, factor = inputs
+        def particle(pair: tuple[Array, Any]) -> tuple[Densities, dict[str, Any]]:
+            key, own = pair
             model_key, guide_key = jax.random.split(key)
-            guide_trace = draw(self.call, self.shared, guide_key, factor)
+            guide_trace = draw(guide_key, own)
             model_trace = self.call.trace_model(guide_trace, model_key)
             found = densities_of(self.rows, guide_trace, model_trace)
             return found, mutable_state(guide_trace, model_trace)
 
-        found, state = self.map(particle, (self.keys, factors))
+        found, state = self.map(particle, (self.keys, inputs))
         return found, jax.tree.map(operator.itemgetter(0), state)
 
 
 def log_mean_exp(log_weights: Array) -> Array:
     """Return the logarithm of the mean over the leading axis."""
     return jax.nn.logsumexp(log_weights, axis=0) - jnp.log(len(log_weights))
+
+
+def as_if(value: Array, other: Array) -> Array:
+    """Return a value with the gradient of another."""
+    return stop_gradient(value) + (other - stop_gradient(other))
 
 
 class AbstractImportance(AbstractObjective):
@@ -186,12 +193,12 @@ class AbstractImportance(AbstractObjective):
         plate_key, particle_key = jax.random.split(rng_key)
         call = Call(param_map, model, guide, args, kwargs, plate_key)
         shared_key, own_key = jax.random.split(jax.random.fold_in(rng_key, 1))
-        rows, names = find_rows(call, shared_key, self.plate, shares_globals=self.shares_globals)
+        rows, local = find_rows(call, shared_key, self.plate, shares_globals=self.shares_globals)
         shared = {}
-        if names:
+        if rows.plates:  # or else all is in the rows
             drawn = values_of(latents(call.trace_guide(shared_key)))
-            shared = {name: drawn[name] for name in names}
+            shared = {name: value for name, value in drawn.items() if name not in local}
         keys = jax.random.split(particle_key, self.num_particles)
-        particles = Particles(call, rows, shared, keys, self.vectorize_particles_fn)
+        particles = Particles(call, rows, local, shared, keys, self.vectorize_particles_fn)
         loss, state = self.combine(particles, own_key)
         return {"loss": loss, "mutable_state": state or None}

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
-from functools import partial
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 from jax.lax import stop_gradient
 from jaxtyping import Array
 
-from numpyro_vae.objectives.base import AbstractImportance, Particles, log_mean_exp
-from numpyro_vae.objectives.rows import Rows
-from numpyro_vae.objectives.traces import Call, Trace, latents, values_of
+from numpyro_vae.objectives.base import AbstractImportance, Particles, as_if, log_mean_exp
+from numpyro_vae.objectives.rows import Densities
+from numpyro_vae.objectives.traces import Trace, latents, values_of
 
 __all__ = ["ImportanceWeightedELBO"]
 
@@ -87,55 +88,75 @@ class ImportanceWeightedELBO(AbstractImportance):
     def combine(self, particles: Particles, rng_key: Array) -> tuple[Array, dict[str, Any]]:
         """Return minus the bound, and the networks' state."""
         del rng_key
-        draw = _draw if self.gradient == "plain" else partial(_draw_with_path, particles.rows)
-        weights = None
-        if self.gradient == "dreg":  # XLA computes what follows again only once
-            found, _ = particles.run(draw)
-            weights = stop_gradient(jax.nn.softmax(found.log_weights, axis=0))
-        found, state = particles.run(draw, weights)
+        if self.gradient == "dreg":
+            return _doubly_reparameterized(particles)
+        if self.gradient == "stl":
+            found, state = _score(particles, _draw(particles))
+        else:
+            found, state = particles.run(lambda key, _: _trace(particles, key))
         return found.loss(log_mean_exp(found.log_weights)), state
 
 
-def _draw(call: Call, shared: dict[str, Array], key: Array, weights: None) -> Trace:
-    del weights
-    trace = call.trace_guide(key, shared)
+def _trace(particles: Particles, key: Array) -> Trace:
+    """Run the guide."""
+    trace = particles.call.trace_guide(key, particles.shared)
     _require_reparameterized(trace)
     return trace
 
 
-def _draw_with_path(
-    rows: Rows, call: Call, shared: dict[str, Array], key: Array, weights: Array | None
-) -> Trace:
-    """Run the guide so that its density depends on parameters through its draws alone.
+def _draw(particles: Particles) -> dict[str, Array]:
+    """Return values of all latents of the guide, with the particles along the leading axis."""
 
-    Args:
-        rows: those that have weights of their own.
-        call: model and guide.
-        shared: values of latents outside the rows.
-        key: for the draws.
-        weights: factors of the derivatives with respect to the draws in the rows, or None.
+    def particle(key: Array) -> dict[str, Array]:
+        _, guide_key = jax.random.split(key)
+        return values_of(latents(_trace(particles, guide_key)))
+
+    return particles.map(particle, particles.keys)
+
+
+def _score(particles: Particles, values: dict[str, Array]) -> tuple[Densities, dict[str, Any]]:
+    """Run guide and model at given draws; parameters of the guide are constants."""
+    frozen = particles.call._replace(params=stop_gradient(particles.call.params))
+    return particles.run(frozen.trace_guide, values)
+
+
+def _doubly_reparameterized(particles: Particles) -> tuple[Array, dict[str, Any]]:
+    """Return minus the bound with a gradient in which the path of a draw has its weight twice.
+
+    The derivative with respect to draws and parameters is taken here, once, as the weights that
+    multiply what comes back to the draws are known only after the densities.
     """
-    drawn = latents(_draw(call, shared, key, None))
-    values = values_of(drawn)
-    if weights is not None:
-        for name, site in drawn.items():
-            if rows.hold(site):
-                factor = weights.reshape(*weights.shape, *[1] * site["fn"].event_dim)
-                values[name] = _scale_gradient(values[name], factor)
-    return call._replace(params=stop_gradient(call.params)).trace_guide(key, values)
+    params, values = particles.call.params, _draw(particles)
+    learned = {name: value for name, value in params.items() if _is_real(value)}
+
+    def score(values: dict[str, Array], learned: dict[str, Any]) -> tuple[Any, Any]:
+        call = particles.call._replace(params={**params, **learned})
+        found, state = _score(particles._replace(call=call), values)
+        return (found.log_weights, found.shared), (found, state)
+
+    _, pull, (found, state) = jax.vjp(score, *stop_gradient((values, learned)), has_aux=True)
+    weights = jax.nn.softmax(found.log_weights, axis=0)
+    of_shared = jnp.full_like(found.shared, -1 / len(found.shared))
+    of_values, of_learned = pull((-found.scale[0] * weights, of_shared))
+    for name, event_dim in particles.local.items():
+        of_values[name] *= weights.reshape(*weights.shape, *[1] * event_dim)
+    surrogate = _inner(of_values, values) + _inner(of_learned, learned)
+    return as_if(found.loss(log_mean_exp(found.log_weights)), surrogate), state
 
 
-@jax.custom_jvp
-def _scale_gradient(x: Array, factor: Array) -> Array:
-    """Return an array whose derivative is multiplied by a factor."""
-    del factor
-    return x
+def _is_real(tree: Any) -> bool:
+    """Return whether all of a pytree can be differentiated: keys and counts of networks cannot."""
+    leaves = jax.tree.leaves(tree)
+    return all(jnp.issubdtype(jnp.result_type(leaf), jnp.floating) for leaf in leaves)
 
 
-@_scale_gradient.defjvp
-def _scale_tangent(primals: tuple, tangents: tuple) -> tuple[Array, Array]:
-    x, factor = primals
-    return x, factor * tangents[0]
+def _inner(gradient: Any, tree: Any) -> Array:
+    """Return what has a given gradient with respect to a pytree."""
+    return jax.tree.reduce(
+        operator.add,
+        jax.tree.map(lambda of, leaf: (stop_gradient(of) * leaf).sum(), gradient, tree),
+        jnp.zeros(()),
+    )
 
 
 def _require_reparameterized(guide_trace: Trace) -> None:

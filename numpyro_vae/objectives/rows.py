@@ -57,8 +57,8 @@ def plate_of(guide: Any) -> str | None:
 
 def find_rows(
     call: Call, key: Array, plate: str | None, *, shares_globals: bool
-) -> tuple[Rows, frozenset[str]]:
-    """Return which rows have weights of their own, and the latents outside; nothing is computed.
+) -> tuple[Rows, dict[str, int]]:
+    """Return which rows have weights of their own, and the latents in them; nothing is computed.
 
     Args:
         call: model and guide.
@@ -66,6 +66,9 @@ def find_rows(
         plate: the plate of the local sites; None if these are the sites in any plate.
         shares_globals: whether latents outside the rows may have one value for all particles;
             if not, models that have such get one weight for all sites together.
+
+    Returns:
+        The rows, and by latent of the guide inside them the number of its event dimensions.
 
     Raises:
         ValueError: if a plate inside a row subsamples, as the logarithm of an estimate is biased.
@@ -84,7 +87,8 @@ def find_rows(
     if not shares or (outside and _depend(call, key, outside, local)):
         rows = Rows()
     _require_whole_plates(model_trace, rows)
-    return rows, frozenset(name for name, v in latents(guide_trace).items() if not rows.hold(v))
+    inside = {name: site for name, site in latents(guide_trace).items() if rows.hold(site)}
+    return rows, {name: site["fn"].event_dim for name, site in inside.items()}
 
 
 def _abstract_traces(call: Call, key: Array) -> tuple[Trace, Trace]:

@@ -120,6 +120,6 @@ def divergence_of(guide_site: Site, model_site: Site) -> Array:
     return jnp.asarray(scale_and_mask(found, guide_site["scale"]))
 
 
-def total(terms: Iterable[Array]) -> Array:
+def total(terms: Iterable[Any]) -> Array:
     """Return the sum of arrays that broadcast, 0 of none."""
     return reduce(operator.add, terms, jnp.zeros(()))

@@ -10,7 +10,7 @@ from jax.lax import stop_gradient
 from jaxtyping import Array
 from numpyro.primitives import Messenger
 
-from numpyro_vae.objectives.base import AbstractImportance, Particles, log_mean_exp
+from numpyro_vae.objectives.base import AbstractImportance, Particles, as_if, log_mean_exp
 from numpyro_vae.objectives.traces import (
     Call,
     Trace,
@@ -98,10 +98,15 @@ class ReweightedWakeSleep(AbstractImportance):
 
     def combine(self, particles: Particles, rng_key: Array) -> tuple[Array, dict[str, Any]]:
         """Return minus the bound, with the gradients of the phases, and the networks' state."""
-        found, state = particles.run(_draw)
+
+        def draw(key: Array, _: None) -> Trace:
+            with _Constants():
+                return particles.call.trace_guide(key)
+
+        found, state = particles.run(draw)
         learned = found.model + (found.guide if self.wake_phi else 0.0)
         weights = stop_gradient(jax.nn.softmax(found.log_weights, axis=0))
-        by_row = _as_if(log_mean_exp(found.log_weights), (weights * learned).sum(0))
+        by_row = as_if(log_mean_exp(found.log_weights), (weights * learned).sum(0))
         loss = found.loss(by_row)
         if self.sleep is not None:
             dreamed = self._sleep(self.sleep, particles.call, rng_key)
@@ -138,14 +143,3 @@ class _Constants(Messenger):
     def postprocess_message(self, msg: Any) -> None:
         if msg["type"] == "sample" and not msg["is_observed"]:
             msg["value"], msg["intermediates"] = stop_gradient(msg["value"]), []
-
-
-def _draw(call: Call, shared: dict[str, Array], key: Array, factor: None) -> Trace:
-    del factor
-    with _Constants():
-        return call.trace_guide(key, shared)
-
-
-def _as_if(value: Array, other: Array) -> Array:
-    """Return a value with the gradient of another."""
-    return stop_gradient(value) + (other - stop_gradient(other))
