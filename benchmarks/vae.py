@@ -18,6 +18,7 @@ import optax
 from flax import nnx
 from numpyro.contrib.module import nnx_module
 from numpyro.infer import SVI, TraceMeanField_ELBO
+from numpyro.infer.elbo import ELBO
 
 from numpyro_vae import MLP, AutoAmortizedNormal
 
@@ -72,11 +73,11 @@ def make_model(sizes: Sizes, subsample_size: int | None = None) -> Callable[...,
     return model
 
 
-def make_svi(model: Callable[..., None], sizes: Sizes) -> SVI:
+def make_svi(model: Callable[..., None], sizes: Sizes, loss: ELBO | None = None) -> SVI:
     guide = AutoAmortizedNormal(
         model, partial(MLP, hidden_sizes=(sizes.hidden,), standardize=False)
     )
-    return SVI(model, guide, optax.adam(LEARNING_RATE), TraceMeanField_ELBO())
+    return SVI(model, guide, optax.adam(LEARNING_RATE), loss or TraceMeanField_ELBO())
 
 
 def init_by_hand(sizes: Sizes, key: jax.Array) -> tuple[Any, Any]:
@@ -97,23 +98,35 @@ def init_by_hand(sizes: Sizes, key: jax.Array) -> tuple[Any, Any]:
     return params, optax.adam(LEARNING_RATE).init(params)
 
 
+def apply_dense(params: Any, name: str, h: jax.Array) -> jax.Array:
+    return h @ params[name][0] + params[name][1]
+
+
+def encode_by_hand(params: Any, batch: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return the location and the log-scale of each row's latents."""
+    h = jax.nn.relu(apply_dense(params, "e", batch))
+    return apply_dense(params, "loc", h), apply_dense(params, "log_scale", h)
+
+
+def log_likelihood_by_hand(params: Any, batch: jax.Array, z: jax.Array) -> jax.Array:
+    """Return the log density of each row of a batch given its latents."""
+    logits = apply_dense(params, "logits", jax.nn.relu(apply_dense(params, "d", z)))
+    return (batch * logits - jax.nn.softplus(logits)).sum(-1)
+
+
 def loss_by_hand(params: Any, batch: jax.Array, key: jax.Array) -> jax.Array:
     """Return the negative ELBO of a batch."""
-
-    def apply(name, h):
-        return h @ params[name][0] + params[name][1]
-
-    h = jax.nn.relu(apply("e", batch))
-    loc, log_scale = apply("loc", h), apply("log_scale", h)
+    loc, log_scale = encode_by_hand(params, batch)
     scale = jnp.exp(log_scale)
     z = loc + scale * jax.random.normal(key, loc.shape)
-    logits = apply("logits", jax.nn.relu(apply("d", z)))
-    log_likelihood = (batch * logits - jax.nn.softplus(logits)).sum(-1)
+    log_likelihood = log_likelihood_by_hand(params, batch, z)
     kl = (0.5 * (scale**2 + loc**2 - 1) - log_scale).sum(-1)
     return (kl - log_likelihood).sum()
 
 
-def epoch_by_hand(sizes: Sizes) -> Callable[..., Any]:
+def epoch_by_hand(
+    sizes: Sizes, loss: Callable[[Any, jax.Array, jax.Array], jax.Array] = loss_by_hand
+) -> Callable[..., Any]:
     """Return a compiled epoch ``(params, opt_state, key, x)``: one permutation and a scan."""
     optimizer = optax.adam(LEARNING_RATE)
     num_data, scale = sizes.num_data, sizes.num_data / sizes.batch_size
@@ -129,9 +142,9 @@ def epoch_by_hand(sizes: Sizes) -> Callable[..., Any]:
         def step(carry, rows):
             params, opt_state, key = carry
             key, subkey = jax.random.split(key)
-            value, grads = jax.value_and_grad(
-                lambda params: loss_by_hand(params, x[rows], subkey) * scale
-            )(params)
+            value, grads = jax.value_and_grad(lambda params: loss(params, x[rows], subkey) * scale)(
+                params
+            )
             updates, opt_state = optimizer.update(grads, opt_state)
             return (optax.apply_updates(params, updates), opt_state, key), value / num_data
 

@@ -22,7 +22,9 @@ from numpyro.infer.autoguide import AutoGuide
 from numpyro.infer.elbo import ELBO
 from numpyro.infer.hmc import HMCState
 from numpyro.infer.util import transform_fn
+from numpyro.ops.provenance import eval_provenance
 from numpyro.primitives import Messenger, apply_stack
+from numpyro.util import _validate_model, check_model_guide_match
 
 # Handlers sit in one stack for all threads: what runs a model holds this, so that no other
 # thread's handlers see its sites. Compiled code runs none.
@@ -181,20 +183,48 @@ def _constrain_rest(constrain: Any, names: frozenset[str], params: dict[str, Any
     return {name: jax.lax.stop_gradient(x) if name in names else x for name, x in found}
 
 
+class Objective(ELBO):
+    """An ELBO of this library's: of NumPyro's it differs in three ways, which the next ones ask.
+
+    Discrete latents are drawn and never summed over, a site's scale may differ by row, and the
+    networks' new state is that of the first of several particles.
+    """
+
+
 def enumerates(loss: ELBO) -> bool:
     """Return whether an objective sums over discrete latents that are marked for it."""
-    return loss.can_infer_discrete and not isinstance(loss, TraceGraph_ELBO)
+    return loss.can_infer_discrete and not isinstance(loss, TraceGraph_ELBO | Objective)
 
 
 def takes_row_weights(loss: ELBO) -> bool:
     """Return whether a site's scale may differ by row: objectives for discrete latents need one."""
-    return not loss.can_infer_discrete
+    return isinstance(loss, Objective) or not loss.can_infer_discrete
 
 
 def returns_mutable_state(loss: ELBO) -> bool:
     """Return whether an objective returns the networks' new state; of several particles none."""
+    if isinstance(loss, Objective):
+        return True
     knows = type(loss).loss_with_mutable_state is not ELBO.loss_with_mutable_state
     return knows and loss.num_particles == 1
+
+
+def seed_plates(fn: Callable[..., Any], rng_key: Array) -> Callable[..., Any]:
+    """Return a model, or a guide, whose plates choose their rows by a key of their own."""
+    return handlers.seed(fn, rng_key, hide_types=["sample", "prng_key", "control_flow"])
+
+
+def check_traces(model_trace: dict[str, Any], guide_trace: dict[str, Any]) -> None:
+    """Warn, or raise, where model and guide do not belong together, as NumPyro's objectives do."""
+    check_model_guide_match(model_trace, guide_trace)
+    _validate_model(model_trace, plate_warning="loose")
+
+
+def dependencies(
+    fn: Callable[..., dict[str, Array]], values: dict[str, Any]
+) -> dict[str, frozenset[str]]:
+    """Return by result of a function the keyword arguments that it depends on."""
+    return eval_provenance(fn, **values)
 
 
 def particle_keys(state_key: Array, num_particles: int) -> list[tuple[Array, Array]]:

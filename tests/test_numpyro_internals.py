@@ -28,6 +28,7 @@ from numpyro.infer.hmc import hmc
 from numpyro.primitives import Messenger
 
 from numpyro_vae import numpyro_internals as internals
+from numpyro_vae.objectives import ImportanceWeightedELBO, ReweightedWakeSleep
 
 X = jnp.linspace(-1.0, 1.0, 8)
 KEY = jax.random.key(3)
@@ -178,6 +179,7 @@ def test_the_key_that_init_gives_the_model():
         (RenyiELBO(num_particles=2), False, True),
         (TraceGraph_ELBO(), False, False),
         (TraceEnum_ELBO(), True, False),
+        (ReweightedWakeSleep(2), False, True),
     ],
 )
 def test_which_objectives_enumerate(loss, enumerates, weights):
@@ -193,7 +195,14 @@ def stateful(x):
 
 
 @pytest.mark.parametrize(
-    "loss", [Trace_ELBO(), Trace_ELBO(num_particles=3), TraceMeanField_ELBO(), TraceGraph_ELBO()]
+    "loss",
+    [
+        Trace_ELBO(),
+        Trace_ELBO(num_particles=3),
+        TraceMeanField_ELBO(),
+        TraceGraph_ELBO(),
+        ImportanceWeightedELBO(3),
+    ],
 )
 def test_which_objectives_return_mutable_state(loss):
     svi = SVI(stateful, guide, optax.adam(1e-2), loss)
@@ -207,6 +216,34 @@ def test_which_objectives_return_mutable_state(loss):
     updated, value = svi.update(state._replace(mutable_state=None), X)
     assert jnp.isfinite(value)
     assert updated.mutable_state is None
+
+
+def test_plates_that_choose_their_rows_by_a_key_of_their_own():
+    def subsampled():
+        with numpyro.plate("data", 100, subsample_size=5) as rows:
+            return rows, numpyro.sample("z", dist.Normal(0.0, 1.0))
+
+    (one, first), (two, second) = (
+        handlers.seed(internals.seed_plates(subsampled, KEY), seed)() for seed in range(2)
+    )
+    np.testing.assert_array_equal(one, two)
+    assert (first != second).all()
+
+
+def test_traces_that_do_not_belong_together():
+    traces = [handlers.trace(handlers.seed(fn, KEY)).get_trace(X) for fn in (model, guide)]
+    internals.check_traces(*traces)
+    with pytest.warns(UserWarning, match="Found vars in model but not guide"):
+        internals.check_traces(traces[0], {})
+
+
+def test_what_a_function_depends_on():
+    shapes = {
+        "x": jax.ShapeDtypeStruct((2,), jnp.float32),
+        "y": jax.ShapeDtypeStruct((2,), jnp.float32),
+    }
+    found = internals.dependencies(lambda x, y: {"both": x + y, "none": X, "x": 2 * x}, shapes)
+    assert found == {"both": {"x", "y"}, "none": frozenset(), "x": {"x"}}
 
 
 @pytest.mark.parametrize(

@@ -90,7 +90,7 @@ ORDER = {
     # Folders of plug-ins: each knows `base` and none of its siblings.
     "encoders": ("base", PLUG_INS),
     "families": ("base", PLUG_INS),
-    "objectives": ("base", PLUG_INS),
+    "objectives": ("traces", "rows", "base", PLUG_INS),
 }
 # Installed with the library or by an extra, but loaded only by what needs them.
 LAZY = ("arviz", "arviz_base", "arviz_plots", "arviz_stats", "matplotlib")

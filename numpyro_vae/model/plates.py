@@ -13,6 +13,7 @@ from numpyro_vae.model.trace import Rows
 from numpyro_vae.numpyro_internals import ask_handlers
 
 ROWS = "numpyro_vae.rows"  # the type of a message that asks for the rows of a plate
+STEP = "numpyro_vae.step"  # that of one that asks how many optimizer steps have been taken
 
 
 def given_rows(plate: str) -> Rows:
@@ -57,6 +58,33 @@ class all_rows(Messenger):  # noqa: N801 - handlers are lower case, as in numpyr
             msg["args"] = (size, len(msg["value"]))
         elif length not in (None, size):
             msg["value"], msg["args"] = jnp.arange(size), (size, size)
+
+
+def given_step() -> Any:
+    """Return how many optimizer steps were taken before, if a handler knows, or None."""
+    return ask_handlers(STEP)
+
+
+class at_step(Messenger):  # noqa: N801
+    """Tell an objective how many optimizer steps were taken before.
+
+    Args:
+        step: the number.
+
+    Example:
+        >>> with at_step(3):
+        ...     given_step()
+        3
+    """
+
+    def __init__(self, step: Any):
+        self.step = step
+        super().__init__(None)
+
+    def process_message(self, msg: Any) -> None:
+        """Answer."""
+        if msg["type"] == STEP:
+            msg["value"] = self.step
 
 
 class minibatch(Messenger):  # noqa: N801

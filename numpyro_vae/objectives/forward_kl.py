@@ -10,16 +10,17 @@ import jax.numpy as jnp
 import numpyro.distributions as dist
 from jaxtyping import Array
 from numpyro import handlers
-from numpyro.infer.elbo import ELBO, LossWithMutableState
+from numpyro.infer.elbo import LossWithMutableState
 from numpyro.primitives import Messenger
 
 from numpyro_vae.guides.base import AmortizedGuide
 from numpyro_vae.model.simulate import Latents, NotSimulableError, simulate, simulated_latents
+from numpyro_vae.objectives.base import AbstractObjective
 
 __all__ = ["ForwardKL"]
 
 
-class ForwardKL(ELBO):
+class ForwardKL(AbstractObjective):
     r"""Trains a guide on simulations: its density of the latents that data were drawn with.
 
     The loss is :math:`-E_{p(z, x)} \log q(z \mid x)`, smallest where the guide is the posterior of

@@ -58,15 +58,18 @@ class EarlyStopping:
 
     Args:
         patience: how many epochs.
+        first: the epoch to begin with, as the objective still changes before it.
     """
 
-    def __init__(self, patience: int):
-        self.patience, self.waited = patience, 0
+    def __init__(self, patience: int, first: int = 0):
+        self.patience, self.first, self.waited = patience, first, 0
         self.best_loss = np.inf
         self.best_state: SVIState | None = None
 
     def __call__(self, epoch: int, state: SVIState, metrics: Mapping[str, float]) -> bool:
         """Compare with the best epoch."""
+        if epoch < self.first:
+            return False
         loss = metrics["validation_loss"]
         self.waited += 1
         if self.best_state is None or loss < self.best_loss or np.isnan(self.best_loss):

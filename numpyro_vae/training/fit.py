@@ -33,6 +33,7 @@ from numpyro_vae.training.options import (
     check_stopping,
     check_supports,
     check_svi,
+    settled_epoch,
 )
 from numpyro_vae.training.simulations import Simulations, SimulationSource
 from numpyro_vae.training.sources import ArraySource, IterableSource, Source, WholeSource
@@ -107,7 +108,7 @@ def fit(
         validation: in-memory data like ``data``, whose loss is computed after every epoch, always
             with the same random keys.
         patience: stop after so many epochs without a better validation loss, and return the best
-            state.
+            state. Epochs do not count before the schedule of an objective has ended.
         plate: the local plate's name, for a guide that does not know it.
         init_state: continue from this state.
         init_params: initial values of parameters, by name, where training does not continue.
@@ -154,7 +155,8 @@ def fit(
     if isinstance(source, SimulationSource):
         source.require_frozen()
     score = _validator(trainer, source, validation, batch_axes, validation_key)
-    stopping = None if patience is None else EarlyStopping(patience)
+    settled = settled_epoch(svi.loss, state, source.num_steps, num_epochs)
+    stopping = None if patience is None else EarlyStopping(patience, settled)
     history = _History()
     with ProgressBar(num_epochs, is_shown=progress_bar) as bar:
         own = (UndeclaredScale(trainer, source.first()), *([] if stopping is None else [stopping]))

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 from numpyro.infer import SVI
+from numpyro.infer.elbo import ELBO
 from numpyro.infer.svi import SVIState
 
 from numpyro_vae.data.batch import Batch
@@ -20,6 +21,8 @@ from numpyro_vae.model.reading import ModelReader, Reading
 from numpyro_vae.model.sites import ModelSites
 from numpyro_vae.model.supports import Outside
 from numpyro_vae.numpyro_internals import enumerates
+from numpyro_vae.objectives import ForwardKL
+from numpyro_vae.objectives.base import AbstractObjective
 from numpyro_vae.training.step import Trainer
 
 # By the name of a support: what it holds, and what may be done about other values.
@@ -92,11 +95,38 @@ def check_start(init_state: Any, init_params: dict[str, Any] | None) -> None:
 def check_objective(svi: SVI, sites: ModelSites) -> None:
     """Raise if the model has sites to enumerate, and the objective would draw from their prior."""
     enumerated = [site.name for site in sites.sites.values() if site.is_enumerated]
-    if enumerated and not enumerates(svi.loss):
+    if enumerated and not (enumerates(svi.loss) or isinstance(svi.loss, ForwardKL)):
         raise ValueError(
             f"The model's sites {enumerated} are to be enumerated, which "
             f"{type(svi.loss).__name__} does not do. Train with numpyro.infer.TraceEnum_ELBO()."
         )
+
+
+def settled_epoch(loss: ELBO, state: SVIState, num_steps: int, num_epochs: int) -> int:
+    """Return the first epoch after which the objective changes no more.
+
+    Args:
+        loss: the objective.
+        state: where training starts.
+        num_steps: the steps of an epoch.
+        num_epochs: how many are to come.
+
+    Raises:
+        ValueError: if it still changes when training ends.
+    """
+    if not isinstance(loss, AbstractObjective) or not num_epochs:
+        return 0
+    start = int(state.optim_state[0])
+    end = start + num_epochs * num_steps
+    settled = loss.settles_at(end)
+    if settled > end:
+        raise ValueError(
+            f"The schedule of {type(loss).__name__} outlasts training: it changes until step "
+            f"{settled:,}, and training ends after step {end:,} ({num_epochs} epochs of {num_steps}"
+            f" steps{f', from step {start:,}' if start else ''}). Pass num_epochs="
+            f"{-(-(settled - start) // num_steps)} or more, or a schedule that ends by then."
+        )
+    return max(0, -(-(settled - start) // num_steps) - 1)
 
 
 def check_names(init_params: dict[str, Any] | None, trainer: Trainer) -> None:

@@ -33,10 +33,12 @@ class Source(Protocol):
     Attributes:
         data: data in memory, of which `validation` data have the layout.
         sites: what the model holds, given a batch.
+        num_steps: the steps of an epoch, of an iterable those that its rows make.
     """
 
     data: ArrayData
     sites: ModelSites
+    num_steps: int
 
     def first(self) -> Batch:
         """Return a batch to initialize with."""
@@ -164,6 +166,8 @@ class WholeSource:
         ValueError: if the model's plate takes fewer rows than it has.
     """
 
+    num_steps = 1
+
     def __init__(self, trainer: Trainer, data: ArrayData, plate: str | None):
         self.sites = read_sites(trainer, *data.whole())
         seen = choose_plate(self.sites, plate)
@@ -220,6 +224,7 @@ class IterableSource:
             self.iterable = chain([first], batches)
         self.data = ArrayData.read(first, batch_axes, "the first batch")
         self.batch_size = self.data.num_data
+        self.num_steps = -(-num_data // self.batch_size)
         self.taking = self._take(plate)
         self.sites, self.plate = self.taking.sites, self.taking.plate.name
         self._require_finite(self.data)

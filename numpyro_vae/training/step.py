@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -22,7 +22,7 @@ from numpyro_vae.data.arrays import ArrayData
 from numpyro_vae.data.batch import Batch
 from numpyro_vae.guides.base import AmortizedGuide
 from numpyro_vae.model.contents import Reading
-from numpyro_vae.model.plates import minibatch
+from numpyro_vae.model.plates import at_step, minibatch
 from numpyro_vae.model.reading import ModelReader, read_for
 from numpyro_vae.model.simulate import simulated
 from numpyro_vae.numpyro_internals import (
@@ -34,6 +34,7 @@ from numpyro_vae.numpyro_internals import (
     with_hidden_state,
     with_param_transforms,
 )
+from numpyro_vae.objectives.base import AbstractObjective
 from numpyro_vae.training.freezing import Freeze, frozen_names, keep, parts_of
 from numpyro_vae.training.simulating import Simulation, draw_batch
 
@@ -192,24 +193,28 @@ class Trainer:
         return draw_batch(svi, _params(svi, state), rng_key, batch, plan)
 
     def _step(self, transforms: dict[str, Any], state: SVIState, batch: Batch) -> Step:
-        with nullcontext() if batch.latents is None else simulated(batch.latents):
-            new, loss = self._update(transforms, state, batch)
-        if self.frozen:
-            params = self.svi.optim.get_params(state.optim_state)
-            new = keep(new, state, params, self.frozen)
-        return new, loss
-
-    def _update(self, transforms: dict[str, Any], state: SVIState, batch: Batch) -> Step:
-        (args, kwargs), held = batch.arguments(), state.mutable_state
+        args, kwargs = batch.arguments()
         svi = self._bind(batch, transforms)
+        with ExitStack() as answers:
+            answers.enter_context(at_step(state.optim_state[0]))
+            if batch.latents is not None:
+                answers.enter_context(simulated(batch.latents))
+            new, loss = self._update(svi, state, args, kwargs)
+        if self.frozen:
+            new = keep(new, state, svi.optim.get_params(state.optim_state), self.frozen)
+        return new, loss / batch.num_data
+
+    @staticmethod
+    def _update(svi: SVI, state: SVIState, args: tuple, kwargs: dict[str, Any]) -> Step:
+        """Take a step that keeps the networks' state, whatever the objective makes of it."""
+        held = state.mutable_state
         if held is None or returns_mutable_state(svi.loss):
-            new, loss = svi.update(state, *args, **kwargs)
-            return new, loss / batch.num_data
+            return svi.update(state, *args, **kwargs)
         traced = next(_traces(svi, state, args, kwargs, num_particles=1))
         updated = {name: trace[name]["value"] for trace in traced for name in trace if name in held}
         svi.model, svi.guide = (with_hidden_state(fn, held) for fn in (svi.model, svi.guide))
         new, loss = svi.update(state._replace(mutable_state=None), *args, **kwargs)
-        return new._replace(mutable_state=updated), loss / batch.num_data
+        return new._replace(mutable_state=updated), loss
 
     def _guarded_step(self, transforms: dict[str, Any], state: SVIState, batch: Batch) -> Step:
         new, loss = self._step_compiled(transforms, state, batch)
@@ -245,7 +250,10 @@ class Trainer:
     # -- what a state says ------------------------------------------------------------------------
 
     def evaluate(self, rng_key: Array, params: dict[str, Any], batch: Batch) -> Float[Array, ""]:
-        """Return the negative ELBO per datum of a batch, networks in evaluation mode."""
+        """Return the validation loss per datum of a batch, networks in evaluation mode.
+
+        That is the negative ELBO, or what else the objective is compared by.
+        """
         return self._evaluate_compiled(rng_key, params, batch)
 
     def _evaluate(self, rng_key: Array, params: dict[str, Any], batch: Batch) -> Float[Array, ""]:
@@ -253,7 +261,8 @@ class Trainer:
         svi = self._bind(batch, {}, evaluate=True)
         kwargs = {**kwargs, **svi.static_kwargs}
         model, guide = (with_hidden_state(fn, params) for fn in (svi.model, svi.guide))
-        return svi.loss.loss(rng_key, params, model, guide, *args, **kwargs) / batch.num_data
+        loss = svi.loss.validation if isinstance(svi.loss, AbstractObjective) else svi.loss
+        return loss.loss(rng_key, params, model, guide, *args, **kwargs) / batch.num_data
 
     def params(self, state: SVIState) -> dict[str, Any]:
         """Return the parameters, and the networks' other state with them."""
