@@ -18,7 +18,14 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 FOLDER = pathlib.Path(__file__).parent
-WITHOUT_DATA = ("latency.py", "epoch.py", "imports.py", "sampling.py", "objectives.py")
+WITHOUT_DATA = (
+    "latency.py",
+    "epoch.py",
+    "imports.py",
+    "sampling.py",
+    "objectives.py",
+    "quality.py",
+)
 OPTIONAL_DATA = ("convolution.py",)
 NEED_DATA = ("checking.py", "mnist_elbo.py", "hand_written.py")
 # Nearly all of a smoke run is compiling, which takes half as long without optimization.
