@@ -19,7 +19,7 @@ from jaxtyping import Array
 from numpyro import handlers
 from numpyro.infer import SVI, TraceGraph_ELBO, init_to_sample
 from numpyro.infer.autoguide import AutoGuide
-from numpyro.infer.elbo import ELBO
+from numpyro.infer.elbo import ELBO, _check_mean_field_requirement
 from numpyro.infer.hmc import HMCState
 from numpyro.infer.util import transform_fn
 from numpyro.ops.provenance import eval_provenance
@@ -218,6 +218,11 @@ def check_traces(model_trace: dict[str, Any], guide_trace: dict[str, Any]) -> No
     """Warn, or raise, where model and guide do not belong together, as NumPyro's objectives do."""
     check_model_guide_match(model_trace, guide_trace)
     _validate_model(model_trace, plate_warning="loose")
+
+
+def check_mean_field(model_trace: Any, guide_trace: Any) -> None:
+    """Warn where analytic divergences may be wrong, as NumPyro's objective with such does."""
+    _check_mean_field_requirement(model_trace, guide_trace)
 
 
 def dependencies(

@@ -237,6 +237,19 @@ def test_traces_that_do_not_belong_together():
         internals.check_traces(traces[0], {})
 
 
+def test_traces_in_another_order():
+    def two(names):
+        for name in names:
+            numpyro.sample(name, dist.Normal(0.0, 1.0))
+
+    one, other = (
+        handlers.trace(handlers.seed(two, KEY)).get_trace(names) for names in ("ab", "ba")
+    )
+    internals.check_mean_field(one, one)
+    with pytest.warns(UserWarning, match="Failed to verify mean field restriction"):
+        internals.check_mean_field(one, other)
+
+
 def test_what_a_function_depends_on():
     shapes = {
         "x": jax.ShapeDtypeStruct((2,), jnp.float32),

@@ -20,7 +20,7 @@ from jaxtyping import Array
 from numpyro.infer import TraceMeanField_ELBO
 from numpyro.infer.elbo import ELBO, LossWithMutableState
 
-from numpyro_vae.numpyro_internals import Objective
+from numpyro_vae.numpyro_internals import Objective, check_mean_field
 from numpyro_vae.objectives.rows import Densities, Rows, densities_of, find_rows
 from numpyro_vae.objectives.traces import Call, Trace, latents, mutable_state, values_of
 
@@ -84,6 +84,7 @@ class AbstractDivergence(AbstractObjective):
             model_key, guide_key = jax.random.split(key)
             guide_trace = call.trace_guide(guide_key)
             model_trace = call.trace_model(guide_trace, model_key)
+            check_mean_field(model_trace, guide_trace)
             return self.terms(guide_trace, model_trace), mutable_state(guide_trace, model_trace)
 
         if self.num_particles == 1:

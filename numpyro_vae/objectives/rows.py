@@ -151,8 +151,9 @@ def _require_whole_plates(model_trace: Trace, rows: Rows) -> None:
             raise ValueError(
                 f"Plate {frame.name!r} of site {name!r} holds {frame.size} of {plate['args'][0]} "
                 f"rows, but {where} one importance weight, and the logarithm of an estimate is "
-                "biased. Let this plate hold all its rows (in fit: batch_size=), or name with "
-                "plate= the plate whose rows have weights of their own."
+                "biased. Let this plate hold all its rows (in fit: batch_size=), name with plate= "
+                "the plate whose rows have weights of their own, or train with an objective that "
+                "has no weights, such as TraceMeanField_ELBO."
             )
 
 

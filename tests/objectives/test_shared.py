@@ -53,6 +53,16 @@ def with_weights(weights):
 
 
 @by_objective
+def test_forward_mode_is_reverse_mode(loss):
+    def of(params):
+        return loss.loss(KEY, params, model, guide, X)
+
+    found, expected = jax.jacfwd(of)(PARAMS), jax.grad(of)(PARAMS)
+    for name, value in expected.items():
+        np.testing.assert_allclose(found[name], value, rtol=1e-4, err_msg=name)
+
+
+@by_objective
 def test_a_minibatch_counts_for_all_rows(loss):
     """Of twelve rows four are seen, with plates of that length, or rows that weigh alike."""
     whole = value_and_grad(loss)
