@@ -23,10 +23,9 @@ from .plots.figures import (
     plot_collapse,
     plot_khat,
     plot_latents,
-    plot_prior_samples,
-    plot_reconstructions,
     plot_training,
 )
+from .plots.images import plot_manifold, plot_prior_samples, plot_reconstructions
 from .posterior import Posterior
 from .repair.result import Repair
 from .scales.log_scale_normal import LogScaleNormal
@@ -80,6 +79,7 @@ __all__ = [
     "plot_collapse",
     "plot_khat",
     "plot_latents",
+    "plot_manifold",
     "plot_prior_samples",
     "plot_reconstructions",
     "plot_training",

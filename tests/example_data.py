@@ -54,3 +54,12 @@ def item_response(path: pathlib.Path) -> None:
     """150 people and 5 questions."""
     right = RNG.normal(size=(150, 1)) + RNG.normal(size=5) + RNG.logistic(size=(150, 5)) > 0
     np.savetxt(path, right, fmt="%d", delimiter=",", header=",".join("ABCDE"), comments="")
+
+
+def tutorial_cvae(path: pathlib.Path) -> None:
+    """Grey images of 28 x 28 pixels with a bright square, 128 to train and 64 to test with."""
+    images = RNG.integers(0, 100, (192, 28, 28), dtype=np.uint8)
+    for image, (row, column) in zip(images, RNG.integers(2, 18, (192, 2)), strict=True):
+        image[row : row + 8, column : column + 8] = 250
+    parts = {"x_train": images[:128], "x_test": images[128:]}
+    np.savez(path, **parts, y_test=RNG.integers(0, 10, 64))

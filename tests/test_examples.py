@@ -27,6 +27,7 @@ WITH_DATA = {
     "radon": ".npz",
     "single_cell": ".npz",
     "topics": ".npz",
+    "tutorial_cvae": ".npz",
 }
 
 
@@ -147,6 +148,7 @@ PRINTED = {
     "semi_supervised": r"100 labels, 1197 images without, 500 held out",
     "single_cell": r"nats a cell: -?\d+\.\d+",
     "topics": r"perplexity",
+    "tutorial_cvae": r"epoch  2  test ELBO +-\d+\.\d+ nats an image",
 }
 
 

@@ -13,6 +13,7 @@ import optax
 import pytest
 import xarray as xr
 from numpyro.infer import SVI, Trace_ELBO
+from scipy import stats
 
 from numpyro_vae import (
     AutoAmortizedNormal,
@@ -24,6 +25,7 @@ from numpyro_vae import (
     plot_collapse,
     plot_khat,
     plot_latents,
+    plot_manifold,
     plot_prior_samples,
     plot_reconstructions,
     plot_training,
@@ -220,6 +222,37 @@ def test_prior_samples_fill_the_grid_with_white(fitted, x, key):
     np.testing.assert_array_equal(found[1, 2], found[0].min().clip(max=found[1, :2].min()))
 
 
+def test_a_manifold_is_of_the_likelihood_at_quantiles(fitted, x, key):
+    _, posterior = fitted
+    found = tiles(plot_manifold(posterior, key, x, size=3, dims=(0, 2)))
+    quantiles = stats.norm.ppf([1 / 6, 1 / 2, 5 / 6])
+    z = np.zeros((3, 3, 3))
+    z[:, :, 0], z[:, :, 2] = quantiles, quantiles[::-1, None]  # to the right, and upwards
+    expected = np.tensordot(z, PATTERN, 1)
+    np.testing.assert_allclose(found - found[1, 1], expected, atol=1e-5)
+    levels = posterior.sample(key, x, 1000, var_names=["level"])["level"]
+    assert abs(found[1, 1].mean() - levels.mean()) < 5 * levels.std()  # drawn from its posterior
+
+
+@pytest.mark.parametrize("form", ["whole", "subsampled"])
+def test_a_manifold_does_not_depend_on_how_the_model_takes_data(form, x, key):
+    options = {"batch_axes": None} if form == "whole" else {}
+    if form == "subsampled":
+        options["static_kwargs"] = {"subsample_size": 20}
+    guide = AutoAmortizedNormal(images)
+    svi = SVI(images, guide, optax.adam(1e-2), Trace_ELBO())
+    posterior = Posterior(guide, svi.get_params(svi.init(jax.random.key(0), x)), **options)
+    found = tiles(plot_manifold(posterior, key, x, size=2))
+    corner = stats.norm.ppf(0.25) * (PATTERN[0] + PATTERN[1])
+    np.testing.assert_allclose(found[1, 0], corner, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dims", [(0, 0), (0, 3), (-1, 0)])
+def test_a_manifold_needs_two_dimensions(fitted, x, key, dims):
+    with pytest.raises(ValueError, match=r"3 latent dimension.*from 0 to 2"):
+        plot_manifold(fitted[1], key, x, dims=dims)
+
+
 def test_means_that_no_distribution_knows_are_drawn(key):
     def categories(x):
         with numpyro.plate("data", len(x)):
@@ -233,6 +266,8 @@ def test_means_that_no_distribution_knows_are_drawn(key):
     np.testing.assert_array_equal(tiles(plot_reconstructions(posterior, key, x, **shape), 2, 2), 1)
     drawn = tiles(plot_prior_samples(posterior, key, x, **shape), 2, 2)
     np.testing.assert_array_equal(drawn, 1)
+    grid = tiles(plot_manifold(posterior, key, x, size=2, **shape), 2, 2)
+    np.testing.assert_array_equal(grid, 1)
 
 
 def test_images_with_channels(key):

@@ -86,7 +86,7 @@ ORDER = {
     ),
     "checks": ("base", PLUG_INS, "page", "report", "run"),
     "repair": ("proposals", "nuts", "methods", "result", "run"),
-    "plots": ("figures",),
+    "plots": ("figures", "images"),
     # Folders of plug-ins: each knows `base` and none of its siblings.
     "encoders": ("base", PLUG_INS),
     "families": ("base", PLUG_INS),

@@ -56,7 +56,6 @@ from numpyro_vae.data.ragged import Masked, Segments
 __all__ = ["Standardize", "flatten_inputs"]
 
 FURTHEST = 5.0  # no value of the first data is more scales away from their mean
-MAX_NORM = 2.0  # of the features of a datum
 
 
 def flatten_inputs(inputs: Any) -> FloatDtype[Array, "batch size"]:
@@ -239,24 +238,23 @@ def scaled(
     return rows if standardize is None else standardize(rows, where=there)
 
 
-def bounded(features: FloatDtype[Array, "*batch k"]) -> FloatDtype[Array, "*batch k"]:
-    """Return ``h / sqrt(1 + norm(h)**2 / MAX_NORM**2)``: as long as `MAX_NORM`, and never longer.
+def shorten(features: FloatDtype[Array, "*batch k"]) -> FloatDtype[Array, "*batch k"]:
+    """Return features of the norm ``asinh(norm)``: the same if short, logarithmic if long.
 
     A step of Adam moves every weight by the learning rate, so that the longer the features of a
     datum, the further its latents move: those of an outlier go far enough in the first steps, to
-    rates of exp(20), to fill Adam's second moments for thousands of steps. Features much shorter
-    than `MAX_NORM` hardly change.
+    rates of exp(20), to fill Adam's second moments for thousands of steps.
 
     Example:
-        >>> norms = jnp.linalg.norm(bounded(jnp.array([[0.03, 0.04], [3e4, 4e4]])), axis=-1)
-        >>> [f"{norm:.3f}" for norm in norms]
-        ['0.050', '2.000']
+        >>> norms = jnp.linalg.norm(shorten(jnp.array([[0.03, 0.04], [3e4, 4e4]])), axis=-1)
+        >>> [f"{norm:.2f}" for norm in norms]
+        ['0.05', '11.51']
     """
     # Of features in units of the largest, as squares of large numbers overflow.
     largest = jax.lax.stop_gradient(jnp.maximum(1, jnp.abs(features).max(-1, keepdims=True)))
-    unit = features / largest
-    length = jnp.square(unit / MAX_NORM).sum(-1, keepdims=True)
-    return unit / jnp.sqrt((1 / largest) ** 2 + length)
+    square = jnp.square(features / largest).sum(-1, keepdims=True)
+    norm = largest * jnp.sqrt(square + 1e-12)  # which has a gradient at 0 too
+    return features * (jnp.arcsinh(norm) / norm)
 
 
 def dense_layers(

@@ -8,7 +8,7 @@ from typing import Any
 from flax import nnx
 from jaxtyping import Array, Float
 
-from numpyro_vae.encoders.base import Standardize, bounded, dense_layers, flatten_with_mask, scaled
+from numpyro_vae.encoders.base import Standardize, dense_layers, flatten_with_mask, scaled, shorten
 
 __all__ = ["MLP"]
 
@@ -25,8 +25,8 @@ class MLP(nnx.Module):
         hidden_sizes: the width of each layer; the last is the number of features.
         activation: applied after each layer.
         standardize: whether to put the inputs on the scale of the first batch, see `Standardize`,
-            of `Masked` arrays that of the values that are there; and to keep the norm of a datum's
-            features below 2, so that no outlier sends its latents far away in the first steps.
+            of `Masked` arrays that of the values that are there; and to turn the norm of a datum's
+            features into its asinh, so that no outlier's latents go far away in the first steps.
         rngs: where the initial weights come from.
 
     Raises:
@@ -60,4 +60,4 @@ class MLP(nnx.Module):
         hidden = scaled(*flatten_with_mask(inputs), self.num_inputs, self.standardize)
         for layer in self.layers:
             hidden = self.activation(layer(hidden))
-        return hidden if self.standardize is None else bounded(hidden)
+        return hidden if self.standardize is None else shorten(hidden)

@@ -278,9 +278,41 @@ def expected_a_priori(
 
     If the mean of its distribution is not known, draws of the site are averaged.
     """
+    return _expected_given(batch, {}, rng_key, globals_, num_samples, name, known)
+
+
+def expected_at(
+    batch: EncodedBatch,
+    packed: Array,
+    rng_key: Array,
+    globals_: dict,
+    *,
+    num_samples: int,
+    name: str,
+    known: bool,
+) -> Array:
+    """Return what `expected_a_priori` does, given packed latents ``(places, size)`` of any row."""
+
+    def one(packed: Array) -> Array:
+        rows = jnp.broadcast_to(packed, (len(batch.indices), len(packed)))
+        values, _ = batch.encoding.constrain(rows)
+        return _expected_given(batch, values, rng_key, globals_, num_samples, name, known)
+
+    return batch.over_draws(one, packed)
+
+
+def _expected_given(
+    batch: EncodedBatch,
+    values: dict,
+    rng_key: Array,
+    globals_: dict,
+    num_samples: int,
+    name: str,
+    known: bool,
+) -> Array:
     draw_key, *keys = _noise_keys(batch, rng_key, 1 + num_samples)
-    drawn = jax.tree.map(itemgetter(0), globals_)
-    site = batch.trace(drawn, draw_key, observed=False)[name]
+    given = values | jax.tree.map(itemgetter(0), globals_)
+    site = batch.trace(given, draw_key, observed=False)[name]
     fn = site["fn"]
     if known:
         return _rows_of(batch, name, fn.mean)

@@ -15,7 +15,7 @@ from numpyro.infer import SVI, RenyiELBO, Trace_ELBO
 from scipy import stats
 
 from numpyro_vae import MLP, AutoAmortizedNormal, fit
-from numpyro_vae.encoders.base import MAX_NORM
+from numpyro_vae.encoders.base import shorten
 from numpyro_vae.training.convergence import warn_of_losses
 
 RNG = np.random.default_rng(1)
@@ -51,11 +51,20 @@ def test_a_global_site_of_counts_is_found_at_a_high_learning_rate():
     assert abs(result.params["beta_auto_loc"] - mean) < 0.35 * sd
 
 
-def test_features_of_outliers_are_no_longer_than_others():
+def test_features_of_outliers_are_little_longer_than_others():
     encoder = MLP(COUNTS, rngs=nnx.Rngs(0))
-    norms = jnp.linalg.norm(encoder(jnp.array([1.0, 1e4, 1e25])), axis=-1)
-    np.testing.assert_allclose(norms[1:], MAX_NORM, rtol=1e-3)
-    assert norms[0] < MAX_NORM
+    norms = jnp.linalg.norm(encoder(jnp.array([3.0, 10.0, 1e4, 1e25])), axis=-1)
+    assert np.all(np.diff(norms) > 0)
+    assert norms[-1] < 100
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-10, 1.0, 100.0, 1e25])
+def test_features_are_short_and_have_a_gradient(size):
+    value, gradient = jax.jvp(shorten, (jnp.full(3, size),), (jnp.ones(3),))
+    norm = size * np.sqrt(3)
+    np.testing.assert_allclose(jnp.linalg.norm(value), np.arcsinh(norm), rtol=1e-5)
+    expected = np.sqrt(3) / np.sqrt(1 + norm**2)
+    np.testing.assert_allclose(jnp.linalg.norm(gradient), expected, rtol=1e-3, atol=1e-20)
 
 
 @pytest.mark.parametrize("accumulation_size", [1, 7])
