@@ -22,27 +22,23 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
-import optax
 from flax import nnx
 from matplotlib.figure import Figure
 from numpyro.contrib.module import nnx_module
-from numpyro.infer import SVI, TraceMeanField_ELBO
 from sklearn.datasets import load_digits
 
 from numpyro_vae import (
-    MLP,
-    AutoAmortizedNormal,
+    AutoAmortizedMultivariateNormal,
     ConvNet,
-    FitResult,
     Importance,
     Posterior,
     Report,
-    fit,
+    amortize,
+    plot_collapse,
     plot_khat,
     plot_latents,
     plot_prior_samples,
     plot_reconstructions,
-    plot_training,
 )
 
 MNIST_URL = "https://storage.googleapis.com/tensorflow/tf-keras-datasets/mnist.npz"
@@ -124,15 +120,15 @@ def make_model(data: Data, hidden_size: int) -> Callable[[jax.Array], None]:
     return model
 
 
-def draw(posterior: Posterior, result: FitResult, found: Report, data: Data, path: Path) -> None:
+def draw(posterior: Posterior, found: Report, data: Data, path: Path) -> None:
     """One picture of everything."""
     figure = Figure(figsize=(13, 7.6), layout="constrained")
-    axes = figure.subplot_mosaic("RRP;LKT", height_ratios=[1, 1.2])
+    axes = figure.subplot_mosaic("RRP;LKC", height_ratios=[1, 1.2])
     plot_reconstructions(posterior, jax.random.key(2), data.test[:6], ax=axes["R"])
     plot_prior_samples(posterior, jax.random.key(3), data.test[:25], ax=axes["P"])
     plot_latents(posterior, data.test, labels=data.labels, ax=axes["L"])
     plot_khat(found, ax=axes["K"])
-    plot_training(result, ax=axes["T"])
+    plot_collapse(found, ax=axes["C"])
     figure.savefig(path, dpi=110)
 
 
@@ -158,42 +154,38 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--dataset", choices=["digits", "mnist"], default="digits")
     parser.add_argument("--mnist", type=Path, help="a local mnist.npz; else it is downloaded")
-    parser.add_argument("--encoder", choices=["mlp", "conv"], default="mlp")
+    parser.add_argument("--encoder", choices=["chosen", "conv"], default="chosen")
     parser.add_argument("--output", type=Path, default=Path("output"), help="folder to write to")
     parser.add_argument("--quick", action="store_true", help="a few epochs, to see that it runs")
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
 
     if args.dataset == "digits":
-        data, hidden_size, batch_size, num_epochs = digits(), 128, 64, 80
+        data, hidden_size, batch_size, num_steps = digits(), 128, 128, 4000
     else:
-        data, hidden_size, batch_size, num_epochs = mnist(args.mnist), 400, 250, 20
-    num_epochs = 3 if args.quick else num_epochs
+        data, hidden_size, batch_size, num_steps = mnist(args.mnist), 400, 250, 5000
     num_samples = 100 if args.quick else 1000
+    num_simulation_steps = 60 if args.quick else 12_000
+    num_steps = 60 if args.quick else num_steps
 
     model = make_model(data, hidden_size)
-    mlp = partial(MLP, hidden_sizes=(hidden_size, hidden_size), standardize=True)
-    conv = partial(ConvNet, features=hidden_size, standardize=True)
-    guide = AutoAmortizedNormal(model, mlp if args.encoder == "mlp" else conv)
-    steps = num_epochs * -(-len(data.train) // batch_size)
-    optimizer = optax.adam(optax.cosine_decay_schedule(3e-3, steps))
-    svi = SVI(model, guide, optimizer, TraceMeanField_ELBO())
-    result = fit(
-        svi,
+    conv = partial(ConvNet, features=hidden_size)
+    guide = AutoAmortizedMultivariateNormal(model, conv) if args.encoder == "conv" else None
+    posterior = amortize(
+        model,
         jax.random.key(0),
         data.train,
-        batch_size=batch_size,
-        num_epochs=num_epochs,
+        guide=guide,
         validation=data.validation,
-        patience=10,
+        batch_size=batch_size,
+        num_steps=num_steps,
+        num_simulation_steps=num_simulation_steps,
     )
-
-    posterior = Posterior(guide, result)
     found = posterior.check(
         jax.random.key(1), data.test, checks=(Importance(num_samples=num_samples), "collapse")
     )
     print(f"\nHeld out: {found}")
-    draw(posterior, result, found, data, args.output / f"{args.dataset}_vae.png")
+    draw(posterior, found, data, args.output / f"{args.dataset}_vae.png")
     num_samples = 50 if args.quick else 100
     save(posterior, found, data.test[:100], num_samples, args.output / f"{args.dataset}_vae.nc")
 

@@ -108,9 +108,10 @@ def amortize(
     steps = num_steps, max(num_steps * size // rows.num_rows, 1)
     result = phase("The ELBO of the data", keys[1], loss or _loss(guide), train, held_out, *steps)
     if num_simulation_steps:
-        table = Simulations(TABLE, like=train, redraw_every=EPOCHS, to_data=to_data)
+        number = min(TABLE, max(num_simulation_steps * size // EPOCHS, 1))
+        table = Simulations(number, like=train, redraw_every=EPOCHS, to_data=to_data)
         like = _repeated(held_out, batch_axes) if cuts and to_data is None else None
-        steps = num_simulation_steps, max(num_simulation_steps * size // TABLE, 1)
+        steps = num_simulation_steps, max(num_simulation_steps * size // number, 1)
         more = {"init_params": result.params, "freeze": ("model", "globals")}
         try:
             result = phase("Simulations", keys[2], ForwardKL(), table, like, *steps, **more)

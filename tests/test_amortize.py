@@ -70,7 +70,7 @@ def test_it_says_what_it_does(capsys):
     told = capsys.readouterr().out
     assert "AutoAmortizedMultivariateNormal with MLP, for ['z'] of 600 rows" in told
     assert "The ELBO of the data: 4 epochs" in told
-    assert "Simulations: 1 epochs" in told
+    assert "Simulations: 8 epochs" in told
     assert "60 data" in told  # a tenth is held out, and checked
 
 

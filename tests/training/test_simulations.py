@@ -49,6 +49,15 @@ def exact(x, offset=0.0):
     return (x - np.asarray(offset)[..., None]).sum(-1) / NOISE**2 / precision, precision**-0.5
 
 
+def assert_exact(encoded):
+    """A small network is off by a tenth of a standard deviation, and more at the edges."""
+    mean, sd = exact(X)
+    error = np.abs(encoded.loc - mean) / sd
+    assert error.mean() < 0.12
+    assert error.max() < 0.6
+    np.testing.assert_allclose(encoded.scale, sd, rtol=0.2)
+
+
 def schedule(steps, rate=1e-2):
     return optax.adam(optax.cosine_decay_schedule(rate, steps))
 
@@ -60,9 +69,7 @@ def test_simulations_lead_to_the_exact_posterior(loss, every):
     source = Simulations(64 * 60, like=X, redraw_every=every)
     result = fit(svi, KEY, source, num_epochs=20, progress_bar=False)
     encoded = Posterior(svi.guide, result).encode(X)["z"]
-    mean, sd = exact(X)
-    np.testing.assert_allclose(encoded.loc, mean, atol=0.2 * sd)
-    np.testing.assert_allclose(encoded.scale, sd, rtol=0.12)
+    assert_exact(encoded)
 
 
 @pytest.mark.parametrize(
@@ -96,9 +103,7 @@ def test_plain_svi_simulates_by_itself():
     svi = make_svi(conjugate, loss=ForwardKL(), optimizer=schedule(1200))
     result = svi.run(KEY, 1200, X, progress_bar=False)
     encoded = Posterior(svi.guide, result).encode(X)["z"]
-    mean, sd = exact(X)
-    np.testing.assert_allclose(encoded.loc, mean, atol=0.2 * sd)
-    np.testing.assert_allclose(encoded.scale, sd, rtol=0.12)
+    assert_exact(encoded)
 
 
 def test_forward_kl_covers_both_modes_of_a_product():
@@ -317,5 +322,4 @@ def test_models_that_take_all_data_and_select_rows_themselves():
     source = Simulations(64 * 20, like=X)
     result = fit(svi, KEY, source, batch_size=16, num_epochs=20, progress_bar=False)
     encoded = Posterior(svi.guide, result).encode(X)["z"]
-    mean, sd = exact(X)
-    np.testing.assert_allclose(encoded.loc, mean, atol=0.4 * sd)
+    assert_exact(encoded)
