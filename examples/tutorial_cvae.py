@@ -146,7 +146,7 @@ def draw(
     axes["E"].set(title="The same latents, by epoch", xticks=[], yticks=ticks)
     axes["E"].set_yticklabels(np.arange(len(rows)) + 1)
     plot_manifold(posterior, jax.random.key(1), data.test[:1], ax=axes["M"])
-    plot_latents(posterior, data.test, labels=data.labels, ax=axes["L"])
+    plot_latents(posterior, data.test, labels=data.labels, dims=(0, 1), ax=axes["L"])
     plot_training(result, ax=axes["T"])
     figure.savefig(path, dpi=110)
 

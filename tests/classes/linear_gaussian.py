@@ -10,7 +10,7 @@ from scipy import stats
 
 from numpyro_vae import MLP
 
-LINEAR = partial(MLP, hidden_sizes=(8,), activation=lambda hidden: hidden)
+LINEAR = partial(MLP, hidden_sizes=(8,), activation=lambda hidden: hidden, standardize=False)
 
 
 class Gaussian(NamedTuple):
