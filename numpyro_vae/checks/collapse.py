@@ -73,7 +73,11 @@ class Collapse(AbstractCheck):
         """Yield how many dimensions of each site have collapsed."""
         for site, (collapsed, size) in count_collapsed(dataset).items():
             text = f"{collapsed} of {size} dimensions of site {site!r} have collapsed to the prior"
-            advice = "use fewer dimensions, or warm up the KL" if collapsed else ""
+            advice = (
+                "use fewer dimensions, or train with AnnealedELBO or FreeBitsELBO"
+                if collapsed
+                else ""
+            )
             yield Finding(self.name, not collapsed, text, advice)
 
     def draw(self, dataset: xr.Dataset, ax: Axes) -> None:
