@@ -44,6 +44,7 @@ from numpyro_vae import (
     plot_training,
 )
 
+KERAS = nnx.initializers.glorot_uniform()  # how Keras starts, and so the tutorial
 LATENT_SIZE, BATCH_SIZE, LEARNING_RATE = 2, 32, 1e-4
 NUM_SHOWN = 16  # images of each epoch
 IMAGES = ("x_train", "x_test")
@@ -53,9 +54,11 @@ class Encoder(nnx.Module):
     """From images to the mean and the raw scale of their latents."""
 
     def __init__(self, *, rngs: nnx.Rngs) -> None:
-        conv = partial(Conv, kernel_size=(3, 3), strides=2, padding="VALID", rngs=rngs)
+        conv = partial(
+            Conv, kernel_size=(3, 3), strides=2, padding="VALID", kernel_init=KERAS, rngs=rngs
+        )
         self.conv_1, self.conv_2 = conv(1, 32), conv(32, 64)
-        self.dense = nnx.Linear(6 * 6 * 64, 2 * LATENT_SIZE, rngs=rngs)
+        self.dense = nnx.Linear(6 * 6 * 64, 2 * LATENT_SIZE, kernel_init=KERAS, rngs=rngs)
 
     def __call__(self, images: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Return arrays ``(batch, LATENT_SIZE)``."""
@@ -68,8 +71,8 @@ class Decoder(nnx.Module):
     """From latents to logits of the pixels."""
 
     def __init__(self, *, rngs: nnx.Rngs) -> None:
-        transpose = partial(ConvTranspose, kernel_size=(3, 3), rngs=rngs)
-        self.dense = nnx.Linear(LATENT_SIZE, 7 * 7 * 32, rngs=rngs)
+        transpose = partial(ConvTranspose, kernel_size=(3, 3), kernel_init=KERAS, rngs=rngs)
+        self.dense = nnx.Linear(LATENT_SIZE, 7 * 7 * 32, kernel_init=KERAS, rngs=rngs)
         self.conv_1 = transpose(32, 64, strides=2)
         self.conv_2 = transpose(64, 32, strides=2)
         self.conv_3 = transpose(32, 1)
