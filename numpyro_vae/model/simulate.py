@@ -116,7 +116,7 @@ class simulated(Messenger):  # noqa: N801 - handlers are lower case, as in numpy
     """Tell an objective which latents the data were simulated with.
 
     Example:
-        >>> with simulated(Latents({"z": jnp.zeros(3)}, {})):
+        >>> with simulated(Latents({"z": np.zeros(3)}, {})):
         ...     print(simulated_latents().drawn["z"])
         [0. 0. 0.]
         >>> print(simulated_latents())

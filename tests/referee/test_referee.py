@@ -12,7 +12,7 @@ from numpyro_vae.guides.encoding import Encoding
 # where a second plate subsamples, the network of the default inputs reads fewer values in training.
 OFF = ("enumerated", "missing", "declared_size", "inputs", "subsample_second")
 ENABLED = tuple(name for name in FEATURES if name not in OFF)
-SEEDS = (1000, 1001, 1002, 1003, 1005)
+SEEDS = (1000, 1002)
 
 
 @pytest.mark.parametrize("seed", SEEDS)

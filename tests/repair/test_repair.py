@@ -1,5 +1,7 @@
 """Repaired draws against exact posteriors, and against numerical integration."""
 
+from dataclasses import replace
+
 import arviz as az
 import jax
 import numpy as np
@@ -127,6 +129,12 @@ def test_what_the_guide_gets_wrong_is_flagged_and_repaired(bent):
 def test_the_flagged_rows_of_a_report_are_repaired(wrong):
     posterior, x = wrong
     report = posterior.check(jax.random.key(1), x, checks=("importance",))
+    # Of a guide that is wrong everywhere, half of the rows are to be those that fail.
+    dataset = report.dataset
+    close = float(dataset["divergence"].median())
+    dataset = dataset.assign_attrs(max_divergence=close, khat_threshold=np.inf)
+    dataset = dataset.assign(khat=dataset["khat"] * 0, divergence_mcse=dataset["khat"] * 0)
+    report = replace(report, dataset=dataset)
     found = posterior.repair(KEY, x, report, method="importance", num_samples=100)
     assert 0 < len(report.flagged) < NUM_ROWS
     np.testing.assert_array_equal(found.rows, report.flagged)
