@@ -34,7 +34,7 @@ __all__ = ["amortize"]
 FULL_RANK = 32  # latents of a datum, up to which a Normal has a full covariance
 IMAGE = 16  # pixels, from which on two axes of an observation are read as an image
 HELD_OUT = 0.1, 1000  # the share of the rows that are held out, and the most of them
-CHECKED = 256  # rows held out that the quick check looks at
+CHECKS, CHECKED = ("importance", "collapse"), 256  # and how many rows held out they look at
 TABLE, EPOCHS = 40_000, 8  # simulated rows at once, and passes over them
 SIMULATED = 2000  # rows, at least, that the second phase is validated with
 
@@ -121,7 +121,7 @@ def amortize(
     if progress_bar:
         some = train if held_out is None else held_out
         some = take_rows(some, batch_axes, slice(CHECKED)) if cuts else some
-        say(posterior.check(keys[3], some, progress_bar=False))
+        say(posterior.check(keys[3], some, CHECKS, progress_bar=False))
     return posterior
 
 
