@@ -14,7 +14,8 @@ from jaxtyping import Array
 from numpyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO
 from numpyro.infer.elbo import ELBO
 
-from numpyro_vae.data.arrays import ArrayData, take_rows
+from numpyro_vae.data.arguments import require_count
+from numpyro_vae.data.arrays import ArrayData, is_in_memory, take_rows
 from numpyro_vae.encoders import MLP, RNN, ConvNet
 from numpyro_vae.guides.auto import (
     AutoAmortizedLowRankMultivariateNormal,
@@ -23,6 +24,7 @@ from numpyro_vae.guides.auto import (
 )
 from numpyro_vae.guides.base import AmortizedGuide
 from numpyro_vae.inference.rows import Rows
+from numpyro_vae.inference.runner import require_trained
 from numpyro_vae.model.simulate import NotSimulableError
 from numpyro_vae.objectives import ForwardKL
 from numpyro_vae.posterior import Posterior
@@ -94,8 +96,15 @@ def amortize(
         >>> posterior.encode(x)["z"].loc.shape
         (100,)
     """
+    num_steps = require_count("num_steps", num_steps)
+    if not is_in_memory(data):
+        raise ValueError(
+            f"data is a {type(data).__name__}, expected an array, or a tuple or dict of arrays. "
+            "Batches from an iterable are for fit."
+        )
     kwargs, say = dict(static_kwargs or {}), print if progress_bar else _nothing
     guide = guide or choose_guide(model, data, batch_axes=batch_axes, static_kwargs=kwargs)
+    require_trained(guide, {})
     rows = Rows.read(guide, kwargs, data, batch_axes)
     say(_choices(guide, rows))
     cuts = not (rows.data.is_whole or rows.subsamples)
@@ -142,10 +151,8 @@ def _phase(
     **more: Any,
 ) -> FitResult:
     """Train until rows held out improve no more, and say how long it took and where it ended."""
-    start, svi = (
-        time.perf_counter(),
-        SVI(model, guide, make_optimizer(num_steps), loss, **static_kwargs),
-    )
+    start = time.perf_counter()
+    svi = SVI(model, guide, make_optimizer(num_steps), loss, **static_kwargs)
     patience = None if validation is None else max(10, num_epochs // 5)
     more |= options | {"validation": validation, "patience": patience}
     result = fit(svi, rng_key, data, num_epochs=num_epochs, **more)

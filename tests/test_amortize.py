@@ -119,6 +119,20 @@ def test_models_that_take_their_data_whole():
     assert whole.encode(X[:50])["z"].loc.shape == (50, 2)
 
 
+@pytest.mark.parametrize(
+    ("data", "options", "message"),
+    [
+        ([X], {}, "data is a list, expected an array"),
+        (X, {"num_steps": 0}, "num_steps is 0"),
+        (X[:0], {}, "data is empty"),
+        (X * np.nan, {}, "NaN or infinite"),
+    ],
+)
+def test_bad_input(data, options, message):
+    with pytest.raises(ValueError, match=message):
+        amortize(model, KEY, data, **options, **QUIET)
+
+
 class TestChoice:
     def of_size(self, size, shape=(3,)):
         def model(x):

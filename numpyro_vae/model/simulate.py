@@ -73,6 +73,34 @@ def simulate(
     return latents, {name: {**site, "value": drawn_value(site)} for name, site in seen.items()}
 
 
+def draw_outside(
+    guide: Model,
+    params: dict[str, Any],
+    rng_key: Array,
+    plate: str,
+    args: tuple,
+    kwargs: dict[str, Any],
+) -> dict[str, Any]:
+    """Return a guide's draw of its sites outside the local plate, auxiliary ones among them.
+
+    Args:
+        guide: a NumPyro guide.
+        params: its parameters and network state.
+        rng_key: the random key.
+        plate: the name of the local plate.
+        args: the arguments of model and guide.
+        kwargs: their keyword arguments.
+    """
+    seeded = handlers.seed(handlers.substitute(guide, data=params), rng_key)
+    with handlers.block():
+        trace = handlers.trace(seeded).get_trace(*args, **kwargs)
+    return {
+        name: site["value"]
+        for name, site in trace.items()
+        if site["type"] == "sample" and plate not in {x.name for x in site["cond_indep_stack"]}
+    }
+
+
 def why_not_simulable(sites: ModelSites, given: Collection[str]) -> str:
     """Return why a model cannot draw one of its sites; empty if it can draw all.
 

@@ -14,7 +14,13 @@ from numpyro.infer.elbo import LossWithMutableState
 from numpyro.primitives import Messenger
 
 from numpyro_vae.guides.base import AmortizedGuide
-from numpyro_vae.model.simulate import Latents, NotSimulableError, simulate, simulated_latents
+from numpyro_vae.model.simulate import (
+    Latents,
+    NotSimulableError,
+    draw_outside,
+    simulate,
+    simulated_latents,
+)
 from numpyro_vae.objectives.base import AbstractObjective
 
 __all__ = ["ForwardKL"]
@@ -154,12 +160,4 @@ def _globals(
         inner = inner.fn
     if not isinstance(inner, AmortizedGuide):
         return {}
-    seeded = handlers.seed(handlers.substitute(guide, data=params), rng_key)
-    with handlers.block(), handlers.trace() as trace:
-        seeded(*args, **kwargs)
-    plate = inner.plate.name
-    return {
-        name: msg["value"]
-        for name, msg in trace.items()
-        if msg["type"] == "sample" and plate not in {x.name for x in msg["cond_indep_stack"]}
-    }
+    return draw_outside(guide, params, rng_key, inner.plate.name, args, kwargs)

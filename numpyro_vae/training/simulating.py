@@ -9,12 +9,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
-from numpyro import handlers
 from numpyro.infer import SVI
 
 from numpyro_vae.data.arrays import as_arguments, is_array
 from numpyro_vae.data.batch import Batch
-from numpyro_vae.model.simulate import simulate
+from numpyro_vae.model.simulate import draw_outside, simulate
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,7 @@ def draw_batch(
     args, kwargs = batch.arguments()
     kwargs = {**kwargs, **svi.static_kwargs}
     guide_key, model_key = jax.random.split(rng_key)
-    given = _globals(svi, params, guide_key, batch.plate, args, kwargs)
+    given = draw_outside(svi.guide, params, guide_key, batch.plate, args, kwargs)
     latents, seen = simulate(svi.model, params, given, model_key, args, kwargs)
     latents = jax.lax.stop_gradient(latents)
     made = {name: _by_row(site, plan.plates) for name, site in seen.items()}
@@ -65,20 +64,6 @@ def draw_batch(
         cuts=False,
         latents=None if plan.num_real else latents,
     )
-
-
-def _globals(
-    svi: SVI, params: dict[str, Any], rng_key: Array, plate: str, args: tuple, kwargs: dict
-) -> dict[str, Any]:
-    """Return a draw of the guide of the sites outside the local plate."""
-    guide = handlers.seed(handlers.substitute(svi.guide, data=params), rng_key)
-    with handlers.block():
-        trace = handlers.trace(guide).get_trace(*args, **kwargs)
-    return {
-        name: site["value"]
-        for name, site in trace.items()
-        if site["type"] == "sample" and plate not in {x.name for x in site["cond_indep_stack"]}
-    }
 
 
 def _by_row(site: dict[str, Any], plates: tuple[str, ...]) -> Array:
