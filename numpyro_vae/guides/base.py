@@ -16,7 +16,7 @@ from numpyro.infer import Predictive
 from numpyro.infer.autoguide import AutoGuide, AutoNormal
 from numpyro.primitives import Messenger
 
-from numpyro_vae.data.shapes import Shapes, argument_shapes
+from numpyro_vae.data.shapes import Shapes, abstract, argument_shapes
 from numpyro_vae.encoders import MLP
 from numpyro_vae.families import AbstractFamily
 from numpyro_vae.guides.encoding import Encoding
@@ -118,6 +118,8 @@ class AmortizedGuide(AutoGuide):
         self.dependencies = {name: tuple(read) for name, read in (dependencies or {}).items()}
         self.global_guide = require_maker(global_guide)
         self.argument_shapes: Shapes = {}
+        self.arguments: Any = None  # of the model as it was read, shapes for arrays
+        self.expects: Callable[[GuidePlan], None] | None = None  # of the model, if it was loaded
         self.training = True
         self.reader = ModelReader(model)
         self.plan: GuidePlan | None = None
@@ -144,6 +146,13 @@ class AmortizedGuide(AutoGuide):
         """Read the model as `setup` does, with plates that hold given rows."""
         if is_set_up(self):
             return
+        plan = self.plan_for(args, kwargs, rows)
+        if self.expects is not None:
+            self.expects(plan)
+        self.adopt(plan, (args, kwargs, rows))
+
+    def plan_for(self, args: tuple, kwargs: dict[str, Any], rows: Rows) -> GuidePlan:
+        """Return the model as this guide divides it, and change nothing."""
         plan = plan_guide(
             self.reader,
             args,
@@ -155,6 +164,10 @@ class AmortizedGuide(AutoGuide):
         )
         if not self.family.is_factorized:
             plan.require_like_scales()
+        return plan
+
+    def adopt(self, plan: GuidePlan, arguments: tuple[tuple, dict[str, Any], Rows]) -> None:
+        """Serve a model that has been read with these arguments."""
         if plan != self.plan:
             self.compiled = {}  # what was compiled for another model
         self.plan = plan
@@ -163,7 +176,8 @@ class AmortizedGuide(AutoGuide):
         self.globals = None
         if plan.globals:
             self.globals = GlobalGuide(self.global_guide, self.model, plan, self.prefix)
-        self.argument_shapes = argument_shapes(args, kwargs)
+        self.arguments = abstract(arguments)
+        self.argument_shapes = argument_shapes(*arguments[:2])
         self.prototype_trace = {
             name: {"name": name, "type": "sample", "is_observed": site.is_observed}
             for name, site in self.sites.sites.items()
