@@ -20,6 +20,7 @@ from numpyro_vae.model.enumeration import Enumeration
 from numpyro_vae.numpyro_internals import HANDLERS
 from numpyro_vae.repair.result import Repair
 from numpyro_vae.repair.run import run_repair
+from numpyro_vae.saving.save import load_posterior, save_posterior
 
 if TYPE_CHECKING:
     from xarray import DataTree
@@ -91,6 +92,8 @@ class Posterior:
         state = getattr(getattr(params, "state", None), "mutable_state", None)
         self.params = {**getattr(params, "params", params), **(state or {})}
         self._runner = Runner(trained, self.params, self.static_kwargs, batch_axes)
+
+    save, load = save_posterior, classmethod(load_posterior)
 
     def encode(self, data: Any) -> dict[str, SiteEncoding]:
         """Return ``loc`` and ``scale`` of every local site's unconstrained values.

@@ -28,6 +28,7 @@ FOLDERS = (
     "inference",
     "checks",
     "repair",
+    "saving",
     "posterior",
     "amortization",
     "plots",
@@ -86,6 +87,7 @@ ORDER = {
     ),
     "checks": ("base", PLUG_INS, "page", "report", "run"),
     "repair": ("proposals", "nuts", "methods", "result", "run"),
+    "saving": ("registry", "codec", "arrays", "manifest", "models", "guides", "save"),
     "plots": ("figures", "images"),
     # Folders of plug-ins: each knows `base` and none of its siblings.
     "encoders": ("base", PLUG_INS),
