@@ -13,13 +13,13 @@ from numpyro_vae.checks.report import Report
 from numpyro_vae.checks.run import Checks, run_checks
 from numpyro_vae.inference import quantities as compiled
 from numpyro_vae.inference.datatree import build_datatree, check_names, choose_groups, gather
+from numpyro_vae.inference.draws import sample_sites, site_probabilities
 from numpyro_vae.inference.predictable import predict
 from numpyro_vae.inference.runner import Runner, choose_names
 from numpyro_vae.inference.trained import require_trained, with_state
-from numpyro_vae.model.enumeration import Enumeration
-from numpyro_vae.numpyro_internals import HANDLERS
 from numpyro_vae.repair.result import Repair
 from numpyro_vae.repair.run import run_repair
+from numpyro_vae.saving.save import load_posterior, save_posterior
 
 if TYPE_CHECKING:
     from xarray import DataTree
@@ -97,6 +97,8 @@ class Posterior:
         self.params = with_state(params)
         self._runner = Runner(trained, self.params, self.static_kwargs, batch_axes)
 
+    save, load = save_posterior, classmethod(load_posterior)
+
     def encode(self, data: Any) -> dict[str, SiteEncoding]:
         """Return ``loc`` and ``scale`` of every local site's unconstrained values.
 
@@ -132,17 +134,7 @@ class Posterior:
         Raises:
             ValueError: if ``num_samples`` is below 1 or a site does not exist.
         """
-        rows = self._runner.read(data)
-        globals_ = self._runner.draw_globals(rng_key, rows, num_samples)
-        local = self._runner.local_names
-        names = choose_names(var_names, (*local, *globals_))
-        kept = tuple(name for name in local if name in names)
-        draw = partial(self._runner.per_draw, compiled.sample, names=kept, num_samples=num_samples)
-        draws = draw(rows, rng_key, globals_) if kept else {}
-        for name, value in draws.items():
-            axis = self.guide.sites.sites[name].axis(self.guide.plate)
-            draws[name] = np.moveaxis(value, 1, 1 + axis)
-        return {name: np.asarray((draws | globals_)[name]) for name in names}
+        return sample_sites(self._runner, rng_key, data, num_samples, var_names)
 
     def predict(
         self,
@@ -260,21 +252,8 @@ class Posterior:
         Raises:
             ValueError: if no site of the local plate is enumerated.
         """
-        rows = self._runner.read(data)
-        self._runner.require_density()
-        if not self.guide.sites.enumerated(self.guide.plate.name):
-            raise ValueError(
-                f"No site of plate {self.guide.plate.name!r} is enumerated, so there are no "
-                'probabilities. Mark a discrete site with infer={"enumerate": "parallel"}.'
-            )
-        globals_ = self._runner.draw_globals(rng_key, rows, num_samples)
         sizes = {"num_samples": num_samples, "particles": num_particles}
-        found = self._runner.per_batch(compiled.classify, rows, rng_key, globals_, **sizes)
-        with HANDLERS:
-            enumeration = Enumeration.of_model(
-                self.guide.reader, self.guide.plate.name, rows.args, rows.kwargs, rows.held
-            )
-        return enumeration.probabilities(found["probabilities"])
+        return site_probabilities(self._runner, rng_key, data, **sizes)
 
     def check(
         self,

@@ -28,6 +28,7 @@ FOLDERS = (
     "inference",
     "checks",
     "repair",
+    "saving",
     "posterior",
     "amortization",
     "plots",
@@ -55,6 +56,7 @@ ORDER = {
         "deterministic",
     ),
     "guides": (
+        "options",
         "abstract",
         "blocks",
         "network",
@@ -93,6 +95,7 @@ ORDER = {
         "rows",
         "runner",
         "trained",
+        "draws",
         "rounding",
         "derived",
         "predictable",
@@ -101,6 +104,7 @@ ORDER = {
     ),
     "checks": ("base", PLUG_INS, "page", "report", "run"),
     "repair": ("proposals", "nuts", "methods", "result", "run"),
+    "saving": ("registry", "codec", "arrays", "manifest", "models", "guides", "save"),
     "plots": ("figures", "images"),
     # Folders of plug-ins: each knows `base` and none of its siblings.
     "encoders": ("base", PLUG_INS),

@@ -6,7 +6,7 @@ import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, ClassVar, TypedDict
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from numpyro.infer.autoguide import AutoGuide, AutoNormal
 from numpyro.primitives import Messenger
 
 from numpyro_vae.data.batch import Batch
-from numpyro_vae.data.shapes import Shapes, argument_shapes
+from numpyro_vae.data.shapes import Shapes, abstract, argument_shapes
 from numpyro_vae.encoders import MLP
 from numpyro_vae.families import AbstractFamily
 from numpyro_vae.guides.abstract import AbstractGuide
@@ -37,37 +37,7 @@ from numpyro_vae.numpyro_internals import (
     plate_indices,
 )
 
-__all__ = ["AmortizedGuide", "GuideOptions"]
-
-
-class GuideOptions(TypedDict, total=False):
-    """The options that all amortized guides share.
-
-    Attributes:
-        inputs: ``inputs(*args, **kwargs)``, from the model's arguments to what the encoder reads,
-            data along the leading axis. By default what is observed of the data.
-        plate: the local plate's name; by default the one that subsamples, else the only one
-            that holds latent sites.
-        segments: where another plate holds the observations of the local plate's data, as houses
-            do those of counties: by that plate's name, a function of the model's arguments that
-            returns for each of its rows the datum, the row of the local plate, it belongs to.
-        condition_on: the names of global sites whose sampled values the heads read.
-        dependencies: by local site, the local sites whose sampled values its head reads.
-        global_guide: an AutoGuide class, or a callable from a model to a guide, for the latent
-            sites outside the local plate. Another amortized guide serves a second local plate.
-        create_plates: as in every `numpyro.infer.autoguide.AutoGuide`; seldom needed, as plates
-            are those of the model.
-        prefix: of the guide's parameters.
-    """
-
-    inputs: Callable[..., Any] | None
-    plate: str | None
-    segments: Mapping[str, Callable[..., Any]]
-    condition_on: Sequence[str]
-    dependencies: Mapping[str, Sequence[str]]
-    global_guide: Callable[..., Any]
-    create_plates: Callable[..., Any] | None
-    prefix: str
+__all__ = ["AmortizedGuide"]
 
 
 class AmortizedGuide(AutoGuide, AbstractGuide):
@@ -120,6 +90,8 @@ class AmortizedGuide(AutoGuide, AbstractGuide):
         self.dependencies = {name: tuple(read) for name, read in (dependencies or {}).items()}
         self.global_guide = require_maker(global_guide)
         self.argument_shapes: Shapes = {}
+        self.arguments: Any = None  # of the model as it was read, shapes for arrays
+        self.expects: Callable[[GuidePlan], None] | None = None  # of the model, if it was loaded
         self.training = True
         self.reader = ModelReader(model)
         self.plan: GuidePlan | None = None
@@ -146,6 +118,13 @@ class AmortizedGuide(AutoGuide, AbstractGuide):
         """Read the model as `setup` does, with plates that hold given rows."""
         if is_set_up(self):
             return
+        plan = self.plan_for(args, kwargs, rows)
+        if self.expects is not None:
+            self.expects(plan)
+        self.adopt(plan, (args, kwargs, rows))
+
+    def plan_for(self, args: tuple, kwargs: dict[str, Any], rows: Rows) -> GuidePlan:
+        """Return the model as this guide divides it, and change nothing."""
         plan = plan_guide(
             self.reader,
             args,
@@ -157,13 +136,18 @@ class AmortizedGuide(AutoGuide, AbstractGuide):
         )
         if not self.family.is_factorized:
             plan.require_like_scales()
+        return plan
+
+    def adopt(self, plan: GuidePlan, arguments: tuple[tuple, dict[str, Any], Rows]) -> None:
+        """Serve a model that has been read with these arguments."""
         if plan != self.plan:
             self.compiled = {}  # what was compiled for another model
         self.plan = plan
         self.globals = None
         if plan.globals:
             self.globals = GlobalGuide(self.global_guide, self.model, plan, self.prefix)
-        self.argument_shapes = argument_shapes(args, kwargs)
+        self.arguments = abstract(arguments)
+        self.argument_shapes = argument_shapes(*arguments[:2])
         self.prototype_trace = {
             name: {"name": name, "type": "sample", "is_observed": site.is_observed}
             for name, site in self.sites.sites.items()

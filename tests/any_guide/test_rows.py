@@ -298,3 +298,8 @@ def test_bad_input():
 
     with pytest.raises(ValueError, match=r"no sites \['z'\].*has \['w'\]"):
         Posterior(lacking, {}, model=normal_model).sample(KEY, X, 2)
+
+
+def test_a_guide_that_is_not_ours_is_not_saved(tmp_path):
+    with pytest.raises(TypeError, match=r"not of this library.*posterior\.params"):
+        Posterior(gamma_guide, {}, model=gamma_poisson).save(tmp_path / "posterior")
