@@ -1,5 +1,6 @@
 from .amortization import amortize
-from .checks import Calibration, Collapse, Gap, Importance, Novelty, Predictive, Report
+from .checks import Calibration, Collapse, Gap, Importance, Novelty, Predictive, Reference, Report
+from .comparison import Comparison, compare
 from .data.ragged import Masked, Segments
 from .encoders import (
     MLP,
@@ -21,6 +22,7 @@ from .layers.convolution import Conv, ConvTranspose
 from .objectives.forward_kl import ForwardKL
 from .plots.figures import (
     plot_collapse,
+    plot_comparison,
     plot_khat,
     plot_latents,
     plot_training,
@@ -51,6 +53,7 @@ __all__ = [
     "AutoAmortizedNormal",
     "Calibration",
     "Collapse",
+    "Comparison",
     "Conv",
     "ConvNet",
     "ConvTranspose",
@@ -66,6 +69,7 @@ __all__ = [
     "Novelty",
     "Posterior",
     "Predictive",
+    "Reference",
     "Repair",
     "Report",
     "ResidualMLP",
@@ -75,8 +79,10 @@ __all__ = [
     "Simulations",
     "Softplus",
     "amortize",
+    "compare",
     "fit",
     "plot_collapse",
+    "plot_comparison",
     "plot_khat",
     "plot_latents",
     "plot_manifold",

@@ -51,6 +51,8 @@ class Posterior:
         model: the model of a guide that is a function; other guides know theirs.
         plate: the local plate of a guide that is not amortized; by default the one that
             subsamples, else the only one that holds latent sites, else one with observations.
+        segments: for such a guide, other plates that hold the observations of the local plate's
+            data, as in `GuideOptions`.
         static_kwargs: keyword arguments of the model that are the same in every call; by default
             those of the fit.
         batch_axes: the datum axis of each argument, as for `fit`; by default those of the fit.
@@ -84,10 +86,11 @@ class Posterior:
         *,
         model: Callable[..., Any] | None = None,
         plate: str | None = None,
+        segments: Mapping[str, Callable[..., Any]] | None = None,
         static_kwargs: Mapping[str, Any] | None = None,
         batch_axes: Any = OF_FIT,
     ):
-        trained = require_trained(guide, params, model, plate)
+        trained = require_trained(guide, params, model, plate, segments)
         if static_kwargs is None:
             static_kwargs = getattr(params, "static_kwargs", {})
         if batch_axes is OF_FIT:

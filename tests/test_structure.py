@@ -30,6 +30,7 @@ FOLDERS = (
     "repair",
     "saving",
     "posterior",
+    "comparison",
     "amortization",
     "plots",
 )

@@ -10,6 +10,7 @@ from numpyro_vae.checks.gap import Gap
 from numpyro_vae.checks.importance import Importance
 from numpyro_vae.checks.novelty import Novelty
 from numpyro_vae.checks.predictive import Predictive
+from numpyro_vae.checks.reference import Reference
 from numpyro_vae.checks.report import Report
 from numpyro_vae.inference.psis import khat_threshold, pareto_khat
 
@@ -23,6 +24,7 @@ __all__ = [
     "NotApplicableError",
     "Novelty",
     "Predictive",
+    "Reference",
     "Report",
     "Subject",
     "khat_threshold",

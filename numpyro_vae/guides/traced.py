@@ -47,6 +47,7 @@ class TracedGuide(AbstractGuide):
         model: its model.
         params: the trained parameters, with the networks' state.
         plate: the local plate's name; by default it is chosen as for an amortized guide.
+        segments: other plates that hold the data's observations.
 
     Attributes:
         reading: what the guide holds.
@@ -60,10 +61,11 @@ class TracedGuide(AbstractGuide):
         model: Callable[..., Any],
         params: dict[str, Any],
         plate: str | None = None,
+        segments: Mapping[str, Callable[..., Any]] | None = None,
     ):
         self.guide, self.model, self.params = guide, observed_plates(model), params
         self.plate_name = plate
-        self.segments: dict[str, Callable[..., Any]] = {}
+        self.segments = dict(segments or {})
         self.reader = ModelReader(self.model)
         self.plan: GuidePlan | None = None
         self.argument_shapes = {}
@@ -171,7 +173,7 @@ class TracedGuide(AbstractGuide):
         kwargs = {**kwargs, **static_kwargs}
         given = handlers.substitute(data=params)
         with handlers.block(), all_rows(rows=batch.rows), handlers.seed(rng_seed=0), given:
-            run = run_model(self.reader, self.plate.name, {}, args, kwargs)
+            run = run_model(self.reader, self.plate.name, self.segments, args, kwargs)
         sites = run.same_sites(self.local_sites)
         if not sites or self.is_unobserved(run.sites):
             return Encoding(run, {}, {}, DiagonalNormal())

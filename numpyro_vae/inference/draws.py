@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array
 
 from numpyro_vae.inference import quantities
+from numpyro_vae.inference.rows import Rows
 from numpyro_vae.inference.runner import Runner, choose_names
 from numpyro_vae.model.enumeration import Enumeration
 from numpyro_vae.numpyro_internals import HANDLERS
@@ -19,7 +20,13 @@ def sample_sites(
     runner: Runner, rng_key: Array, data: Any, num_samples: int, var_names: Iterable[str] | None
 ) -> dict[str, np.ndarray]:
     """Return draws of latent sites; see `Posterior.sample`."""
-    rows = runner.read(data)
+    return draw_sites(runner, runner.read(data), rng_key, num_samples, var_names)
+
+
+def draw_sites(
+    runner: Runner, rows: Rows, rng_key: Array, num_samples: int, var_names: Iterable[str] | None
+) -> dict[str, np.ndarray]:
+    """Return draws of latent sites of rows; see `Posterior.sample`."""
     globals_ = runner.draw_globals(rng_key, rows, num_samples)
     local = runner.local_names
     names = choose_names(var_names, (*local, *globals_))

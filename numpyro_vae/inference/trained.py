@@ -15,6 +15,7 @@ def require_trained(
     params: Any,
     model: Callable[..., Any] | None = None,
     plate: str | None = None,
+    segments: Mapping[str, Callable[..., Any]] | None = None,
 ) -> AbstractGuide:
     """Return any guide as one of rows, if these are a trained one and what it was trained to.
 
@@ -35,8 +36,10 @@ def require_trained(
             "returned, or a dict of parameters. Pass result, or result.params."
         )
     if isinstance(guide, AmortizedGuide):
-        if model is not None or plate not in (None, guide.plate_name):
-            raise TypeError("An amortized guide knows its model and its plate: leave them out.")
+        if model is not None or segments is not None or plate not in (None, guide.plate_name):
+            raise TypeError(
+                "An amortized guide knows its model, plate and segments: leave them out."
+            )
         return guide
     model = getattr(guide, "model", None) if model is None else model
     if model is None:
@@ -44,7 +47,7 @@ def require_trained(
             f"The guide {getattr(guide, '__name__', guide)!r} does not know its model. Pass it "
             "too: Posterior(guide, result, model=model)."
         )
-    return TracedGuide(guide, model, with_state(params), plate)
+    return TracedGuide(guide, model, with_state(params), plate, segments)
 
 
 def with_state(params: Any) -> dict[str, Any]:

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from numpyro_vae.checks.collapse import Collapse
-from numpyro_vae.checks.importance import Importance
+from numpyro_vae.checks.importance import VERDICT_COLOURS, VERDICTS, Importance
 from numpyro_vae.checks.report import Report
+from numpyro_vae.comparison import Comparison
 from numpyro_vae.model.sites import Site
 from numpyro_vae.posterior import Posterior
 from numpyro_vae.training.fit import FitResult
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "plot_collapse",
+    "plot_comparison",
     "plot_khat",
     "plot_latents",
     "plot_training",
@@ -139,6 +141,41 @@ def plot_collapse(report: Report, *, ax: Axes | None = None) -> Axes:
     """
     ax = axes_or_new(ax)
     Collapse().draw(report.dataset, ax)
+    return ax
+
+
+def plot_comparison(comparison: Comparison, *, ax: Axes | None = None) -> Axes:
+    """Plot by posterior how far its bound is below the best, and the verdicts on its rows.
+
+    The dot is the difference in nats a datum, with two standard errors; the bar is of the shares of
+    the rows by verdict, in the colours of `plot_khat`.
+
+    Example:
+        >>> import xarray as xr
+        >>> columns = {"elbo": [-1.0, -2.0], "log_evidence": [-1.0, -1.0], "khat": [0.1, 1.2]}
+        >>> columns |= {"divergence": [0.0, 1.0], "divergence_mcse": [0.0, 0.1]}
+        >>> attrs = {"khat_threshold": 0.7, "max_divergence": 0.1}
+        >>> report = Report(xr.Dataset({k: ("data", x) for k, x in columns.items()}, attrs=attrs))
+        >>> ax = plot_comparison(Comparison({"one": report}, {"one": 1.0}, {}))
+        >>> [label.get_text() for label in ax.get_yticklabels()]
+        ['one']
+    """
+    ax, table = axes_or_new(ax), comparison.table
+    places = np.arange(len(table))
+    room = max(float(table["elbo_diff"].max()), 0.1)
+    for place, name in enumerate(table.index):
+        shares = np.bincount(comparison.reports[name].verdict, minlength=len(VERDICTS))
+        left = 0.0
+        for share, label, colour in zip(shares, VERDICTS, VERDICT_COLOURS, strict=True):
+            width = room * share / max(shares.sum(), 1)
+            text = label if not place else None
+            ax.barh(place, width, left=left, height=0.5, color=colour, alpha=0.35, label=text)
+            left += width
+    ax.errorbar(table["elbo_diff"], places, xerr=2 * table["dse"], fmt="o", color="black")
+    ax.set_yticks(places, list(table.index))
+    ax.invert_yaxis()
+    ax.set(xlabel="nats a datum below the best bound", title="Comparison")
+    ax.legend(frameon=False, title="bars: shares of the rows")
     return ax
 
 

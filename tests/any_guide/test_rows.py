@@ -274,6 +274,33 @@ def test_lists_of_guides():
     assert posterior.sample(KEY, X, 5)["mu"].shape == (5,)
 
 
+def test_observations_in_another_plate():
+    group = jnp.array([0, 0, 1, 2, 2, 2])
+
+    def model(group, x):
+        with numpyro.plate("groups", 3):
+            z = numpyro.sample("z", dist.Normal(0.0, 1.0))
+        with numpyro.plate("rows", len(x)):
+            numpyro.sample("x", dist.Normal(z[group], 1.0), obs=x)
+
+    data = (group, jnp.array([0.5, 1.5, -1.0, 0.0, 1.0, 2.0]))
+    exact = dist.Normal(jnp.array([2.0, -1.0, 3.0]) / jnp.array([3.0, 2.0, 4.0]), 0.5)
+
+    def guide(group, x):
+        with numpyro.plate("groups", 3):
+            numpyro.sample("z", exact)
+
+    posterior = partial(Posterior, guide, {}, model=model, plate="groups", batch_axes=None)
+    with pytest.raises(ValueError, match="segments="):
+        posterior().sample(KEY, data, 2)
+    weigh = posterior(segments={"rows": lambda group, x: group}).log_weights
+    draws = posterior(segments={"rows": lambda group, x: group}).sample(KEY, data, 20)["z"]
+    by_row = dist.Normal(draws[:, group], 1.0).log_prob(data[1])
+    likelihood = jax.vmap(lambda x: jax.ops.segment_sum(x, group, 3))(by_row)
+    expected = likelihood + dist.Normal(0.0, 1.0).log_prob(draws) - exact.log_prob(draws)
+    np.testing.assert_allclose(weigh(KEY, data, 20), expected, atol=1e-4)
+
+
 def test_points_have_draws_and_no_density():
     guide = AutoDelta(normal_model)
     posterior = Posterior(guide, run(normal_model, guide, X, steps=1500, rate=5e-2))

@@ -1,0 +1,128 @@
+"""Guides beside each other, and beside MCMC."""
+
+from functools import partial
+
+import jax
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import pytest
+from numpyro.infer import MCMC, NUTS
+from numpyro.infer.autoguide import AutoMultivariateNormal
+from scipy import stats
+
+from numpyro_vae import Importance, Posterior, Reference, compare, plot_comparison
+from tests.models import EXACT, hierarchical_model, normal_model
+
+KEY = jax.random.key(0)
+X = EXACT["normal-normal"]().data[:50]
+QUIET = {"progress_bar": False}
+VARIANCE = 0.2  # of the exact posterior
+
+
+def guide(x, shift=0.0, factor=1.0):
+    with numpyro.plate("data", len(x)):
+        numpyro.sample("z", dist.Normal(0.8 * x + shift, factor * VARIANCE**0.5))
+
+
+def posterior_of(**wrong):
+    return Posterior(partial(guide, **wrong), {}, model=normal_model)
+
+
+def exact_draws(number=4000):
+    rng = np.random.default_rng(0)
+    return {"z": 0.8 * X + VARIANCE**0.5 * rng.normal(size=(4, number // 4, len(X)))}
+
+
+class TestReference:
+    @pytest.mark.parametrize(
+        ("wrong", "error", "ratio"),
+        [({}, 0, 1), ({"shift": 0.5}, 0.5 / VARIANCE**0.5, 1), ({"factor": 0.5}, 0, 0.5)],
+    )
+    def test_errors_are_those_that_were_made(self, wrong, error, ratio):
+        check = Reference(exact_draws(), num_samples=4000)
+        report = posterior_of(**wrong).check(KEY, X, check, **QUIET)
+        found = report.dataset
+        np.testing.assert_allclose(found["mean_error_z"], error, atol=0.12)
+        np.testing.assert_allclose(found["sd_ratio_z"], ratio, rtol=0.06)
+        apart = error if error else abs(1 - ratio) * np.sqrt(2 / np.pi)
+        np.testing.assert_allclose(found["wasserstein_z"], apart, atol=0.12)
+        assert all(finding.ok for finding in report.findings) is not bool(wrong)
+        assert found["mean_error_z"].dims == ("data",)
+
+    def test_an_mcmc_run_and_a_guide_of_the_whole(self):
+        mcmc = MCMC(NUTS(hierarchical_model), num_warmup=300, num_samples=1200, **QUIET)
+        x = X[:12]
+        mcmc.run(jax.random.key(1), x)
+        exact = AutoMultivariateNormal(hierarchical_model)
+        precision = np.block([[1 + 12, -np.ones((1, 12))], [-np.ones((12, 1)), 5 * np.eye(12)]])
+        covariance = np.linalg.inv(precision.astype(float))
+        loc = covariance @ np.concatenate([[0.0], 4 * x])
+        params = {"auto_loc": loc, "auto_scale_tril": np.linalg.cholesky(covariance)}
+        params = {name: np.float32(value) for name, value in params.items()}
+        report = Posterior(exact, params).check(KEY, x, Reference(mcmc), **QUIET)
+        assert abs(report.dataset["mean_error_mu"]) < 0.25
+        assert abs(report.dataset["mean_error_z"]).max() < 0.25
+        assert [f.ok for f in report.findings if "values of site" in f.text] == [True, True]
+
+    def test_a_reference_that_has_not_converged_is_not_trusted(self):
+        draws = exact_draws()["z"] + np.arange(4)[:, None, None]
+        report = posterior_of().check(KEY, X, Reference({"z": draws}), **QUIET)
+        assert any("r-hats" in finding.text for finding in report.findings)
+
+    def test_it_has_a_picture(self, tmp_path):
+        report = posterior_of().check(KEY, X, Reference(exact_draws()), **QUIET)
+        report.save(tmp_path / "report.html")
+        assert "reference" in (tmp_path / "report.html").read_text()
+
+    @pytest.mark.parametrize(
+        ("draws", "message"),
+        [({"w": np.zeros((2, 3))}, "no draws of the sites"), ({"z": np.zeros((2, 9, 7))}, "shape")],
+    )
+    def test_other_draws_are_refused(self, draws, message):
+        with pytest.raises(ValueError, match=message):
+            posterior_of().check(KEY, X, Reference(draws), **QUIET)
+
+    def test_what_is_no_reference(self):
+        with pytest.raises(TypeError, match="expected a numpyro"):
+            Reference(3.0)
+
+
+class TestCompare:
+    def test_bounds_gaps_and_verdicts(self):
+        wrong = {"exact": {}, "shifted": {"shift": 0.5}, "narrow": {"factor": 0.2}}
+        posteriors = {name: posterior_of(**how) for name, how in wrong.items()}
+        found = compare(posteriors, KEY, X, (Importance(2000), "gap"))
+        table = found.table
+        kl = {
+            "exact": 0.0,
+            "shifted": 0.125 / VARIANCE,
+            "narrow": -np.log(0.2) + 0.04 / 2 - 0.5,
+        }
+        assert table.index.tolist() == sorted(kl, key=kl.get)
+        np.testing.assert_allclose(table["elbo_diff"], sorted(kl.values()), atol=0.02)
+        np.testing.assert_allclose(table["gap_amortization"], sorted(kl.values()), atol=0.03)
+        evidence = stats.norm(0, 1.25**0.5).logpdf(X).mean()
+        np.testing.assert_allclose(table.loc["exact", "log_evidence"], evidence, atol=1e-4)
+        assert table.loc["exact", "fine"] == 1
+        assert table.loc["narrow", "fine"] == 0
+        assert (table["dse"] < 0.02).all()
+        assert "shifted" in str(found)
+        assert len(plot_comparison(found).get_yticks()) == 3
+
+    def test_a_guide_of_the_whole_is_left_out_with_the_reason(self):
+        whole = AutoMultivariateNormal(normal_model)
+        size = len(X)
+        params = {"auto_loc": np.zeros(size), "auto_scale_tril": np.eye(size)}
+        both = {"exact": posterior_of(), "whole": Posterior(whole, params)}
+        found = compare(both, KEY, X)
+        assert found.table.index.tolist() == ["exact"]
+        assert "whole: not compared: The rows have no posteriors of their own" in str(found)
+
+    def test_bad_input(self):
+        with pytest.raises(ValueError, match="posteriors is empty"):
+            compare({}, KEY, X)
+        with pytest.raises(TypeError, match=r"'one'.*expected a Posterior"):
+            compare({"one": guide}, KEY, X)
+        with pytest.raises(ValueError, match="importance check was not run"):
+            str(compare({"one": posterior_of()}, KEY, X, "collapse"))
