@@ -1,5 +1,5 @@
 from .amortization import amortize
-from .checks import Calibration, Collapse, Gap, Importance, Novelty, Predictive, Report
+from .checks import Calibration, Collapse, Gap, Globals, Importance, Novelty, Predictive, Report
 from .data.ragged import Masked, Segments
 from .encoders import (
     MLP,
@@ -58,6 +58,7 @@ __all__ = [
     "ForwardKL",
     "Fusion",
     "Gap",
+    "Globals",
     "Importance",
     "LogScale",
     "LogScaleNormal",

@@ -13,11 +13,12 @@ from numpyro.infer.autoguide import AutoGuide
 from numpyro_vae.checks.report import Report
 from numpyro_vae.checks.run import Checks, run_checks
 from numpyro_vae.inference import quantities as compiled
-from numpyro_vae.inference.datatree import build_datatree, check_names, choose_groups, gather
+from numpyro_vae.inference.datatree import make_datatree
 from numpyro_vae.inference.predictable import predict
 from numpyro_vae.inference.runner import Runner, choose_names, require_trained
 from numpyro_vae.model.enumeration import Enumeration
 from numpyro_vae.numpyro_internals import HANDLERS
+from numpyro_vae.repair.global_sites import GlobalRepair, repair_globals
 from numpyro_vae.repair.result import Repair
 from numpyro_vae.repair.run import run_repair
 
@@ -90,7 +91,8 @@ class Posterior:
         self.static_kwargs = dict(static_kwargs)
         state = getattr(getattr(params, "state", None), "mutable_state", None)
         self.params = {**getattr(params, "params", params), **(state or {})}
-        self._runner = Runner(trained, self.params, self.static_kwargs, batch_axes)
+        num_data = getattr(params, "num_data", None)
+        self._runner = Runner(trained, self.params, self.static_kwargs, batch_axes, num_data)
 
     def encode(self, data: Any) -> dict[str, SiteEncoding]:
         """Return ``loc`` and ``scale`` of every local site's unconstrained values.
@@ -282,17 +284,17 @@ class Posterior:
     ) -> Report:
         """Check the posterior of every row, without a refit; see the page on checks.
 
-        What is judged is the local posterior, given draws of the global latents. The importance
-        check gives each row a verdict: *fine* if its draws are usable as they are, *reweight* if
-        they are usable with their importance weights, *borderline*, or *not to be trusted*. The
+        The importance check gives each row a verdict on its local posterior, given draws of the
+        global latents: *fine* if its draws are usable as they are, *reweight* if they are usable
+        with their importance weights, *borderline*, or *not to be trusted*. The
         report's ``flagged`` are all rows that are not fine.
 
         Args:
             rng_key: the random key. What a check computes does not depend on the other checks.
             data: as for `fit`, any number of rows.
             checks: which to run: names, of ``importance``, ``gap``, ``calibration``, ``collapse``,
-                ``novelty`` and ``predictive``, or objects with options, such as `Gap` and
-                `Calibration`; one of these, or several. By default the quick ones, ``importance``,
+                ``novelty``, ``predictive`` and ``globals``, which is about all global latents and
+                takes the rows of the fit; or objects with options, such as `Gap`; one of these, or several. By default the quick ones, ``importance``,
                 ``collapse`` and ``predictive``; ``"all"`` runs all that apply, and the report says
                 why the others do not.
             progress_bar: whether to show one, with the check that runs.
@@ -342,6 +344,23 @@ class Posterior:
         """
         return run_repair(self._runner, rng_key, data, rows, method, num_samples)
 
+    def repair_globals(
+        self, rng_key: Array, data: Any, *, method: str = "auto", num_samples: int = 500
+    ) -> GlobalRepair:
+        """Draw the global latents anew, given all data; see the page on repair.
+
+        Args:
+            rng_key: the random key.
+            data: as for `fit`, all that the posterior of the global latents is given.
+            method: ``"importance"``, adaptive importance sampling; ``"nuts"``, four chains; or
+                ``"auto"``, the chains if the weights cannot be trusted.
+            num_samples: draws to return.
+
+        Raises:
+            ValueError: if there are no global latents, or the method is unknown.
+        """
+        return repair_globals(self._runner, rng_key, data, method, num_samples)
+
     def to_datatree(
         self,
         rng_key: Array,
@@ -380,14 +399,6 @@ class Posterior:
             density, of points, has neither log-likelihood nor weights. The slash in the name of
             a site in a ``numpyro.handlers.scope`` becomes a point.
         """
-        rows = self._runner.read(data, of_prior=True)
-        sites, of_globals = self.guide.sites, self.guide.global_names
-        check_names(sites)
-        known = (*self._runner.local_names, *of_globals, *sites.deterministic)
-        names = choose_names(var_names, known)
-        options = {"marginal": marginal, "groups": choose_groups(groups)}
-        found, dims = gather(self._runner, rows, rng_key, num_samples, num_particles, **options)
-        if "posterior" in found:
-            latent = found["posterior"]
-            found["posterior"] = {name: latent[name] for name in names if name in latent}
-        return build_datatree(found, dims, rows, sites, coords or {})
+        options = {"marginal": marginal, "groups": groups, "var_names": var_names, "coords": coords}
+        given = (self._runner, rng_key, data, num_samples, num_particles)
+        return make_datatree(*given, **options)
