@@ -27,6 +27,7 @@ from .plots.figures import (
 )
 from .plots.images import plot_manifold, plot_prior_samples, plot_reconstructions
 from .posterior import Posterior
+from .repair.global_sites import GlobalRepair
 from .repair.result import Repair
 from .scales.log_scale_normal import LogScaleNormal
 from .scales.parameterization import (
@@ -58,6 +59,7 @@ __all__ = [
     "ForwardKL",
     "Fusion",
     "Gap",
+    "GlobalRepair",
     "Globals",
     "Importance",
     "LogScale",

@@ -286,24 +286,22 @@ class Posterior:
 
         The importance check gives each row a verdict on its local posterior, given draws of the
         global latents: *fine* if its draws are usable as they are, *reweight* if they are usable
-        with their importance weights, *borderline*, or *not to be trusted*. The
-        report's ``flagged`` are all rows that are not fine.
+        with their importance weights, *borderline*, or *not to be trusted*. The report's
+        ``flagged`` are all rows that are not fine. The globals check is of all data together.
 
         Args:
             rng_key: the random key. What a check computes does not depend on the other checks.
-            data: as for `fit`, any number of rows.
+            data: as for `fit`, any number of rows; for the globals check those of the fit.
             checks: which to run: names, of ``importance``, ``gap``, ``calibration``, ``collapse``,
-                ``novelty``, ``predictive`` and ``globals``, which is about all global latents and
-                takes the rows of the fit; or objects with options, such as `Gap`; one of these, or several. By default the quick ones, ``importance``,
-                ``collapse`` and ``predictive``; ``"all"`` runs all that apply, and the report says
-                why the others do not.
+                ``novelty``, ``predictive`` and ``globals``, or objects with options, such as `Gap`;
+                one or several. By default the quick ones, ``importance``, ``collapse`` and
+                ``predictive``; ``"all"`` runs all that apply, and says why others do not.
             progress_bar: whether to show one, with the check that runs.
             coords: coordinates by dimension, as ArviZ takes them.
 
         Raises:
             ValueError: if a check is unknown, is there twice, or was asked for and does not apply;
-                if there is none; if ``coords`` names no dimension; or if no row has finite
-                weights.
+                if there is none; if ``coords`` names no dimension; or no row has finite weights.
         """
         return run_checks(
             self._runner, rng_key, data, checks, progress_bar=progress_bar, coords=coords
@@ -326,9 +324,8 @@ class Posterior:
         passed yet. Rows that no method repairs, such as those whose data the model gives no
         density, are named in `Repair.remaining`.
 
-        Global latents are held at draws of their posterior, 32 of them, among which the draws of
-        a row are divided evenly. So the draws of a row include the uncertainty of the globals,
-        and the row's data do not update the globals a second time.
+        Global latents are held at 32 draws of their guide, among which the draws of a row are
+        divided evenly. So the row's data do not update the globals a second time.
 
         Args:
             rng_key: the random key.
@@ -352,8 +349,8 @@ class Posterior:
         Args:
             rng_key: the random key.
             data: as for `fit`, all that the posterior of the global latents is given.
-            method: ``"importance"``, adaptive importance sampling; ``"nuts"``, four chains; or
-                ``"auto"``, the chains if the weights cannot be trusted.
+            method: ``"importance"``, ``"nuts"``, or ``"auto"``, which is the second if the weights
+                of the first cannot be trusted.
             num_samples: draws to return.
 
         Raises:
@@ -399,6 +396,5 @@ class Posterior:
             density, of points, has neither log-likelihood nor weights. The slash in the name of
             a site in a ``numpyro.handlers.scope`` becomes a point.
         """
-        options = {"marginal": marginal, "groups": groups, "var_names": var_names, "coords": coords}
         given = (self._runner, rng_key, data, num_samples, num_particles)
-        return make_datatree(*given, **options)
+        return make_datatree(*given, marginal, groups, var_names, coords)

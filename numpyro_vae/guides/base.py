@@ -322,7 +322,7 @@ class AmortizedGuide(AutoGuide):
         args: tuple,
         kwargs: dict[str, Any],
     ) -> tuple[dict[str, Array], Array]:
-        """Draw the global sites, each with its log-density; other draws than `sample_globals` makes.
+        """Draw the global sites, each with its log-density; not the draws of `sample_globals`.
 
         Returns:
             By site name ``(*sample_shape, *batch_shape, *event_shape)``, and the log-densities

@@ -51,7 +51,6 @@ def make_datatree(
     data: Any,
     num_samples: int,
     num_particles: int,
-    *,
     marginal: bool,
     groups: Iterable[str] | None,
     var_names: Iterable[str] | None,

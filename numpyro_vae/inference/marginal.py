@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +27,7 @@ EVALUATIONS = 2**22  # of rows' densities for each draw, beyond which particles 
 MAX_NOISE = 0.1  # nats of Monte Carlo error below which log densities are precise enough,
 SHARE = 0.2  # or of the standard deviation of the log weights
 
-Globals = dict[str, Array]
+Globals = dict[str, Any]  # values by site
 
 
 @dataclass(frozen=True)

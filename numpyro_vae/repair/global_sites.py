@@ -97,18 +97,9 @@ class GlobalRepair:
             var_names: the latent sites.
             coords: coordinates by dimension.
         """
-        return make_datatree(
-            self.runner,
-            rng_key,
-            data,
-            len(next(iter(self.draws.values()))),
-            num_particles,
-            marginal=False,
-            groups=groups,
-            var_names=var_names,
-            coords=coords,
-            globals_=self.draws,
-        )
+        number = len(next(iter(self.draws.values())))
+        given = (self.runner, rng_key, data, number, num_particles)
+        return make_datatree(*given, False, groups, var_names, coords, globals_=self.draws)
 
 
 def repair_globals(
