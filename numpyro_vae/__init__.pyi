@@ -1,5 +1,15 @@
 from .amortization import amortize
-from .checks import Calibration, Collapse, Gap, Importance, Novelty, Predictive, Reference, Report
+from .checks import (
+    Calibration,
+    Collapse,
+    Gap,
+    Globals,
+    Importance,
+    Novelty,
+    Predictive,
+    Reference,
+    Report,
+)
 from .comparison import Comparison, compare
 from .data.ragged import Masked, Segments
 from .encoders import (
@@ -29,6 +39,7 @@ from .plots.figures import (
 )
 from .plots.images import plot_manifold, plot_prior_samples, plot_reconstructions
 from .posterior import Posterior
+from .repair.global_sites import GlobalRepair
 from .repair.result import Repair
 from .scales.log_scale_normal import LogScaleNormal
 from .scales.parameterization import (
@@ -61,6 +72,8 @@ __all__ = [
     "ForwardKL",
     "Fusion",
     "Gap",
+    "GlobalRepair",
+    "Globals",
     "Importance",
     "LogScale",
     "LogScaleNormal",

@@ -12,11 +12,12 @@ from jaxtyping import Array
 from numpyro_vae.checks.report import Report
 from numpyro_vae.checks.run import Checks, run_checks
 from numpyro_vae.inference import quantities as compiled
-from numpyro_vae.inference.datatree import build_datatree, check_names, choose_groups, gather
+from numpyro_vae.inference.datatree import make_datatree
 from numpyro_vae.inference.draws import sample_sites, site_probabilities
 from numpyro_vae.inference.predictable import predict
 from numpyro_vae.inference.runner import Runner, choose_names
 from numpyro_vae.inference.trained import require_trained, with_state
+from numpyro_vae.repair.global_sites import GlobalRepair, repair_globals
 from numpyro_vae.repair.result import Repair
 from numpyro_vae.repair.run import run_repair
 from numpyro_vae.saving.save import load_posterior, save_posterior
@@ -98,7 +99,8 @@ class Posterior:
         self.guide, self.batch_axes = trained, batch_axes
         self.static_kwargs = dict(static_kwargs)
         self.params = with_state(params)
-        self._runner = Runner(trained, self.params, self.static_kwargs, batch_axes)
+        num_data = getattr(params, "num_data", None)
+        self._runner = Runner(trained, self.params, self.static_kwargs, batch_axes, num_data)
 
     save, load = save_posterior, classmethod(load_posterior)
 
@@ -269,26 +271,24 @@ class Posterior:
     ) -> Report:
         """Check the posterior of every row, without a refit; see the page on checks.
 
-        What is judged is the local posterior, given draws of the global latents. The importance
-        check gives each row a verdict: *fine* if its draws are usable as they are, *reweight* if
-        they are usable with their importance weights, *borderline*, or *not to be trusted*. The
-        report's ``flagged`` are all rows that are not fine.
+        The importance check gives each row a verdict on its local posterior, given draws of the
+        global latents: *fine* if its draws are usable as they are, *reweight* if they are usable
+        with their importance weights, *borderline*, or *not to be trusted*. The report's
+        ``flagged`` are all rows that are not fine. The globals check is of all data together.
 
         Args:
             rng_key: the random key. What a check computes does not depend on the other checks.
-            data: as for `fit`, any number of rows.
+            data: as for `fit`, any number of rows; for the globals check those of the fit.
             checks: which to run: names, of ``importance``, ``gap``, ``calibration``, ``collapse``,
-                ``novelty`` and ``predictive``, or objects with options, such as `Gap` and
-                `Calibration`; one of these, or several. By default the quick ones, ``importance``,
-                ``collapse`` and ``predictive``; ``"all"`` runs all that apply, and the report says
-                why the others do not.
+                ``novelty``, ``predictive`` and ``globals``, or objects with options, such as `Gap`;
+                one or several. By default the quick ones, ``importance``, ``collapse`` and
+                ``predictive``; ``"all"`` runs all that apply, and says why others do not.
             progress_bar: whether to show one, with the check that runs.
             coords: coordinates by dimension, as ArviZ takes them.
 
         Raises:
             ValueError: if a check is unknown, is there twice, or was asked for and does not apply;
-                if there is none; if ``coords`` names no dimension; or if no row has finite
-                weights.
+                if there is none; if ``coords`` names no dimension; or no row has finite weights.
         """
         return run_checks(
             self._runner, rng_key, data, checks, progress_bar=progress_bar, coords=coords
@@ -311,9 +311,8 @@ class Posterior:
         passed yet. Rows that no method repairs, such as those whose data the model gives no
         density, are named in `Repair.remaining`.
 
-        Global latents are held at draws of their posterior, 32 of them, among which the draws of
-        a row are divided evenly. So the draws of a row include the uncertainty of the globals,
-        and the row's data do not update the globals a second time.
+        Global latents are held at 32 draws of their guide, among which the draws of a row are
+        divided evenly. So the row's data do not update the globals a second time.
 
         Args:
             rng_key: the random key.
@@ -328,6 +327,23 @@ class Posterior:
                 or the guide has no density.
         """
         return run_repair(self._runner, rng_key, data, rows, method, num_samples)
+
+    def repair_globals(
+        self, rng_key: Array, data: Any, *, method: str = "auto", num_samples: int = 500
+    ) -> GlobalRepair:
+        """Draw the global latents anew, given all data; see the page on repair.
+
+        Args:
+            rng_key: the random key.
+            data: as for `fit`, all that the posterior of the global latents is given.
+            method: ``"importance"``, ``"nuts"``, or ``"auto"``, which is the second if the weights
+                of the first cannot be trusted.
+            num_samples: draws to return.
+
+        Raises:
+            ValueError: if there are no global latents, or the method is unknown.
+        """
+        return repair_globals(self._runner, rng_key, data, method, num_samples)
 
     def to_datatree(
         self,
@@ -367,14 +383,5 @@ class Posterior:
             density, of points, has neither log-likelihood nor weights. The slash in the name of
             a site in a ``numpyro.handlers.scope`` becomes a point.
         """
-        rows = self._runner.read(data, of_prior=True)
-        sites, of_globals = self.guide.sites, self.guide.global_names
-        check_names(sites)
-        known = (*self._runner.local_names, *of_globals, *sites.deterministic)
-        names = choose_names(var_names, known)
-        options = {"marginal": marginal, "groups": choose_groups(groups)}
-        found, dims = gather(self._runner, rows, rng_key, num_samples, num_particles, **options)
-        if "posterior" in found:
-            latent = found["posterior"]
-            found["posterior"] = {name: latent[name] for name in names if name in latent}
-        return build_datatree(found, dims, rows, sites, coords or {})
+        given = (self._runner, rng_key, data, num_samples, num_particles)
+        return make_datatree(*given, marginal, groups, var_names, coords)

@@ -7,6 +7,7 @@ from numpyro_vae.checks.base import AbstractCheck, Finding, NotApplicableError, 
 from numpyro_vae.checks.calibration import Calibration
 from numpyro_vae.checks.collapse import Collapse
 from numpyro_vae.checks.gap import Gap
+from numpyro_vae.checks.global_sites import Globals
 from numpyro_vae.checks.importance import Importance
 from numpyro_vae.checks.novelty import Novelty
 from numpyro_vae.checks.predictive import Predictive
@@ -20,6 +21,7 @@ __all__ = [
     "Collapse",
     "Finding",
     "Gap",
+    "Globals",
     "Importance",
     "NotApplicableError",
     "Novelty",

@@ -14,6 +14,7 @@ from numpyro_vae.checks.base import AbstractCheck, NotApplicableError, Subject
 from numpyro_vae.checks.calibration import Calibration
 from numpyro_vae.checks.collapse import Collapse
 from numpyro_vae.checks.gap import Gap
+from numpyro_vae.checks.global_sites import Globals
 from numpyro_vae.checks.importance import Importance
 from numpyro_vae.checks.novelty import Novelty
 from numpyro_vae.checks.predictive import Predictive
@@ -27,9 +28,14 @@ Checks = str | AbstractCheck | Iterable[str | AbstractCheck] | None  # as `Poste
 # In the order in which they run. A check's place gives it its random key, so that its numbers do
 # not depend on which others run: a new check goes to the end.
 CHECKS: Mapping[str, type[AbstractCheck]] = {
-    check.name: check for check in (Importance, Gap, Calibration, Collapse, Novelty, Predictive)
+    check.name: check
+    for check in (Importance, Gap, Calibration, Collapse, Novelty, Predictive, Globals)
 }
 QUICK = ("importance", "collapse", "predictive")
+NOT_QUICK = (
+    "it takes longer; pass checks='globals' and the rows of the fit to judge the guide of the "
+    "global latents"
+)
 
 
 def run_checks(
@@ -45,8 +51,12 @@ def run_checks(
     chosen = choose_checks(checks)
     runner.require_like_scales()
     subject = Subject(runner, runner.read(data), rng_key)
+    if checks is None and not runner.guide.local_sites:
+        chosen = choose_checks("globals")
     named = checks not in (None, "all")
     dataset, done, skipped = _compute(chosen, subject, progress_bar, named)
+    if checks is None and runner.guide.local_sites and runner.guide.global_names:
+        skipped[Globals.name] = NOT_QUICK
     require_known_dims(coords or {}, runner.guide.sites, dataset.dims)
     dataset = _with_coords(dataset, coords or {})
     findings = [finding for check in done for finding in check.find(dataset)]

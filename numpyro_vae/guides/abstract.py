@@ -58,6 +58,12 @@ class AbstractEncoding(ABC):
         If global sites were given with an axis of draws, it is that of these draws.
         """
 
+    def sample_evenly(
+        self, row_keys: Shaped[Array, "batch *key"], num_samples: int
+    ) -> Float[Array, "num_samples batch size"]:
+        """Draw packed latents that are spread evenly, where it is known how; see `Encoding`."""
+        return self.sample(row_keys, num_samples)
+
     @abstractmethod
     def log_prob(self, packed: Float[Array, "*lead batch size"]) -> Float[Array, "*lead batch"]:
         """Return the log-density of each datum's packed latents; what is masked does not count."""
@@ -148,6 +154,7 @@ class AbstractGuide(ABC):
         plan: the model as the guide divides it; None before it has read its model.
         argument_shapes: of the model's arguments, as they were then.
         compiled: what was compiled for this guide.
+        condition_on: the global sites that the guide of the local ones reads.
     """
 
     model: Callable[..., Any]
@@ -157,6 +164,7 @@ class AbstractGuide(ABC):
     plan: GuidePlan | None
     argument_shapes: Shapes
     compiled: dict[Any, Callable[..., Any]]
+    condition_on: tuple[str, ...]
 
     @property
     @abstractmethod
@@ -221,6 +229,25 @@ class AbstractGuide(ABC):
         kwargs: dict[str, Any],
     ) -> dict[str, Array]:
         """Draw the global sites, ``sample_shape`` in front, given the data of all rows."""
+
+    @abstractmethod
+    def draw_globals(
+        self,
+        rng_key: Array,
+        params: dict[str, Any],
+        sample_shape: tuple[int, ...],
+        args: tuple,
+        kwargs: dict[str, Any],
+    ) -> tuple[dict[str, Array], Array]:
+        """Draw the global sites, each with its log-density; not the draws of `sample_globals`.
+
+        Returns:
+            By site name ``(*sample_shape, *batch_shape, *event_shape)``, and the log-densities
+            ``sample_shape``, on the scale of the model's sites.
+
+        Raises:
+            NoDensityError: if the guide of a global site has no density, as a point has none.
+        """
 
     @abstractmethod
     def given_median(

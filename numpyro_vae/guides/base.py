@@ -314,6 +314,27 @@ class AmortizedGuide(AutoGuide, AbstractGuide):
             return {}
         return self.globals.sample(rng_key, params, sample_shape, args, kwargs)
 
+    def draw_globals(
+        self,
+        rng_key: Array,
+        params: dict[str, Any],
+        sample_shape: tuple[int, ...],
+        args: tuple,
+        kwargs: dict[str, Any],
+    ) -> tuple[dict[str, Array], Array]:
+        """Draw the global sites, each with its log-density; not the draws of `sample_globals`.
+
+        Returns:
+            By site name ``(*sample_shape, *batch_shape, *event_shape)``, and the log-densities
+            ``sample_shape``, on the scale of the model's sites.
+
+        Raises:
+            NoDensityError: if the guide of a global site has no density, as a point has none.
+        """
+        if self.globals is None:
+            return {}, jnp.zeros(sample_shape)
+        return self.globals.draw(rng_key, params, sample_shape, args, kwargs)
+
     def median(self, params: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Array]:
         """Return the posterior median of each latent site for every row of the arguments."""
         return {

@@ -13,6 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Shaped
 
 from numpyro_vae.families import AbstractHead
+from numpyro_vae.guides.even_points import transported
 from numpyro_vae.model.sites import Plate, Site
 
 
@@ -127,6 +128,12 @@ class Block(nnx.Module):
         """Draw packed values."""
         fn = self.distribution(raw)
         return self.flatten(jnp.asarray(fn.sample(rng_key, sample_shape)))
+
+    def transport(
+        self, raw: Any, uniform: Float[Array, "num_samples num_values"]
+    ) -> Float[Array, "num_samples num_values"]:
+        """Return packed values as functions of uniform numbers; see `transported`."""
+        return self.flatten(transported(self.distribution(raw), self.by_step(uniform)))
 
     def log_prob(
         self,

@@ -14,6 +14,7 @@ from numpyro.distributions import biject_to
 from numpyro_vae.families import AbstractFamily
 from numpyro_vae.guides.abstract import AbstractEncoding
 from numpyro_vae.guides.blocks import Block
+from numpyro_vae.guides.even_points import even_points
 from numpyro_vae.model.sites import Site
 
 __all__ = ["Encoding"]
@@ -96,6 +97,36 @@ class Encoding(AbstractEncoding):
             return jnp.concatenate([*drawn, jnp.zeros((num_samples, 0))], axis=-1)
 
         return jax.vmap(one_row, out_axes=1)(dict(self.features), row_keys)
+
+    def sample_evenly(
+        self, row_keys: Shaped[Array, "batch *key"], num_samples: int
+    ) -> Float[Array, "num_samples batch size"]:
+        """Draw packed latents that are spread evenly, so that their means have less error.
+
+        Each is a draw of the guide, but together they are functions of a randomly shifted lattice
+        (*randomized quasi-Monte Carlo*; see `even_points`). Of a family that is not made of
+        independent noise with known quantiles they are independent, as those of `sample`.
+
+        Args:
+            row_keys: a key for each row.
+            num_samples: how many.
+        """
+
+        def one_row(features: dict, rng_key: Array) -> Array:
+            values, start, drawn = dict(self.given), 0, []
+            size = sum(block.num_values for block in self.blocks.values())
+            uniform = even_points(rng_key, num_samples, size)
+            for name, block in self.blocks.items():
+                part = uniform[:, start : start + block.num_values]
+                drawn.append(block.transport(block.raw(features[name], values), part))
+                values |= {site.name: part for site, part in block.unpack(drawn[-1])}
+                start += block.num_values
+            return jnp.concatenate([*drawn, jnp.zeros((num_samples, 0))], axis=-1)
+
+        try:
+            return jax.vmap(one_row, out_axes=1)(dict(self.features), row_keys)
+        except NotImplementedError:  # of a distribution without quantiles
+            return self.sample(row_keys, num_samples)
 
     def _has_draws(self, block: Block) -> bool:
         """Whether a block's raw outputs differ by draw: if it reads what does."""

@@ -9,13 +9,16 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array
 from numpyro import handlers
 from numpyro.infer.autoguide import AutoGuide
 from numpyro.primitives import Messenger
 
+from numpyro_vae.model.densities import log_prob_of, trace_rows
 from numpyro_vae.model.plan import GuidePlan
-from numpyro_vae.model.trace import Rows, hold_rows, own_trace
+from numpyro_vae.model.plates import all_rows
+from numpyro_vae.model.trace import Rows, hold_rows, is_point, own_trace
 from numpyro_vae.numpyro_internals import draw_improper, set_up
 
 
@@ -58,6 +61,10 @@ def require_maker(global_guide: Any) -> Callable[..., Any]:
             "functools.partial(AutoNormal, init_scale=0.01)."
         )
     return global_guide
+
+
+class NoDensityError(ValueError):
+    """A guide of global sites has no density, so that its draws cannot be weighed."""
 
 
 class GlobalGuide:
@@ -153,6 +160,53 @@ class GlobalGuide:
 
         draws = jax.vmap(draw)(keys)
         return jax.tree.map(lambda x: x.reshape(*sample_shape, *x.shape[1:]), draws)
+
+    def draw(
+        self,
+        rng_key: Array,
+        params: dict[str, Any],
+        sample_shape: tuple[int, ...],
+        args: tuple,
+        kwargs: dict[str, Any],
+    ) -> tuple[dict[str, Array], Array]:
+        """Draw the global sites, and return the log-density of each draw with it.
+
+        A guide may draw auxiliary sites, of which global ones are functions: the density is that of
+        its whole trace. What the model scales is not scaled here.
+
+        Raises:
+            NoDensityError: if a site has a point for its distribution, or is read off the data.
+        """
+        self.set_up(params, args, kwargs)
+        self._require_density()
+        keys = jax.random.split(rng_key, math.prod(sample_shape))
+
+        def draw(key: Array) -> tuple[dict[str, Array], Array]:
+            trace = trace_rows(self.guide, params, all_rows(), key, args, kwargs)
+            sites = [site for site in trace.values() if site["type"] == "sample"]
+            random = [site for site in sites if not is_point(site["fn"])]
+            auxiliary = any(site["infer"].get("is_auxiliary") for site in random)
+            drawn = {site["name"] for site in random}
+            self._require_no_points([n for n in self.names if not auxiliary and n not in drawn])
+            log_q = jnp.stack([log_prob_of(site).sum() for site in sites]).sum()
+            return {name: trace[name]["value"] for name in self.names}, log_q
+
+        draws = jax.vmap(draw)(keys)
+        return jax.tree.map(lambda x: x.reshape(*sample_shape, *x.shape[1:]), draws)
+
+    def _require_density(self) -> None:
+        if getattr(self.guide, "reads_observations", False):
+            raise NoDensityError(
+                f"The guide of the global sites {list(self.names)} is itself amortized, over "
+                "another plate, whose latents are too many to be weighed together."
+            )
+
+    def _require_no_points(self, points: list[str]) -> None:
+        if points:
+            raise NoDensityError(
+                f"The guide of the global sites {points} is {type(self.guide).__name__}, a point "
+                "without a density. Train with global_guide=AutoNormal or AutoMultivariateNormal."
+            )
 
     def median(
         self, params: dict[str, Any], args: tuple, kwargs: dict[str, Any]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpyro.distributions as dist
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array
@@ -35,12 +36,14 @@ class GuideSite:
             of a parameter in which rows are looked up.
         is_auxiliary: whether the model has no such site.
         is_point: whether its distribution is a point.
+        shape: of its value.
     """
 
     plates: tuple[str, ...]
     reads: frozenset[str]
     is_auxiliary: bool
     is_point: bool
+    shape: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,11 @@ class GuideReading:
     sites: dict[str, GuideSite]
     params: dict[str, tuple[int, ...]]
     plates: dict[str, int]
+
+    def is_point(self, name: str) -> bool:
+        """Return whether a site is a point, and not a function of an auxiliary one."""
+        origins = self.origins(name) & self.sites.keys()
+        return self.sites[name].is_point and not any(self.sites[x].is_auxiliary for x in origins)
 
     def origins(self, name: str) -> frozenset[str]:
         """Return all that a site is computed from, the sites that it reads included."""
@@ -131,13 +139,20 @@ def trace_guide(
     return trace
 
 
+def log_prob_of(msg: dict[str, Any]) -> Array:
+    """Return the log-density of a site's draw, of transforms without an inverse too."""
+    passed = msg.get("intermediates")  # which a draw of a transformed distribution leaves
+    fn = msg["fn"]
+    return fn.log_prob(msg["value"], passed) if passed else fn.log_prob(msg["value"])
+
+
 def _site(msg: dict[str, Any], reads: frozenset[str]) -> GuideSite:
     fn = msg["fn"]
     while hasattr(fn, "base_dist"):
         fn = fn.base_dist
     plates = tuple(dict.fromkeys(frame.name for frame in msg["cond_indep_stack"]))
     auxiliary = bool(msg["infer"].get("is_auxiliary")) or msg["is_observed"]
-    return GuideSite(plates, reads, auxiliary, isinstance(fn, dist.Delta))
+    return GuideSite(plates, reads, auxiliary, isinstance(fn, dist.Delta), jnp.shape(msg["value"]))
 
 
 def _united(names: Iterable[frozenset[str]]) -> frozenset[str]:

@@ -20,11 +20,13 @@ from numpyro_vae.families import DiagonalNormal
 from numpyro_vae.guides.abstract import AbstractEncoding, AbstractGuide
 from numpyro_vae.guides.encoding import Encoding
 from numpyro_vae.guides.forms import traceable
+from numpyro_vae.guides.global_sites import NoDensityError
 from numpyro_vae.guides.normal_form import normal_encoding
 from numpyro_vae.guides.reading import (
     DATA,
     GuideReading,
     MissingParamsError,
+    log_prob_of,
     read_guide,
     trace_guide,
 )
@@ -72,13 +74,14 @@ class TracedGuide(AbstractGuide):
         self.compiled: dict[Any, Callable[..., Any]] = {}
         self.reading = GuideReading({}, {}, {})
         self.joint, self.knows_rows = "", False
+        self.condition_on = ()
 
     @property
     def no_density(self) -> str:
         """Why there are no importance weights of it; empty if there are."""
         if self.plan is None:
             return ""
-        points = [s.name for s in self.local_sites if self.reading.sites[s.name].is_point]
+        points = [site.name for site in self.local_sites if self.reading.is_point(site.name)]
         if points:
             return (
                 f"The guide is a point at the local sites {points}, which has no density, so there "
@@ -102,15 +105,26 @@ class TracedGuide(AbstractGuide):
         """Read model and guide, the guide anew for each data, as it may know their number."""
         if isinstance(self.guide, AutoGuide):
             set_up(self.guide, self.params, args, kwargs)
-        plan = plan_any(self.reader, args, kwargs, rows, self.plate_name)
-        size = self.reader.sites(args, kwargs, rows).plates[plan.plate.name].size
+        sites = self.reader.sites(args, kwargs, rows)
+        plan = self.plan or plan_any(self.reader, args, kwargs, rows, self.plate_name)
+        size = sites.plates.get(plan.plate.name, plan.plate).size
         self.reading = self._read(plan.plate.name, size, args, kwargs)
         self.argument_shapes = argument_shapes(args, kwargs)
         require_sites(self.reading, plan)
         self.knows_rows = self._knows_rows(plan, size)
+        self.plan = self.plan or self._divide(plan)
+        if self.joint:
+            require_same_rows(self.reading, sites, plan.plate)
+
+    def _divide(self, plan: GuidePlan) -> GuidePlan:
+        """Return which sites are local, and which of the others these depend on."""
         self.joint = why_joint(self.reading, plan)
-        latent = tuple(site.name for site in plan.sites.latent())
-        self.plan = replace(plan, local=(), globals=latent) if self.joint else plan
+        if self.joint:
+            latent = tuple(site.name for site in plan.sites.latent())
+            return replace(plan, local=(), globals=latent)
+        origins = frozenset().union(*(self.reading.origins(site.name) for site in plan.local))
+        self.condition_on = tuple(name for name in plan.globals if name in origins)
+        return plan
 
     def _read(self, plate: str, size: int, args: tuple, kwargs: dict[str, Any]) -> GuideReading:
         """Read the guide with the rows of its own plate, or if it does not run, with all."""
@@ -222,15 +236,50 @@ class TracedGuide(AbstractGuide):
         kwargs: dict[str, Any],
     ) -> dict[str, Array]:
         """Draw the global sites, ``sample_shape`` in front, given the data of all rows."""
+        return self._draw_globals(rng_key, params, sample_shape, args, kwargs)[0]
+
+    def draw_globals(
+        self,
+        rng_key: Array,
+        params: dict[str, Any],
+        sample_shape: tuple[int, ...],
+        args: tuple,
+        kwargs: dict[str, Any],
+    ) -> tuple[dict[str, Array], Array]:
+        """Draw the global sites, each with its log-density; see `AbstractGuide.draw_globals`.
+
+        It is that of all sites of the guide's trace but the local ones: of a guide that draws
+        auxiliary sites, and of one with factors, it is on the extended space that these span.
+        """
+        points = [name for name in self.global_names if self.reading.is_point(name)]
+        if points:
+            raise NoDensityError(
+                f"the guide is a point at the global sites {points}, without a density. Train with "
+                "AutoNormal or AutoMultivariateNormal, or an amortized guide"
+            )
+        return self._draw_globals(rng_key, params, sample_shape, args, kwargs)
+
+    def _draw_globals(
+        self,
+        rng_key: Array,
+        params: dict[str, Any],
+        sample_shape: tuple[int, ...],
+        args: tuple,
+        kwargs: dict[str, Any],
+    ) -> tuple[dict[str, Array], Array]:
         if not self.global_names:
-            return {}
-        guide = traceable(self.guide, params)
+            return {}, jnp.zeros(sample_shape)
+        guide, local = traceable(self.guide, params), {site.name for site in self.local_sites}
 
-        def one(key: Array) -> dict[str, Array]:
+        def one(key: Array) -> tuple[dict[str, Array], Array]:
             trace = trace_guide(guide, params, {}, key, args, kwargs)
-            return {name: trace[name]["value"] for name in self.global_names}
+            sites = [msg for msg in trace.values() if msg["type"] == "sample"]
+            scored = [msg for msg in sites if msg["name"] not in local]
+            log_q = sum(jnp.sum(log_prob_of(msg)) for msg in scored)
+            return {name: trace[name]["value"] for name in self.global_names}, jnp.asarray(log_q)
 
-        draws = jax.lax.map(one, jax.random.split(rng_key, math.prod(sample_shape)), batch_size=64)
+        keys = jax.random.split(rng_key, math.prod(sample_shape))
+        draws = jax.lax.map(one, keys, batch_size=min(64, len(keys)))
         return jax.tree.map(lambda x: x.reshape(*sample_shape, *x.shape[1:]), draws)
 
     def given_median(
@@ -253,6 +302,21 @@ def require_sites(reading: GuideReading, plan: GuidePlan) -> None:
             f"The guide has no sites {missing}, which are latent in the model; it has "
             f"{sorted(reading.sites)}. Declare them in the guide, by the same names."
         )
+
+
+def require_same_rows(reading: GuideReading, sites: ModelSites, plate: Plate) -> None:
+    """Raise ValueError if a guide of the whole has other rows than the data."""
+    for name, site in sites.sites.items():
+        known = reading.sites.get(name)
+        if known is None or plate.name not in site.plates or site.is_observed:
+            continue
+        shape = site.batch_shape + site.event_shape
+        if known.shape != shape:
+            raise ValueError(
+                f"The guide has site {name!r} with shape {known.shape}, and the model with {shape} "
+                f"for these data: the guide knows the rows of plate {plate.name!r} that it was "
+                "trained with. Pass those; an amortized guide takes any."
+            )
 
 
 def why_joint(reading: GuideReading, plan: GuidePlan) -> str:

@@ -15,9 +15,10 @@ from numpyro_vae.data.arrays import ArrayData
 from numpyro_vae.inference import quantities
 from numpyro_vae.inference.derived import derive_whole, derived_sites
 from numpyro_vae.inference.fingerprint import NAME, of_all
+from numpyro_vae.inference.marginal import redraw
 from numpyro_vae.inference.predictable import names_of, undrawn_sites, warn_of_undrawn
 from numpyro_vae.inference.rows import Rows
-from numpyro_vae.inference.runner import Runner
+from numpyro_vae.inference.runner import Quantity, Runner, choose_names
 from numpyro_vae.model.sites import ModelSites
 
 if TYPE_CHECKING:
@@ -44,6 +45,46 @@ def choose_groups(groups: Iterable[str] | None) -> tuple[str, ...]:
     return tuple(group for group in GROUPS if group in chosen)
 
 
+def make_datatree(
+    runner: Runner,
+    rng_key: Array,
+    data: Any,
+    num_samples: int,
+    num_particles: int,
+    marginal: bool,
+    groups: Iterable[str] | None,
+    var_names: Iterable[str] | None,
+    coords: Mapping[str, Any] | None,
+    globals_: dict[str, Any] | None = None,
+) -> DataTree:
+    """Return everything ArviZ reads of some rows; see `Posterior.to_datatree`.
+
+    Args:
+        runner: the trained guide.
+        rng_key: the random key.
+        data: the data.
+        num_samples: draws of each row.
+        num_particles: local draws for each log-likelihood, and those that one is resampled from.
+        marginal: whether predictions are of local latents from their prior.
+        groups: those wanted.
+        var_names: the latent sites that are wanted.
+        coords: coordinates by dimension.
+        globals_: as many draws of the global sites, given which the rows' latents are resampled by
+            importance; by default both are drawn from the guide.
+    """
+    rows = runner.read(data, of_prior=True)
+    sites, of_globals = runner.guide.sites, runner.guide.global_names
+    check_names(sites)
+    known = (*runner.local_names, *of_globals, *sites.deterministic)
+    names = choose_names(var_names, known)
+    options = {"marginal": marginal, "groups": choose_groups(groups), "given": globals_}
+    found, dims = gather(runner, rows, rng_key, num_samples, num_particles, **options)
+    if "posterior" in found:
+        latent = found["posterior"]
+        found["posterior"] = {name: latent[name] for name in names if name in latent}
+    return build_datatree(found, dims, rows, sites, coords or {})
+
+
 def gather(
     runner: Runner,
     rows: Rows,
@@ -53,8 +94,9 @@ def gather(
     *,
     marginal: bool,
     groups: tuple[str, ...],
+    given: dict[str, Any] | None = None,
 ) -> tuple[Groups, dict[str, list[str]]]:
-    """Return by ArviZ group all variables of some rows, and their dimensions.
+    """Return by ArviZ group all variables of some rows, and their dimensions; see `make_datatree`.
 
     Args:
         runner: the trained guide.
@@ -64,16 +106,19 @@ def gather(
         num_particles: local draws for each log-likelihood.
         marginal: whether predictions are of local latents from their prior.
         groups: those wanted.
+        given: draws of the global sites for which the rows' latents are resampled, if any.
     """
     guide, derived = runner.guide, derived_sites(runner, rows)
-    globals_ = runner.draw_globals(rng_key, rows, num_samples)
+    globals_ = runner.draw_globals(rng_key, rows, num_samples) if given is None else given
+    draw = quantities.draws if given is None else partial(redraw, particles=num_particles)
     run = partial(runner.per_draw, num_samples=num_samples)
     if rows.is_unobserved:
         groups = tuple(name for name in groups if name not in OF_OBSERVATIONS)
     observed = runner.per_batch(quantities.observed, rows)
     by_row = tuple(derived.by_row.items()) if "posterior" in groups else ()
     found: Groups = {"observed_data": observed}
-    found |= _draws(runner, rows, run, (rng_key, globals_), groups, by_row, marginal=marginal)
+    args = (draw, (rng_key, globals_), groups, by_row)
+    found |= _draws(runner, rows, run, *args, marginal=marginal)
     whole = {name: np.asarray(value) for name, value in globals_.items()}
     if "posterior" in groups:
         local = _local(runner, found["posterior"])
@@ -96,6 +141,7 @@ def _draws(
     runner: Runner,
     rows: Rows,
     run: Callable[..., Any],
+    draw: Quantity,
     given: tuple[Array, dict[str, Array]],
     groups: tuple[str, ...],
     by_row: quantities.Axes,
@@ -106,7 +152,7 @@ def _draws(
     drawn = tuple(name for name in groups if not (marginal and name == "posterior_predictive"))
     found: Groups = {}
     if set(drawn) & {"posterior", "posterior_predictive", "sample_stats"}:
-        draw = partial(run, quantities.draws, groups=drawn)
+        draw = partial(run, draw, groups=drawn)
         if rows.is_unobserved:
             draw = partial(run, quantities.imagine, **names_of(runner))
         found |= draw(rows, *given, derived=by_row, observed=True)

@@ -62,6 +62,12 @@ class EncodedBatch:
             encoding = guide.encode_batch(params, batch, static_kwargs)
         return cls(guide, params, batch, hold, args, {**kwargs, **static_kwargs}, encoding)
 
+    def of(self, batch: Batch) -> EncodedBatch:
+        """Encode other rows of the same data."""
+        _, given = batch.arguments()
+        static = {name: value for name, value in self.kwargs.items() if name not in given}
+        return EncodedBatch.encode(self.guide, self.params, batch, static)
+
     @property
     def indices(self) -> Array:
         """The numbers of the rows."""

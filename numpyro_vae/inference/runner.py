@@ -37,6 +37,7 @@ class Runner:
         params: its parameters and the model's, with the state of networks.
         static_kwargs: keyword arguments of the model that are the same in every call.
         batch_axes: the datum axis of each of the model's arguments.
+        num_data: how many rows the guide was trained on, if that is known.
     """
 
     def __init__(
@@ -45,9 +46,11 @@ class Runner:
         params: dict[str, Any],
         static_kwargs: dict[str, Any],
         batch_axes: Any,
+        num_data: int | None = None,
     ):
         self.guide, self.params = guide, params
         self.static_kwargs, self.batch_axes = static_kwargs, batch_axes
+        self.num_data = num_data
 
     @property
     def local_names(self) -> tuple[str, ...]:
@@ -87,13 +90,27 @@ class Runner:
             MemoryError: if the draws do not fit in memory.
             TypeError: if the key is none.
         """
+        return self._of_globals("sample_globals", rng_key, rows, num_samples)
+
+    def weigh_globals(
+        self, rng_key: Array, rows: Rows, num_samples: int
+    ) -> tuple[dict[str, Array], Array]:
+        """Draw the global sites, each draw with its log-density; see `AmortizedGuide.draw_globals`.
+
+        Raises:
+            NoDensityError: if the guide of a global site has no density.
+        """
+        return self._of_globals("draw_globals", rng_key, rows, num_samples)
+
+    def _of_globals(self, method: str, rng_key: Array, rows: Rows, num_samples: int) -> Any:
         require_key(rng_key)
         if num_samples < 1:
             raise ValueError(f"num_samples is {num_samples}, expected at least 1.")
         with HANDLERS:
             self.guide.set_up_globals(self.params, rows.args, rows.kwargs, rows.held)
-        draw = partial(_draw_globals, self.guide, self.static_kwargs, num_samples)
-        compiled = self._compiled((_draw_globals, num_samples), draw)
+        draw = getattr(self.guide, method)
+        fn = partial(_of_globals, draw, self.static_kwargs, num_samples)
+        compiled = self._compiled((method, num_samples), fn)
         key = jax.random.fold_in(rng_key, 2**32 - 1)  # of no row
         args = (self.params, rows.everything(), key)
         if self.guide.global_names:
@@ -275,16 +292,16 @@ class Runner:
         return compiled[key]
 
 
-def _draw_globals(
-    guide: AbstractGuide,
+def _of_globals(
+    draw: Callable[..., Any],
     static_kwargs: dict[str, Any],
     num_samples: int,
     params: dict[str, Any],
     batch: Batch,
     rng_key: Array,
-) -> dict[str, Array]:
+) -> Any:
     args, kwargs = batch.arguments()
-    return guide.sample_globals(rng_key, params, (num_samples,), args, {**kwargs, **static_kwargs})
+    return draw(rng_key, params, (num_samples,), args, {**kwargs, **static_kwargs})
 
 
 def _encode(

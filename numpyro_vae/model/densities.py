@@ -69,23 +69,50 @@ def _sum_by_row(sites: Iterable[dict], run: Run) -> Float[Array, "batch"]:
     """Add up the log-densities of sites for each datum."""
     total = jnp.zeros(run.plate.length)
     for site in sites:
-        dims = {frame.name: frame.dim for frame in site["cond_indep_stack"]}
-        if run.plate.name in dims:
-            total += _by_row(site, dims[run.plate.name])
-            continue
-        name = next((name for name in run.groups if name in dims), None)
-        if was_observed(site) and name is not None:
-            elements = _by_row(site, dims[name])
+        name, dim = _rows_of(site, run)
+        if name == run.plate.name:
+            total += _by_row(site, dim)
+        elif name is not None:
+            elements = _by_row(site, dim)
             total += Segments(elements, run.groups[name], run.plate.length).sum(elements)
     return total
 
 
-def _by_row(site: dict, dim: int) -> Float[Array, "rows"]:
-    """Return a site's log-density as the model scales it, summed over all but one dimension."""
+def density_outside(trace: dict[str, Any], run: Run) -> Float[Array, ""]:
+    """Return the log-density of all sites that belong to no datum, the global latents among them.
+
+    With `row_densities` of all data it adds up to the model's log joint density.
+
+    Args:
+        trace: of the model on all data, with values for all latent sites.
+        run: the run of the model that the guide has read.
+    """
+    sites = (site for site in trace.values() if site["type"] == "sample")
+    outside = [_scaled(site).sum() for site in sites if _rows_of(site, run)[0] is None]
+    return sum(outside, jnp.zeros(()))
+
+
+def _rows_of(site: dict, run: Run) -> tuple[str | None, int]:
+    """Return the plate with the data that a site belongs to and its dim; None if it has none."""
+    dims = {frame.name: frame.dim for frame in site["cond_indep_stack"]}
+    plates = (run.plate.name, *(run.groups if was_observed(site) else ()))
+    return next(((name, dims[name]) for name in plates if name in dims), (None, 0))
+
+
+def log_prob_of(site: dict) -> Array:
+    """Return the log-density of a site's value, with what its distribution keeps of the draw."""
+    return jnp.asarray(site["fn"].log_prob(site["value"], *filter(None, [site["intermediates"]])))
+
+
+def _scaled(site: dict) -> Array:
+    """Return a site's log-density as the model scales it."""
     log_prob, scale = site["fn"].log_prob(site["value"]), declared_scale(site)
-    if scale is not None:
-        log_prob = scale * log_prob
-    log_prob = jnp.moveaxis(log_prob, dim, 0)
+    return jnp.asarray(log_prob if scale is None else scale * log_prob)
+
+
+def _by_row(site: dict, dim: int) -> Float[Array, "rows"]:
+    """Return a site's log-density, summed over all but one dimension."""
+    log_prob = jnp.moveaxis(_scaled(site), dim, 0)
     return log_prob.reshape(log_prob.shape[0], -1).sum(-1)
 
 

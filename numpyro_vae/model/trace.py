@@ -171,15 +171,19 @@ def event_shape_of(msg: dict) -> tuple[int, ...]:
 
 def _check_latent(name: str, msg: dict, frames: tuple) -> None:
     """Raise if a latent site in a plate is a function of others, and not sampled at all."""
-    fn = msg["fn"]
-    while hasattr(fn, "base_dist") and not msg["is_observed"]:
-        fn = fn.base_dist
-    if isinstance(fn, dist.Delta) and frames and not msg["is_observed"]:
+    if frames and not msg["is_observed"] and is_point(msg["fn"]):
         raise ValueError(
             f"The latent site {name!r} in plate {frames[0].name!r} has a Delta distribution, so "
             "that no other value has a density. Declare what is a function of other sites with "
             f"numpyro.deterministic({name!r}, value)."
         )
+
+
+def is_point(fn: Any) -> bool:
+    """Return whether a distribution is of a single point."""
+    while hasattr(fn, "base_dist"):
+        fn = fn.base_dist
+    return isinstance(fn, dist.Delta)
 
 
 def _is_discrete(fn: Any) -> bool:

@@ -172,7 +172,7 @@ def _weighed(found: dict[str, np.ndarray], rng_key: Array, number: int) -> Attem
     ess = 1 / np.exp(2 * smoothed).sum(0)
     rng = np.random.default_rng(np.asarray(jax.random.key_data(rng_key)))
     weights = np.exp(smoothed).T.reshape(total * held, proposals)
-    chosen = _resample(weights, number, rng).reshape(total, held, number, 1)
+    chosen = resample(weights, number, rng).reshape(total, held, number, 1)
     said = {"khat": khat, "log_evidence": evidence.mean((1, 2)), "ess": ess}
     columns = measured(
         total,
@@ -199,7 +199,7 @@ def _finite(
     return log_weights, ~(infinite.any((1, 2)) | nowhere.any(1))
 
 
-def _resample(
+def resample(
     weights: Float[np.ndarray, "rows proposals"], num_samples: int, rng: np.random.Generator
 ) -> np.ndarray:
     """Return which proposals to keep, systematically, so that few are kept twice."""

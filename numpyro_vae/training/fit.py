@@ -57,6 +57,7 @@ class FitResult(NamedTuple):
         stop_reason: why training stopped.
         static_kwargs: the SVI's keyword arguments that are the same in every call.
         batch_axes: the datum axis of each argument, as it was given.
+        num_data: how many rows of data there were; None if the model took them whole.
     """
 
     params: dict[str, Any]
@@ -66,6 +67,7 @@ class FitResult(NamedTuple):
     stop_reason: StopReason = StopReason.EPOCHS_DONE
     static_kwargs: dict[str, Any] = {}  # noqa: RUF012 - never written to
     batch_axes: Any = 0
+    num_data: int | None = None
 
 
 def fit(
@@ -185,6 +187,7 @@ def fit(
         stop_reason=reason,
         static_kwargs=dict(svi.static_kwargs),
         batch_axes=batch_axes,
+        num_data=None if source.data.is_whole else num_data or source.data.num_data,
     )
 
 

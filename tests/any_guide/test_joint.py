@@ -1,0 +1,255 @@
+"""Guides that draw all rows at once, and models without latents of rows."""
+
+import warnings
+
+import arviz as az
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import optax
+import pytest
+from numpyro.infer import SVI, Predictive, Trace_ELBO, log_likelihood
+from numpyro.infer.autoguide import (
+    AutoBNAFNormal,
+    AutoDAIS,
+    AutoIAFNormal,
+    AutoLaplaceApproximation,
+    AutoLowRankMultivariateNormal,
+    AutoMultivariateNormal,
+    AutoNormal,
+    AutoSemiDAIS,
+)
+
+from numpyro_vae import Posterior
+from tests.models import NOISE, hierarchical_model
+
+KEY = jax.random.key(0)
+RNG = np.random.default_rng(0)
+DESIGN = RNG.normal(size=(80, 3)).astype(np.float32)
+Y = (DESIGN @ [1.0, 0.0, -1.0] + 0.5 * RNG.normal(size=80)).astype(np.float32)
+DATA = (DESIGN, Y)
+QUIET = {"progress_bar": False}
+
+
+def regression(design, y=None):
+    """Without a plate: the observed site has a batch."""
+    slope = numpyro.sample("slope", dist.Normal(0.0, 1.0).expand([3]).to_event(1))
+    numpyro.sample("y", dist.Normal(design @ slope, 0.5), obs=y)
+
+
+def in_a_plate(design, y=None):
+    slope = numpyro.sample("slope", dist.Normal(0.0, 1.0).expand([3]).to_event(1))
+    with numpyro.plate("data", len(design)):
+        numpyro.sample("y", dist.Normal(design @ slope, 0.5), obs=y)
+
+
+def elpd(tree):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of k-hats, of so few draws
+        return az.loo(tree).elpd
+
+
+def exact(design, y):
+    """The mean and the covariance of the slopes, and the log evidence."""
+    design, y = design.astype(float), y.astype(float)
+    covariance = np.linalg.inv(np.eye(3) + design.T @ design / 0.25)
+    marginal = 0.25 * np.eye(len(y)) + design @ design.T
+    evidence = dist.MultivariateNormal(jnp.zeros(len(y)), jnp.asarray(marginal)).log_prob(y)
+    return covariance @ design.T @ y / 0.25, covariance, float(evidence)
+
+
+def exact_posterior(model, **wrong):
+    loc, covariance, _ = exact(*DATA)
+    params = {"auto_loc": loc, "auto_scale_tril": np.linalg.cholesky(covariance)} | wrong
+    params = {name: jnp.asarray(value, jnp.float32) for name, value in params.items()}
+    return Posterior(AutoMultivariateNormal(model), params)
+
+
+@pytest.mark.parametrize("model", [regression, in_a_plate])
+class TestWithoutLatentsOfRows:
+    def test_the_exact_guide_passes_and_its_evidence_is_exact(self, model):
+        report = exact_posterior(model).check(KEY, DATA, **QUIET)
+        assert [finding.ok for finding in report.findings] == [True] * len(report.findings)
+        assert "globals" in str(report)
+
+    def test_the_tree_has_numpyros_own_log_likelihood(self, model):
+        posterior = exact_posterior(model)
+        tree = posterior.to_datatree(KEY, DATA, 50)
+        draws = {"slope": tree.posterior["slope"].values[0]}
+        expected = log_likelihood(model, draws, *DATA)["y"]
+        np.testing.assert_allclose(tree.log_likelihood["y"].values[0], expected, atol=1e-4)
+        dim = "data" if model is in_a_plate else "y_dim_0"
+        assert tree.log_likelihood["y"].dims == ("chain", "draw", dim)
+        assert set(tree.constant_data) == {"design"}
+        assert np.isfinite(elpd(tree))
+
+    def test_predictions(self, model):
+        predicted = exact_posterior(model).predict(KEY, DATA, 4000)["y"]
+        loc, *_ = exact(*DATA)
+        np.testing.assert_allclose(predicted.mean(0), DESIGN @ loc, atol=0.05)
+        others = exact_posterior(model).predict(KEY, (DESIGN[:5], np.zeros(5, np.float32)), 4000)
+        np.testing.assert_allclose(others["y"].mean(0), DESIGN[:5] @ loc, atol=0.05)
+
+    def test_a_guide_that_is_too_narrow_is_flagged_and_repaired(self, model):
+        loc, covariance, _ = exact(*DATA)
+        wrong = exact_posterior(model, auto_scale_tril=0.4 * np.linalg.cholesky(covariance))
+        report = wrong.check(KEY, DATA, **QUIET)
+        assert not all(finding.ok for finding in report.findings)
+        repaired = wrong.repair_globals(KEY, DATA, num_samples=2000)
+        draws = repaired.draws["slope"]
+        sd = np.sqrt(np.diag(covariance))
+        np.testing.assert_allclose((draws.mean(0) - loc) / sd, 0, atol=0.1)
+        np.testing.assert_allclose(draws.std(0) / sd, 1, rtol=0.08)
+
+    def test_what_is_of_rows_is_refused_with_the_reason(self, model):
+        posterior = exact_posterior(model)
+        for call in (
+            lambda: posterior.check(KEY, DATA, "importance", **QUIET),
+            lambda: posterior.log_weights(KEY, DATA, 3),
+            lambda: posterior.repair(KEY, DATA, [0]),
+        ):
+            with pytest.raises(ValueError, match="no latent sites in a plate"):
+                call()
+
+
+def test_a_mean_field_guide_of_correlated_slopes():
+    design = RNG.normal(size=(80, 1)) + 0.3 * RNG.normal(size=(80, 3))
+    data = (design.astype(np.float32), Y)
+    guide = AutoNormal(regression)
+    svi = SVI(regression, guide, optax.adam(1e-2), Trace_ELBO(8))
+    result = svi.run(KEY, 2000, *data, progress_bar=False)
+    posterior = Posterior(guide, result)
+    assert not all(f.ok for f in posterior.check(KEY, data, **QUIET).findings)
+    loc, covariance, _ = exact(*data)
+    draws = posterior.repair_globals(KEY, data, num_samples=2000).draws["slope"]
+    sd = np.sqrt(np.diag(covariance))
+    np.testing.assert_allclose((draws.mean(0) - loc) / sd, 0, atol=0.1)
+    np.testing.assert_allclose(draws.std(0) / sd, 1, rtol=0.08)
+
+
+X = RNG.normal(1.0, 1.2, 15).astype(np.float32)
+
+
+def exact_rows():
+    """The posterior of ``hierarchical_model``: of ``mu``, then of each row's ``z``."""
+    number = len(X)
+    precision = np.eye(1 + number) * (1 + 1 / NOISE**2)
+    precision[0, 0] = 1 + number
+    precision[0, 1:] = precision[1:, 0] = -1
+    covariance = np.linalg.inv(precision)
+    return covariance @ np.concatenate([[0.0], X / NOISE**2]), covariance
+
+
+class TestRowsDrawnJointly:
+    @pytest.fixture(scope="class")
+    @classmethod
+    def posterior(cls):
+        loc, covariance = exact_rows()
+        params = {"auto_loc": loc, "auto_scale_tril": np.linalg.cholesky(covariance)}
+        params = {name: jnp.asarray(value, jnp.float32) for name, value in params.items()}
+        return Posterior(AutoMultivariateNormal(hierarchical_model), params)
+
+    def test_draws_and_predictions(self, posterior):
+        draws, (loc, covariance) = posterior.sample(KEY, X, 4000), exact_rows()
+        np.testing.assert_allclose(draws["z"].mean(0), loc[1:], atol=0.05)
+        np.testing.assert_allclose(draws["z"].std(0), np.sqrt(np.diag(covariance))[1:], rtol=0.06)
+        correlation = np.corrcoef(draws["mu"], draws["z"][:, 0])[0, 1]
+        expected = covariance[0, 1] / np.sqrt(covariance[0, 0] * covariance[1, 1])
+        np.testing.assert_allclose(correlation, expected, atol=0.06)
+        assert posterior.predict(KEY, X, 5)["x"].shape == (5, 15)
+
+    def test_the_whole_passes_its_check(self, posterior):
+        report = posterior.check(KEY, X, **QUIET)
+        assert all(finding.ok for finding in report.findings)
+
+    def test_the_log_likelihood_is_given_the_rows_latents(self, posterior):
+        tree = posterior.to_datatree(KEY, X, 20)
+        z = tree.posterior["z"].values[0]
+        expected = dist.Normal(z, NOISE).log_prob(X)
+        np.testing.assert_allclose(tree.log_likelihood["x"].values[0], expected, atol=1e-4)
+        assert "sample_stats" not in tree
+
+    def test_other_rows_are_refused(self, posterior):
+        for other in (X[:9], np.concatenate([X, X])):
+            with pytest.raises(ValueError, match="rows"):
+                posterior.sample(KEY, other, 2)
+
+    def test_rows_have_no_posteriors_of_their_own(self, posterior):
+        with pytest.raises(ValueError, match=r"jointly for all rows, from \['_auto_latent'\]"):
+            posterior.check(KEY, X, "importance", **QUIET)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        AutoLaplaceApproximation,
+        AutoLowRankMultivariateNormal,
+        AutoIAFNormal,
+        AutoBNAFNormal,
+        AutoDAIS,
+        AutoSemiDAIS,
+    ],
+)
+def test_every_guide_of_the_whole(make):
+    options = [hierarchical_model]
+    if make is AutoSemiDAIS:
+
+        def local_model(mu):
+            with numpyro.plate("data", len(X)):
+                z = numpyro.sample("z", dist.Normal(mu, 1.0))
+                numpyro.sample("x", dist.Normal(z, NOISE), obs=X)
+
+        def global_model(x):
+            return numpyro.sample("mu", dist.Normal(0.0, 1.0))
+
+        def model(x):
+            local_model(global_model(x))
+
+        guide = AutoSemiDAIS(model, local_model, AutoNormal(global_model))
+        options = [model]
+    else:
+        guide = make(hierarchical_model)
+    svi = SVI(options[0], guide, optax.adam(2e-2), Trace_ELBO())
+    posterior = Posterior(guide, svi.run(KEY, 1500, X, progress_bar=False))
+    draws, (loc, covariance) = posterior.sample(KEY, X, 1000), exact_rows()
+    np.testing.assert_allclose(draws["mu"].mean(), loc[0], atol=2 * covariance[0, 0] ** 0.5)
+    np.testing.assert_allclose(draws["z"].mean(0), loc[1:], atol=0.7)
+    tree = posterior.to_datatree(KEY, X, 100)
+    assert np.isfinite(elpd(tree))
+    assert posterior.check(KEY, X, "globals", **QUIET).dataset["globals_khat"].notnull().all()
+
+
+def test_a_guide_that_turns_the_model_around():
+    """The mean given the rows' latents: it can only be had as a whole."""
+
+    def guide(x):
+        with numpyro.plate("data", len(x)):
+            z = numpyro.sample("z", dist.Normal(0.8 * x, 0.45))
+        number = len(x)
+        numpyro.sample("mu", dist.Normal(z.sum() / (1 + number), (1 + number) ** -0.5))
+
+    posterior = Posterior(guide, {}, model=hierarchical_model)
+    assert posterior.sample(KEY, X, 10)["z"].shape == (10, 15)
+    with pytest.raises(ValueError, match=r"global sites \['mu'\] given the local ones"):
+        posterior.log_weights(KEY, X, 3)
+    report = posterior.check(KEY, X, **QUIET)
+    assert report.dataset["globals_khat"].notnull()
+
+
+def test_numpyros_predictive_draws_the_same_from_the_same_distribution():
+    posterior = exact_posterior(in_a_plate)
+    theirs = Predictive(in_a_plate, posterior.sample(KEY, DATA, 4000))(KEY, DESIGN)["y"]
+    ours = posterior.predict(KEY, DATA, 4000)["y"]
+    np.testing.assert_allclose(ours.mean(0), theirs.mean(0), atol=0.05)
+    np.testing.assert_allclose(ours.std(0), theirs.std(0), rtol=0.06)
+
+
+def test_nothing_to_tell_apart():
+    def model(y):
+        loc = numpyro.sample("loc", dist.Normal(0.0, 1.0))
+        numpyro.sample("y", dist.Normal(loc, 1.0), obs=y)
+
+    with pytest.raises(ValueError, match=r"Put numpyro\.plate around the observed site"):
+        Posterior(AutoNormal(model), {}, batch_axes=None).sample(KEY, jnp.array(1.0), 2)
