@@ -267,7 +267,7 @@ class AbstractGuide(ABC):
     def known(self) -> GuidePlan:
         """The plan of a guide that has read its model."""
         if self.plan is None:
-            raise ValueError("The guide has not read its model yet: call it with data.")
+            raise AttributeError("The guide has not read its model yet: call it with data.")
         return self.plan
 
     @property

@@ -86,7 +86,8 @@ def topics(counts, size=None):
         theta = numpyro.sample("theta", dist.Dirichlet(jnp.full(3, 0.5)))
         logits = jnp.log(theta @ jax.nn.softmax(words) + 1e-9)
         total = jnp.full(batch.shape[:1], 20)
-        numpyro.sample("counts", dist.Multinomial(total, logits=logits), obs=batch)
+        fn = dist.Multinomial(total, logits=logits, total_count_max=20)
+        numpyro.sample("counts", fn, obs=batch)
 
 
 def topics_guide(counts, size=None):
