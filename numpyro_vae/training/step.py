@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -219,7 +219,8 @@ class Trainer:
     def _guarded_step(self, transforms: dict[str, Any], state: SVIState, batch: Batch) -> Step:
         new, loss = self._step_compiled(transforms, state, batch)
         ok = jnp.isfinite(loss) & stays_finite(state, new)
-        kept = jax.tree.map(lambda new, old: jnp.where(ok, new, old), new, state)
+        # Copies, which unlike a `jnp.where` for each array need not be compiled.
+        kept = jax.lax.cond(ok, lambda new, _: new, lambda _, old: old, new, state)
         return kept._replace(rng_key=new.rng_key), jnp.where(ok, loss, jnp.nan)
 
     def _scan(self, transforms: dict[str, Any], state: SVIState, batch: Batch, order: Array) -> Any:
@@ -342,7 +343,7 @@ def _is_jaxpr(x: Any) -> bool:
 
 def all_finite(tree: Any) -> Bool[Array, ""]:
     """Return whether every floating-point value of a pytree is finite."""
-    return jnp.array([jnp.isfinite(leaf).all() for leaf in _floats(tree)]).all()
+    return _all(jnp.isfinite(leaf) for leaf in _floats(tree))
 
 
 def stays_finite(old: Any, new: Any) -> Bool[Array, ""]:
@@ -352,8 +353,12 @@ def stays_finite(old: Any, new: Any) -> Bool[Array, ""]:
     loss, as the best so far.
     """
     pairs = zip(_floats(old), _floats(new), strict=True)
-    found = [(jnp.isfinite(after) | ~jnp.isfinite(before)).all() for before, after in pairs]
-    return jnp.array(found).all()
+    return _all(jnp.isfinite(after) | ~jnp.isfinite(before) for before, after in pairs)
+
+
+def _all(found: Iterable[Bool[Array, "..."]]) -> Bool[Array, ""]:
+    """Return whether all values are true, by one reduction, as each takes time to compile."""
+    return jnp.concatenate([jnp.ones(1, bool), *map(jnp.ravel, found)]).all()
 
 
 def _floats(tree: Any) -> list[Any]:
