@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -70,6 +70,7 @@ class Trainer:
         self._step_compiled = jax.jit(partial(self._step))
         self._guarded_compiled = jax.jit(partial(self._guarded_step))
         self._scan_compiled = jax.jit(partial(self._scan))
+        self._scan_batches_compiled = jax.jit(partial(self._scan_batches))
         self._evaluate_compiled = jax.jit(partial(self._evaluate))
 
     def serves(self, svi: SVI, freeze: Freeze) -> bool:
@@ -177,20 +178,42 @@ class Trainer:
         """
         return self._scan_compiled(self.transforms, state, batch, order)
 
-    def draw(self, plan: Simulation, state: SVIState, rng_key: Array, batch: Batch) -> Batch:
-        """Return the batch with rows simulated from the model as it is in a state, compiled."""
-        return self._draw_compiled(plan, self.transforms, state, rng_key, batch)
+    def scan_batches(
+        self, state: SVIState, table: Batch, order: Int[Array, "num_steps"]
+    ) -> tuple[SVIState, Float[Array, "num_steps"], Bool[Array, ""]]:
+        """Take a step on each batch of a table, as `draw` returns it; else as `scan` does."""
+        return self._scan_batches_compiled(self.transforms, state, table, order)
+
+    def draw(
+        self,
+        plan: Simulation,
+        state: SVIState,
+        rng_keys: Array,
+        batch: Batch,
+        order: Int[Array, "num_steps batch"],
+    ) -> Batch:
+        """Return a table of batches simulated from the model as it is in a state, compiled.
+
+        It is a batch with one more axis in front of all its arrays. Each has a key of its own, and
+        the covariates of the rows that the order names.
+        """
+        return self._draw_compiled(plan, self.transforms, state, rng_keys, batch, order)
 
     def _draw(
         self,
         plan: Simulation,
         transforms: dict[str, Any],
         state: SVIState,
-        rng_key: Array,
+        rng_keys: Array,
         batch: Batch,
+        order: Array,
     ) -> Batch:
-        svi = self._bind(batch, transforms)
-        return draw_batch(svi, _params(svi, state), rng_key, batch, plan)
+        def one(key_and_rows: tuple[Array, Array]) -> Batch:
+            rng_key, like = key_and_rows[0], batch.at(key_and_rows[1])
+            svi = self._bind(like, transforms)
+            return draw_batch(svi, _params(svi, state), rng_key, like, plan)
+
+        return jax.lax.map(one, (rng_keys, order))
 
     def _step(self, transforms: dict[str, Any], state: SVIState, batch: Batch) -> Step:
         args, kwargs = batch.arguments()
@@ -224,8 +247,22 @@ class Trainer:
         return kept._replace(rng_key=new.rng_key), jnp.where(ok, loss, jnp.nan)
 
     def _scan(self, transforms: dict[str, Any], state: SVIState, batch: Batch, order: Array) -> Any:
-        def step(state: SVIState, rows: Array) -> Step:
-            return self._step_compiled(transforms, state, batch.at(rows))
+        return self._scan_over(transforms, state, batch.at, order)
+
+    def _scan_batches(
+        self, transforms: dict[str, Any], state: SVIState, table: Batch, order: Array
+    ) -> Any:
+        return self._scan_over(transforms, state, partial(batch_of, table), order)
+
+    def _scan_over(
+        self,
+        transforms: dict[str, Any],
+        state: SVIState,
+        batch: Callable[[Array], Batch],
+        order: Array,
+    ) -> Any:
+        def step(state: SVIState, which: Array) -> Step:
+            return self._step_compiled(transforms, state, batch(which))
 
         new, losses = jax.lax.scan(step, state, order)
         return new, losses, jnp.isfinite(losses).all() & stays_finite(state, new)
@@ -278,6 +315,11 @@ class Trainer:
                     if not _is_finite(site):
                         return f"site {name!r} of the {of}"
         return "the gradient"
+
+
+def batch_of(table: Batch, number: Any) -> Batch:
+    """Return one of the batches of a table, as `Trainer.draw` returns it."""
+    return jax.tree.map(lambda array: array[number], table)
 
 
 def _params(svi: SVI, state: SVIState) -> dict[str, Any]:
