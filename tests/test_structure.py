@@ -56,6 +56,7 @@ ORDER = {
     ),
     "guides": ("blocks", "network", "encoding", "local_sites", "global_sites", "base", "auto"),
     "training": (
+        "finite",
         "freezing",
         "simulating",
         "step",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -35,6 +35,7 @@ from numpyro_vae.numpyro_internals import (
     with_param_transforms,
 )
 from numpyro_vae.objectives.base import AbstractObjective
+from numpyro_vae.training.finite import all_finite, stays_finite
 from numpyro_vae.training.freezing import Freeze, frozen_names, keep, parts_of
 from numpyro_vae.training.simulating import Simulation, draw_batch
 
@@ -381,28 +382,3 @@ def _primitives(jaxpr: Any) -> set[str]:
 
 def _is_jaxpr(x: Any) -> bool:
     return isinstance(x, Jaxpr | ClosedJaxpr)
-
-
-def all_finite(tree: Any) -> Bool[Array, ""]:
-    """Return whether every floating-point value of a pytree is finite."""
-    return _all(jnp.isfinite(leaf) for leaf in _floats(tree))
-
-
-def stays_finite(old: Any, new: Any) -> Bool[Array, ""]:
-    """Return whether what was finite in a pytree still is, in another of the same structure.
-
-    Of an optimizer's state not all is: `optax.contrib.reduce_on_plateau` begins with an infinite
-    loss, as the best so far.
-    """
-    pairs = zip(_floats(old), _floats(new), strict=True)
-    return _all(jnp.isfinite(after) | ~jnp.isfinite(before) for before, after in pairs)
-
-
-def _all(found: Iterable[Bool[Array, "..."]]) -> Bool[Array, ""]:
-    """Return whether all values are true, by one reduction, as each takes time to compile."""
-    return jnp.concatenate([jnp.ones(1, bool), *map(jnp.ravel, found)]).all()
-
-
-def _floats(tree: Any) -> list[Any]:
-    leaves = jax.tree.leaves(tree)
-    return [leaf for leaf in leaves if jnp.issubdtype(jnp.result_type(leaf), jnp.floating)]
