@@ -16,7 +16,8 @@ TEST_ARGS ?=
 BENCH_ARGS ?=
 REFEREE_ARGS ?=
 # Most of a test is compiling, which uses one core; a file's tests share what they have trained.
-WORKERS ?= -n 2 --dist loadfile
+# In their order, which begins with the long ones; by number of tests, long ones would be the last.
+WORKERS ?= -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: help demo test referee lint format bench bench-smoke docs test-lowest clean
 .DELETE_ON_ERROR:

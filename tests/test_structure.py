@@ -74,6 +74,7 @@ ORDER = {
         "traced",
     ),
     "training": (
+        "finite",
         "freezing",
         "simulating",
         "step",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +20,7 @@ from numpyro_vae.objectives import ForwardKL
 from numpyro_vae.training.guarded import guarded_steps
 from numpyro_vae.training.simulating import Simulation
 from numpyro_vae.training.sources import Source
-from numpyro_vae.training.step import Trainer
+from numpyro_vae.training.step import Trainer, batch_of
 
 __all__ = ["Simulations"]
 
@@ -104,7 +103,8 @@ class SimulationSource:
         self.size = len(batch.indices)
         self.num_steps = -(-simulations.num_data // self.size)
         self.plan = self._plan(batch)
-        self._table: list[Batch] = []
+        self._table: Batch | None = None
+        self._take = jax.jit(batch_of)
 
     def require_frozen(self) -> None:
         """Raise if an ELBO would be maximized of data that were drawn with what it trains.
@@ -173,20 +173,27 @@ class SimulationSource:
         return self.like.batches(data)
 
     def run(self, state: SVIState, rng_key: Array, epoch: int) -> tuple[SVIState, np.ndarray]:
-        """Run an epoch on the table of simulated batches, in an order of its own."""
-        every, (table_key, order_key) = self.simulations.redraw_every, jax.random.split(rng_key)
-        if not self._table or (every is not None and epoch % every == 0):
-            self._table = list(self._draw(state, jax.random.fold_in(table_key, epoch)))
-        order = jax.random.permutation(jax.random.fold_in(order_key, epoch), self.num_steps)
-        batches = (self._table[step] for step in np.asarray(order))
-        return guarded_steps(self.trainer, state, batches, epoch)
+        """Run an epoch on the table of simulated batches, in an order of its own.
 
-    def _draw(self, state: SVIState, rng_key: Array) -> Iterator[Batch]:
-        """Yield the simulated batches of an epoch, from the model as it is in a state."""
+        As with arrays in memory it is a scan, and where a step is not finite each step is guarded.
+        """
+        every, (table_key, order_key) = self.simulations.redraw_every, jax.random.split(rng_key)
+        if self._table is None or (every is not None and epoch % every == 0):
+            self._table = self._draw(state, jax.random.fold_in(table_key, epoch))
+        table, trainer = self._table, self.trainer
+        order = jax.random.permutation(jax.random.fold_in(order_key, epoch), self.num_steps)
+        if not trainer.is_slow_in_scan(state, self._take(table, 0)):
+            new_state, losses, ok = trainer.scan_batches(state, table, order)
+            if ok:
+                return new_state, np.asarray(losses)
+        batches = (self._take(table, number) for number in order)
+        return guarded_steps(trainer, state, batches, epoch)
+
+    def _draw(self, state: SVIState, rng_key: Array) -> Batch:
+        """Return the simulated batches of an epoch, from the model as it is in a state."""
         rows_key, draw_key = jax.random.split(rng_key)
         keys = jax.random.split(draw_key, self.num_steps)
-        for key, rows in zip(keys, self._order(rows_key), strict=True):
-            yield self.trainer.draw(self.plan, state, key, self.first().at(rows))
+        return self.trainer.draw(self.plan, state, keys, self.first(), self._order(rows_key))
 
     def _order(self, rng_key: Array) -> Array:
         """Return the rows of each batch whose covariates are taken."""

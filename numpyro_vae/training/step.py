@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -35,6 +35,7 @@ from numpyro_vae.numpyro_internals import (
     with_param_transforms,
 )
 from numpyro_vae.objectives.base import AbstractObjective
+from numpyro_vae.training.finite import all_finite, stays_finite
 from numpyro_vae.training.freezing import Freeze, frozen_names, keep, parts_of
 from numpyro_vae.training.simulating import Simulation, draw_batch
 
@@ -70,6 +71,7 @@ class Trainer:
         self._step_compiled = jax.jit(partial(self._step))
         self._guarded_compiled = jax.jit(partial(self._guarded_step))
         self._scan_compiled = jax.jit(partial(self._scan))
+        self._scan_batches_compiled = jax.jit(partial(self._scan_batches))
         self._evaluate_compiled = jax.jit(partial(self._evaluate))
 
     def serves(self, svi: SVI, freeze: Freeze) -> bool:
@@ -177,20 +179,42 @@ class Trainer:
         """
         return self._scan_compiled(self.transforms, state, batch, order)
 
-    def draw(self, plan: Simulation, state: SVIState, rng_key: Array, batch: Batch) -> Batch:
-        """Return the batch with rows simulated from the model as it is in a state, compiled."""
-        return self._draw_compiled(plan, self.transforms, state, rng_key, batch)
+    def scan_batches(
+        self, state: SVIState, table: Batch, order: Int[Array, "num_steps"]
+    ) -> tuple[SVIState, Float[Array, "num_steps"], Bool[Array, ""]]:
+        """Take a step on each batch of a table, as `draw` returns it; else as `scan` does."""
+        return self._scan_batches_compiled(self.transforms, state, table, order)
+
+    def draw(
+        self,
+        plan: Simulation,
+        state: SVIState,
+        rng_keys: Array,
+        batch: Batch,
+        order: Int[Array, "num_steps batch"],
+    ) -> Batch:
+        """Return a table of batches simulated from the model as it is in a state, compiled.
+
+        It is a batch with one more axis in front of all its arrays. Each has a key of its own, and
+        the covariates of the rows that the order names.
+        """
+        return self._draw_compiled(plan, self.transforms, state, rng_keys, batch, order)
 
     def _draw(
         self,
         plan: Simulation,
         transforms: dict[str, Any],
         state: SVIState,
-        rng_key: Array,
+        rng_keys: Array,
         batch: Batch,
+        order: Array,
     ) -> Batch:
-        svi = self._bind(batch, transforms)
-        return draw_batch(svi, _params(svi, state), rng_key, batch, plan)
+        def one(key_and_rows: tuple[Array, Array]) -> Batch:
+            rng_key, like = key_and_rows[0], batch.at(key_and_rows[1])
+            svi = self._bind(like, transforms)
+            return draw_batch(svi, _params(svi, state), rng_key, like, plan)
+
+        return jax.lax.map(one, (rng_keys, order))
 
     def _step(self, transforms: dict[str, Any], state: SVIState, batch: Batch) -> Step:
         args, kwargs = batch.arguments()
@@ -219,12 +243,27 @@ class Trainer:
     def _guarded_step(self, transforms: dict[str, Any], state: SVIState, batch: Batch) -> Step:
         new, loss = self._step_compiled(transforms, state, batch)
         ok = jnp.isfinite(loss) & stays_finite(state, new)
-        kept = jax.tree.map(lambda new, old: jnp.where(ok, new, old), new, state)
+        # Copies, which unlike a `jnp.where` for each array need not be compiled.
+        kept = jax.lax.cond(ok, lambda new, _: new, lambda _, old: old, new, state)
         return kept._replace(rng_key=new.rng_key), jnp.where(ok, loss, jnp.nan)
 
     def _scan(self, transforms: dict[str, Any], state: SVIState, batch: Batch, order: Array) -> Any:
-        def step(state: SVIState, rows: Array) -> Step:
-            return self._step_compiled(transforms, state, batch.at(rows))
+        return self._scan_over(transforms, state, batch.at, order)
+
+    def _scan_batches(
+        self, transforms: dict[str, Any], state: SVIState, table: Batch, order: Array
+    ) -> Any:
+        return self._scan_over(transforms, state, partial(batch_of, table), order)
+
+    def _scan_over(
+        self,
+        transforms: dict[str, Any],
+        state: SVIState,
+        batch: Callable[[Array], Batch],
+        order: Array,
+    ) -> Any:
+        def step(state: SVIState, which: Array) -> Step:
+            return self._step_compiled(transforms, state, batch(which))
 
         new, losses = jax.lax.scan(step, state, order)
         return new, losses, jnp.isfinite(losses).all() & stays_finite(state, new)
@@ -277,6 +316,11 @@ class Trainer:
                     if not _is_finite(site):
                         return f"site {name!r} of the {of}"
         return "the gradient"
+
+
+def batch_of(table: Batch, number: Any) -> Batch:
+    """Return one of the batches of a table, as `Trainer.draw` returns it."""
+    return jax.tree.map(lambda array: array[number], table)
 
 
 def _params(svi: SVI, state: SVIState) -> dict[str, Any]:
@@ -338,24 +382,3 @@ def _primitives(jaxpr: Any) -> set[str]:
 
 def _is_jaxpr(x: Any) -> bool:
     return isinstance(x, Jaxpr | ClosedJaxpr)
-
-
-def all_finite(tree: Any) -> Bool[Array, ""]:
-    """Return whether every floating-point value of a pytree is finite."""
-    return jnp.array([jnp.isfinite(leaf).all() for leaf in _floats(tree)]).all()
-
-
-def stays_finite(old: Any, new: Any) -> Bool[Array, ""]:
-    """Return whether what was finite in a pytree still is, in another of the same structure.
-
-    Of an optimizer's state not all is: `optax.contrib.reduce_on_plateau` begins with an infinite
-    loss, as the best so far.
-    """
-    pairs = zip(_floats(old), _floats(new), strict=True)
-    found = [(jnp.isfinite(after) | ~jnp.isfinite(before)).all() for before, after in pairs]
-    return jnp.array(found).all()
-
-
-def _floats(tree: Any) -> list[Any]:
-    leaves = jax.tree.leaves(tree)
-    return [leaf for leaf in leaves if jnp.issubdtype(jnp.result_type(leaf), jnp.floating)]

@@ -15,7 +15,7 @@ from numpyro.infer.autoguide import AutoMultivariateNormal
 
 from numpyro_vae import MLP, AutoAmortizedNormal
 
-NUM_PEOPLE, NUM_ITEMS, NUM_STEPS = 300, 10, 1500
+NUM_PEOPLE, NUM_ITEMS, NUM_STEPS = 150, 6, 1000
 ITEMS = ("intercept", "discrimination")
 
 
@@ -97,7 +97,7 @@ def test_more_of_the_dependence_gives_more_of_the_spread(plain, truth):
     """Abilities given the items, and items that vary together: what particles do not mend."""
     together = {"condition_on": ITEMS, "global_guide": AutoMultivariateNormal}
     joint = trained(4, **together)
-    particles = trained(16)
+    particles = trained(8)
     for name in ITEMS:
         ratios = [errors(found, truth, name)[1].mean() for found in (plain, particles, joint)]
         assert abs(ratios[1] - ratios[0]) < 0.05

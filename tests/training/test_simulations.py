@@ -27,7 +27,7 @@ from numpyro_vae import (
 )
 from numpyro_vae.training.simulations import SimulationSource
 from numpyro_vae.training.sources import ArraySource
-from numpyro_vae.training.step import trainer_of
+from numpyro_vae.training.step import batch_of, trainer_of
 
 KEY = jax.random.key(0)
 RNG = np.random.default_rng(0)
@@ -90,7 +90,9 @@ def test_the_loss_is_the_guides_density_of_the_simulated_latents(guide):
     trainer = trainer_of(svi)
     data = trainer.read(X[:8, 0], 0)
     plan = SimulationSource(trainer, ArraySource(trainer, data, 8, None), source).plan
-    made = trainer.draw(plan, result.state, KEY, ArraySource(trainer, data, 8, None).first())
+    batch, keys = ArraySource(trainer, data, 8, None).first(), KEY[None]
+    table = trainer.draw(plan, result.state, keys, batch, batch.indices[None])
+    made = batch_of(table, 0)
     _, loss = trainer.step(result.state, made)
     encoding = svi.guide.encode(result.params, made.arrays[0])
     packed = encoding.pack(made.latents.drawn)
