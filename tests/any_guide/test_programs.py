@@ -26,9 +26,7 @@ def assert_same_bound(posterior, svi, result, *data, num_data):
     many = SVI(svi.model, svi.guide, svi.optim, Trace_ELBO(num_particles=500))
     many.init(KEY, *data)
     loss = float(many.evaluate(result.state, *data))
-    error = (
-        np.sqrt((report.dataset["elbo_mcse"].values ** 2).sum()) * 3
-    )  # with that of NumPyro's 500 draws
+    error = 3 * np.sqrt((report.dataset["elbo_mcse"].values ** 2).sum())  # NumPyro has 500 draws
     np.testing.assert_allclose(mine, -loss, atol=5 * error)
     assert len(report.dataset["elbo"]) == num_data
 
