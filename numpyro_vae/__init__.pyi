@@ -35,6 +35,7 @@ from .scales.parameterization import (
     Scale,
     Softplus,
 )
+from .training.checkpoints import Checkpoints
 from .training.fit import FitResult, fit
 from .training.simulations import Simulations
 
@@ -50,6 +51,7 @@ __all__ = [
     "AutoAmortizedMultivariateNormal",
     "AutoAmortizedNormal",
     "Calibration",
+    "Checkpoints",
     "Collapse",
     "Conv",
     "ConvNet",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -164,6 +165,11 @@ class SimulationSource:
                 )
             yield name, tuple(number for number, _ in found)
 
+    def shapes(self, state: SVIState) -> Batch:
+        """Return a simulated batch, shapes for arrays."""
+        draw = partial(self.trainer.draw, self.plan)
+        return jax.eval_shape(draw, state, jax.random.key(0), self.first())
+
     def first(self) -> Batch:
         """Return a batch of the data to initialize with."""
         return self.like.first()
@@ -175,8 +181,9 @@ class SimulationSource:
     def run(self, state: SVIState, rng_key: Array, epoch: int) -> tuple[SVIState, np.ndarray]:
         """Run an epoch on the table of simulated batches, in an order of its own."""
         every, (table_key, order_key) = self.simulations.redraw_every, jax.random.split(rng_key)
-        if not self._table or (every is not None and epoch % every == 0):
-            self._table = list(self._draw(state, jax.random.fold_in(table_key, epoch)))
+        drawn = 0 if every is None else epoch - epoch % every
+        if not self._table or drawn == epoch:  # also where training goes on from a checkpoint
+            self._table = list(self._draw(state, jax.random.fold_in(table_key, drawn)))
         order = jax.random.permutation(jax.random.fold_in(order_key, epoch), self.num_steps)
         batches = (self._table[step] for step in np.asarray(order))
         return guarded_steps(self.trainer, state, batches, epoch)
