@@ -120,7 +120,7 @@ class CheckpointFolder:
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"{self.path} is a file. Pass a folder for checkpoints.")
         found = sorted(self.path.iterdir()) if self.path.is_dir() else []
-        others = [x.name for x in found if not (x.name.isdigit() or x.match(UNFINISHED))]
+        others = [x.name for x in found if not (_is_checkpoint(x) or x.match(UNFINISHED))]
         if others:
             raise ValueError(
                 f"{self.path} has other files than checkpoints: {others[:3]}. Pass a folder of "
@@ -237,6 +237,11 @@ class CheckpointFolder:
             self._write()
             self._attempt(self.manager.wait_until_finished)
         self.manager.close()
+
+
+def _is_checkpoint(path: Path) -> bool:
+    """Return whether Orbax has written a folder, whole or not by now."""
+    return path.name.isdigit() and (path / "fit").is_dir() and (path / "arrays").is_dir()
 
 
 def _arrays(progress: Progress) -> dict[str, np.ndarray]:

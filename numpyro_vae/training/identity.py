@@ -41,7 +41,7 @@ def identify(
         "batch_size": len(batch.indices),
         "num_data": batch.num_data,
         "plate": batch.plate,
-        "freeze": trainer.freeze,
+        "freeze": sorted(trainer.frozen),
         **options,
     }
     if isinstance(source, SimulationSource):
@@ -49,11 +49,13 @@ def identify(
         like = source.shapes(state)
     params = jax.tree.leaves_with_path(jax.eval_shape(trainer.params, state))
     shapes = {jax.tree_util.keystr(path): f"{x.dtype}{list(x.shape)}" for path, x in params}
+    form = [f"{leaf.dtype}{leaf.shape}" for leaf in jax.tree.leaves(state)]
     data = (source.data.arrays, source.data.layout.static, source.data.layout.axes)
     return {
         **{f"the shape of parameter {name}": shape for name, shape in shapes.items()},
         **{name: repr(value) for name, value in known.items()},
         **{f"the fingerprint of {name}": digest(x) for name, x in {"data": data, **start}.items()},
+        "the form of the optimizer's state": digest(form),
         STEP: _digest_of_step(trainer.jaxpr_of_step(state, like)),
     }
 

@@ -251,7 +251,7 @@ def test_a_full_disk(tmp_path):
         ({"validation": X[79:]}, "the fingerprint of validation was"),
         ({"batch_size": 16}, "batch_size was 32, and now is 16"),
         ({"patience": 24}, "patience was 25, and now is 24"),
-        ({"freeze": "model"}, r"freeze was \(\), and now is 'model'"),
+        ({"freeze": "model"}, r"freeze was \[\], and now is \['noise'\]"),
         ({"init_params": {"noise": 2.0}}, "the fingerprint of init_params was"),
         ({"num_epochs": 5}, "num_epochs is 5, and .* has a checkpoint after epoch 6. Pass a la"),
     ],
@@ -298,6 +298,10 @@ def test_other_versions_may_compute_a_step_otherwise(tmp_path, monkeypatch):
 
 
 def test_folders_of_something_else_are_refused(tmp_path):
+    (tmp_path / "2024").mkdir()
+    with pytest.raises(ValueError, match=r"other files than checkpoints: \['2024'\]"):
+        refit(tmp_path)
+    (tmp_path / "2024").rmdir()
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match=r"other files than checkpoints: \['notes.txt'\]"):
         refit(tmp_path)
