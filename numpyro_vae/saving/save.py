@@ -42,9 +42,15 @@ def save_posterior(self: Any, path: str | os.PathLike[str]) -> None:  # noqa: D4
     Raises:
         FileExistsError: if it exists.
         PermissionError: if it may not be written.
-        TypeError: if the guide or a parameter is of a kind that cannot be made again.
+        TypeError: if the guide is not of this library, or it or a parameter is of a kind that
+            cannot be made again.
         ValueError: if the guide has not read its model yet.
     """
+    if not isinstance(self.guide, AmortizedGuide):
+        raise TypeError(
+            "The guide is not of this library, so that it cannot be made again from a file. Save "
+            "posterior.params by Orbax or safetensors, and make the guide in your program."
+        )
     arrays: dict[str, np.ndarray] = {}
     try:
         params = {name: pack(x, partial(store, arrays), name) for name, x in self.params.items()}
