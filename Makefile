@@ -4,6 +4,7 @@
 #   make test PYTHON=/path/to/python3.13       with another interpreter
 #   make test TEST_ARGS="-k posterior -x"      with options for pytest
 #   make demo DEMO_ARGS=--quick                with options for the example
+#   make kill KILL_ARGS="--kills 200"          with more of them
 #   make referee REFEREE_ARGS="--seeds 0:50"   on other random models
 
 VENV := .venv
@@ -15,17 +16,19 @@ DEMO_ARGS ?=
 TEST_ARGS ?=
 BENCH_ARGS ?=
 REFEREE_ARGS ?=
+KILL_ARGS ?=
 # Most of a test is compiling, which uses one core; a file's tests share what they have trained.
 # In their order, which begins with the long ones; by number of tests, long ones would be the last.
 WORKERS ?= -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help demo test referee lint format bench bench-smoke docs test-lowest clean
+.PHONY: help demo test referee kill lint format bench bench-smoke docs test-lowest clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo         train on handwritten digits and draw pictures into output/"
 	@echo "make test         run the tests and the examples in docstrings"
 	@echo "make referee      compare 2,000 random models with NumPyro's own answers"
+	@echo "make kill         kill fits with checkpoints at 50 random moments"
 	@echo "make lint         check style and types"
 	@echo "make format       rewrite the code in the project's style"
 	@echo "make docs         build the documentation into docs/_build/html"
@@ -42,6 +45,9 @@ test: $(VENV)/.installed-tests
 
 referee: $(VENV)/.installed-tests
 	@$(BIN)/python tests/referee/run.py $(REFEREE_ARGS)
+
+kill: $(VENV)/.installed-tests
+	@$(BIN)/python tests/training/killing.py $(KILL_ARGS)
 
 lint: $(VENV)/.installed-lint
 	@$(BIN)/ruff check .

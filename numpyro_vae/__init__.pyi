@@ -48,6 +48,7 @@ from .scales.parameterization import (
     Scale,
     Softplus,
 )
+from .training.checkpoints import Checkpoints
 from .training.fit import FitResult, fit
 from .training.simulations import Simulations
 
@@ -63,6 +64,7 @@ __all__ = [
     "AutoAmortizedMultivariateNormal",
     "AutoAmortizedNormal",
     "Calibration",
+    "Checkpoints",
     "Collapse",
     "Comparison",
     "Conv",

@@ -17,7 +17,7 @@ import numpyro
 import numpyro.distributions as dist
 from jaxtyping import Array
 from numpyro import handlers
-from numpyro.infer import SVI, TraceGraph_ELBO, init_to_sample
+from numpyro.infer import SVI, Trace_ELBO, TraceGraph_ELBO, init_to_sample
 from numpyro.infer.autoguide import (
     AutoDiagonalNormal,
     AutoGuide,
@@ -212,6 +212,29 @@ def returns_mutable_state(loss: ELBO) -> bool:
         return True
     knows = type(loss).loss_with_mutable_state is not ELBO.loss_with_mutable_state
     return knows and loss.num_particles == 1
+
+
+def in_order(loss: ELBO) -> ELBO:
+    """Return an objective that adds up the sites in the same order in every process.
+
+    ``Trace_ELBO`` adds them in the order of a set of names, which Python changes from process to
+    process, and with it the last bits of the sum.
+    """
+    return _InOrder(loss) if type(loss) is Trace_ELBO and loss.sum_sites else loss
+
+
+class _InOrder(ELBO):
+    """A ``Trace_ELBO`` whose sites are added up by name."""
+
+    def __init__(self, loss: Trace_ELBO):
+        super().__init__(loss.num_particles, loss.vectorize_particles)
+        self._by_site = copy.copy(loss)
+        self._by_site.sum_sites = False
+
+    def loss_with_mutable_state(self, *args: Any, **kwargs: Any) -> Any:
+        found: Any = self._by_site.loss_with_mutable_state(*args, **kwargs)
+        by_site = found["loss"]
+        return {**found, "loss": sum((by_site[name] for name in sorted(by_site)), jnp.zeros(()))}
 
 
 def seed_plates(fn: Callable[..., Any], rng_key: Array) -> Callable[..., Any]:

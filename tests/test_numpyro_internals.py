@@ -282,6 +282,31 @@ def test_the_keys_of_the_particles_of_a_step(loss):
     np.testing.assert_allclose(svi.update(state, X)[1], -np.mean(found), rtol=1e-5)
 
 
+@pytest.mark.parametrize("num_particles", [1, 3])
+def test_the_sites_of_an_elbo_are_added_up_by_name(num_particles):
+    """NumPyro adds them in the order of a set of names, which is another one in each process."""
+
+    def three(x):
+        sites = [numpyro.sample(name, dist.Normal(0.1, 1.0 / 3)) for name in "cab"]
+        numpyro.sample("x", dist.Normal(sum(sites), 0.7), obs=x)
+
+    def guide(x):
+        for name in "cab":
+            numpyro.sample(name, dist.Normal(0.3, 0.9))
+
+    loss = Trace_ELBO(num_particles=num_particles)
+    ordered = internals.in_order(loss)
+    assert internals.returns_mutable_state(ordered) == (num_particles == 1)
+    by_site = Trace_ELBO(num_particles=num_particles, sum_sites=False).loss(
+        KEY, {}, three, guide, X
+    )
+    expected = sum(by_site[name] for name in ("a", "b", "c", "x"))
+    assert ordered.loss(KEY, {}, three, guide, X) == expected
+    np.testing.assert_allclose(loss.loss(KEY, {}, three, guide, X), expected, rtol=1e-6)
+    for other in (TraceMeanField_ELBO(), Trace_ELBO(sum_sites=False), RenyiELBO()):
+        assert internals.in_order(other) is other
+
+
 def test_past_its_warmup_a_chain_does_not_adapt():
     init, step = hmc(potential_fn=lambda z: (z**2).sum() / 2, algo="NUTS")
     started = init(jnp.zeros(2), 50, rng_key=KEY)

@@ -8,7 +8,7 @@ import tomllib
 ROOT = pathlib.Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 FOR_WORK_ON_THE_LIBRARY = {"benchmarks", "docs", "lint", "tests"}  # extras that users do not need
-IMPORTED_AS = {"scikit_learn": "sklearn"}
+IMPORTED_AS = {"orbax_checkpoint": "orbax", "scikit_learn": "sklearn"}
 # Not imported here, but by another package when it is asked for something.
 INDIRECT = {
     "funsor": "NumPyro's TraceEnum_ELBO",

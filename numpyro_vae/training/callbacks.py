@@ -82,11 +82,12 @@ class ProgressBar:
 
     Args:
         num_epochs: how many there will be.
+        done: how many there have been.
         is_shown: whether it shows anything.
     """
 
-    def __init__(self, num_epochs: int, *, is_shown: bool):
-        self.bar = tqdm(total=num_epochs, disable=not is_shown, unit="epoch")
+    def __init__(self, num_epochs: int, done: int = 0, *, is_shown: bool):
+        self.bar = tqdm(total=num_epochs, initial=done, disable=not is_shown, unit="epoch")
 
     def __enter__(self) -> ProgressBar:
         return self

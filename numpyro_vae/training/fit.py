@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -22,8 +25,10 @@ from numpyro_vae.training.callbacks import (
     StopReason,
     UndeclaredScale,
 )
+from numpyro_vae.training.checkpoints import Checkpoints, open_checkpoints
 from numpyro_vae.training.convergence import warn_of_losses
 from numpyro_vae.training.freezing import Freeze
+from numpyro_vae.training.identity import identify
 from numpyro_vae.training.options import (
     check_names,
     check_objective,
@@ -35,6 +40,7 @@ from numpyro_vae.training.options import (
     check_svi,
     settled_epoch,
 )
+from numpyro_vae.training.progress import Progress
 from numpyro_vae.training.simulations import Simulations, SimulationSource
 from numpyro_vae.training.sources import ArraySource, IterableSource, Source, WholeSource
 from numpyro_vae.training.step import Trainer, trainer_of
@@ -85,6 +91,7 @@ def fit(
     init_state: SVIState | None = None,
     init_params: dict[str, Any] | None = None,
     freeze: Freeze = (),
+    checkpoint: str | os.PathLike[str] | Checkpoints | None = None,
     callbacks: Iterable[Callback] = (),
     progress_bar: bool = True,
 ) -> FitResult:
@@ -117,13 +124,16 @@ def fit(
         freeze: what stays as it is: "model", the parameters that the model declares; "guide", all
             others; "globals", those of the guide of global sites; or parameters by name; or a
             sequence of these. Where training starts anew, give their values with ``init_params``.
+        checkpoint: a folder in which progress is kept, once a minute, or `Checkpoints` for another
+            interval. If it has checkpoints, training goes on from the last of them, and ends with
+            the very result of a fit that was not interrupted.
         callbacks: each is called after every epoch with its number, the SVI state and the losses,
             and may stop training; see `numpyro_vae.training.callbacks.Callback`.
         progress_bar: whether to show one, updated once an epoch.
 
     Raises:
         ValueError: if the data are empty, disagree in their number or are not finite, or an
-            option does not fit them.
+            option does not fit them; or if checkpoints are of another fit.
         FloatingPointError: if no step of an epoch is finite.
 
     Example:
@@ -158,37 +168,57 @@ def fit(
         source.require_frozen()
     score = _validator(trainer, source, validation, batch_axes, validation_key)
     settled = settled_epoch(svi.loss, state, source.num_steps, num_epochs)
-    stopping = None if patience is None else EarlyStopping(patience, settled)
-    history = _History()
-    with ProgressBar(num_epochs, is_shown=progress_bar) as bar:
-        own = (UndeclaredScale(trainer, source.first()), *([] if stopping is None else [stopping]))
-        watching = (bar, *own, *callbacks)
-        reason = StopReason.EPOCHS_DONE
-        try:
-            for epoch in range(num_epochs):
-                new_state, losses = source.run(state, order_key, epoch)
-                metrics = history.add(losses, score(new_state))
-                state = new_state
-                stops = [callback(epoch, state, metrics) for callback in watching]
-                if any(stops):
-                    reason = _reason(stopping)
-                    break
-        except KeyboardInterrupt:
-            reason = StopReason.INTERRUPTED
+    progress = Progress(state, None if patience is None else EarlyStopping(patience, settled))
+    folder: Any = nullcontext()
+    if checkpoint is not None:
+        options = {"batch_axes": batch_axes, "patience": patience}
+        start = {"rng_key": rng_key, "init_params": init_params, "init_state": init_state}
+        identity = identify(trainer, source, state, options, start | {"validation": validation})
+        folder = open_checkpoints(checkpoint, identity, progress, num_epochs)
+    with folder, ProgressBar(num_epochs, progress.num_epochs, is_shown=progress_bar) as bar:
+        own = (UndeclaredScale(trainer, source.first()),)
+        own = own if progress.stopping is None else (*own, progress.stopping)
+        run = partial(source.run, rng_key=order_key)
+        after = None if checkpoint is None else folder.after_epoch
+        reason = _train(progress, run, score, (bar, *own, *callbacks), num_epochs, after)
+        if reason is StopReason.INTERRUPTED:
             bar.write("Interrupted: returning the state after the last complete epoch.")
     if reason is StopReason.EPOCHS_DONE:
-        warn_of_losses(np.concatenate(history.losses), svi, source.sites)
-    if stopping is not None and stopping.best_state is not None:
-        state = stopping.best_state
+        warn_of_losses(np.concatenate(progress.losses), svi, source.sites)
+    state = progress.best_state()
     return FitResult(
         trainer.params(state),
         state,
-        *history.arrays(),
+        *progress.history(),
         stop_reason=reason,
         static_kwargs=dict(svi.static_kwargs),
         batch_axes=batch_axes,
         num_data=None if source.data.is_whole else num_data or source.data.num_data,
     )
+
+
+def _train(
+    progress: Progress,
+    run: Callable[..., tuple[SVIState, np.ndarray]],
+    score: Score,
+    watching: tuple[Callback, ...],
+    num_epochs: int,
+    after_epoch: Callable[[], None] | None,
+) -> StopReason:
+    """Run the epochs that are not done yet, and return why they ended."""
+    try:
+        while progress.reason is None and progress.num_epochs < num_epochs:
+            epoch = progress.num_epochs
+            state, losses = run(progress.state, epoch=epoch)
+            metrics = progress.add(state, losses, score(state))
+            stops = [callback(epoch, state, metrics) for callback in watching]
+            if any(stops):
+                progress.reason = _reason(progress.stopping)
+            if after_epoch is not None:
+                after_epoch()
+    except KeyboardInterrupt:
+        return StopReason.INTERRUPTED
+    return progress.reason or StopReason.EPOCHS_DONE
 
 
 def _start(
@@ -212,26 +242,6 @@ def _start(
         return state
     check_state(init_state, trainer.fresh, svi)
     return init_state
-
-
-class _History:
-    """The losses of the steps, and the metrics of the epochs."""
-
-    def __init__(self) -> None:
-        self.losses = [np.zeros(0, np.float32)]
-        self.metrics: list[dict[str, float]] = []
-
-    def add(self, losses: np.ndarray, scores: dict[str, float]) -> dict[str, float]:
-        """Take in an epoch, and return its metrics."""
-        self.losses.append(losses)
-        self.metrics.append({"loss": float(np.nanmean(losses)), **scores})
-        return self.metrics[-1]
-
-    def arrays(self) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """Return the losses of all steps, and by metric its value in each epoch."""
-        names = self.metrics[0] if self.metrics else ()
-        by_name = {name: np.array([found[name] for found in self.metrics]) for name in names}
-        return np.concatenate(self.losses), by_name
 
 
 def _reason(stopping: EarlyStopping | None) -> StopReason:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -164,6 +165,11 @@ class SimulationSource:
                 )
             yield name, tuple(number for number, _ in found)
 
+    def shapes(self, state: SVIState) -> Batch:
+        """Return a simulated batch, shapes for arrays."""
+        table = jax.eval_shape(self._draw, state, jax.random.key(0))
+        return jax.eval_shape(partial(self._take, number=0), table)
+
     def first(self) -> Batch:
         """Return a batch of the data to initialize with."""
         return self.like.first()
@@ -178,8 +184,9 @@ class SimulationSource:
         As with arrays in memory it is a scan, and where a step is not finite each step is guarded.
         """
         every, (table_key, order_key) = self.simulations.redraw_every, jax.random.split(rng_key)
-        if self._table is None or (every is not None and epoch % every == 0):
-            self._table = self._draw(state, jax.random.fold_in(table_key, epoch))
+        drawn = 0 if every is None else epoch - epoch % every
+        if self._table is None or drawn == epoch:  # also where training goes on from a checkpoint
+            self._table = self._draw(state, jax.random.fold_in(table_key, drawn))
         table, trainer = self._table, self.trainer
         order = jax.random.permutation(jax.random.fold_in(order_key, epoch), self.num_steps)
         if not trainer.is_slow_in_scan(state, self._take(table, 0)):

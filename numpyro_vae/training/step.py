@@ -26,6 +26,7 @@ from numpyro_vae.model.plates import at_step, minibatch
 from numpyro_vae.model.reading import ModelReader, read_for
 from numpyro_vae.model.simulate import simulated
 from numpyro_vae.numpyro_internals import (
+    in_order,
     init_model_key,
     param_transforms,
     particle_keys,
@@ -88,6 +89,7 @@ class Trainer:
     def _bind(self, batch: Batch, transforms: dict[str, Any], *, evaluate: bool = False) -> SVI:
         """Return the SVI whose model and guide see the batch as part of all the data."""
         svi = with_param_transforms(self.svi, transforms)
+        svi.loss = in_order(svi.loss)
         stop_gradients(svi, self.frozen)
         wrap = partial(
             minibatch,
@@ -283,8 +285,11 @@ class Trainer:
         """Return whether a step has convolutions, which XLA runs slowly in a scan on a CPU."""
         if jax.default_backend() != "cpu":
             return False
-        jaxpr = self._step_compiled.trace(self.transforms, state, batch).jaxpr
-        return "conv_general_dilated" in _primitives(jaxpr)
+        return "conv_general_dilated" in _primitives(self.jaxpr_of_step(state, batch))
+
+    def jaxpr_of_step(self, state: SVIState, batch: Batch) -> ClosedJaxpr:
+        """Return what a step computes; shapes will do for arrays."""
+        return self._step_compiled.trace(self.transforms, state, batch).jaxpr
 
     # -- what a state says ------------------------------------------------------------------------
 
@@ -375,9 +380,13 @@ def _primitives(jaxpr: Any) -> set[str]:
     jaxpr = jaxpr.jaxpr if isinstance(jaxpr, ClosedJaxpr) else jaxpr
     names = {eqn.primitive.name for eqn in jaxpr.eqns}
     for eqn in jaxpr.eqns:
-        inner = jax.tree.leaves(eqn.params, is_leaf=_is_jaxpr)
-        names |= {name for found in inner if _is_jaxpr(found) for name in _primitives(found)}
+        names |= {name for found in inner_jaxprs(eqn) for name in _primitives(found)}
     return names
+
+
+def inner_jaxprs(eqn: Any) -> list[Any]:
+    """Return the jaxprs inside an equation of a jaxpr."""
+    return [x for x in jax.tree.leaves(eqn.params, is_leaf=_is_jaxpr) if _is_jaxpr(x)]
 
 
 def _is_jaxpr(x: Any) -> bool:
