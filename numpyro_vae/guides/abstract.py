@@ -186,9 +186,15 @@ class AbstractGuide(ABC):
         return ""
 
     def needs_all_rows(
-        self, params: dict[str, Any], batch: Batch, static_kwargs: dict[str, Any]
+        self, params: dict[str, Any], first: Callable[[], Batch], static_kwargs: dict[str, Any]
     ) -> bool:
-        """Return whether the guide can only be run on all rows at once; see `encode_batch`."""
+        """Return whether the guide can only be run on all rows at once.
+
+        Args:
+            params: as in `encode_batch`, as the next one.
+            first: returns a batch of the first row, which may take a reading of the model.
+            static_kwargs: keyword arguments of the model that never change.
+        """
         return False
 
     @abstractmethod

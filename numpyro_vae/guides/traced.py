@@ -169,12 +169,14 @@ class TracedGuide(AbstractGuide):
             )
         return True
 
-    def needs_all_rows(self, params: dict[str, Any], batch: Batch, static_kwargs: Any) -> bool:
+    def needs_all_rows(
+        self, params: dict[str, Any], first: Callable[[], Batch], static_kwargs: dict[str, Any]
+    ) -> bool:
         """Return whether the guide can only be run on all rows at once."""
         if self.joint:
             return any(self.plate.name in site.plates for site in self.sites.latent())
         try:
-            jax.eval_shape(lambda: self._trace(params, batch, static_kwargs, {}))
+            jax.eval_shape(lambda: self._trace(params, first(), static_kwargs, {}))
         except Exception:  # of any kind, as the guide's own code raises it
             return True
         return False

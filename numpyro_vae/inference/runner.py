@@ -71,7 +71,7 @@ class Runner:
         rows = Rows.read(self.guide, self.static_kwargs, data, self.batch_axes)
         if not rows.data.is_whole:
             with HANDLERS:
-                first = rows.batch(jnp.arange(1))
+                first = partial(rows.batch, jnp.arange(1))
                 whole = self.guide.needs_all_rows(self.params, first, self.static_kwargs)
             rows = Rows.read(self.guide, self.static_kwargs, data, None) if whole else rows
         if rows.is_unobserved and not of_prior:
