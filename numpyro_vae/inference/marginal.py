@@ -23,7 +23,7 @@ from numpyro_vae.numpyro_internals import HANDLERS
 CHUNK = 4096  # rows whose estimates are held at once
 REPLICATES = 32  # of the Monte Carlo error
 PARTICLES = 16, 512  # local draws of each row and draw: at first, and at most
-EVALUATIONS = 2**22  # of rows' densities for each draw, beyond which particles are not doubled
+EVALUATIONS = 2**23  # of rows' densities for each draw, beyond which particles are not doubled
 MAX_NOISE = 0.1  # nats of Monte Carlo error below which log densities are precise enough,
 SHARE = 0.2  # or of the standard deviation of the log weights
 

@@ -47,7 +47,7 @@ class StudentT(NamedTuple):
             log_weights: ``(number,)``.
         """
         number, size = points.shape
-        weights = _flattened(log_weights, min(max(50, 5 * size), number / 4))
+        weights = _flattened(log_weights, min(max(50.0, 5.0 * size), number / 4))
         loc = weights @ points
         centered = points - loc
         scale = np.maximum(np.sqrt(weights @ centered**2), LEAST)
