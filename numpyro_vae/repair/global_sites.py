@@ -170,8 +170,10 @@ def _start(
 def _adapt(target: _Target, first: Weighted, rng: np.random.Generator) -> tuple[_Target, Weighted]:
     """Adapt importance sampling, with as many particles as its means need."""
     while True:
-        found = adapt(first, target, rng)
-        if found.error <= MAX_ERROR / 2 or not can_double(target.rows, target.particles):
+        more = can_double(target.rows, target.particles)
+        max_error = MAX_ERROR / 2 if more else np.inf
+        found = adapt(first, target, rng, max_error)
+        if found.error <= max_error:
             return target, found
         target, first = replace(target, particles=2 * target.particles), found
 

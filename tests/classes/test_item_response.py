@@ -107,7 +107,8 @@ def test_more_of_the_dependence_gives_more_of_the_spread(plain, truth):
 
 
 def test_repaired_items_have_the_spread_of_nuts(plain, truth):
-    repaired = plain.repair_globals(jax.random.key(3), CORRECT, num_samples=2000)
+    options = {"method": "importance", "num_samples": 2000}
+    repaired = plain.repair_globals(jax.random.key(3), CORRECT, **options)
     assert repaired.passed
     found = {name: np.log(x) if name in ITEMS[1:] else x for name, x in repaired.draws.items()}
     for name in ITEMS:

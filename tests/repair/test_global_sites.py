@@ -227,7 +227,7 @@ def test_proposals_adapt_to_what_is_far_wider():
     log_q = stats.norm(np.arange(size) + 0.5 * sd, sd / 3).logpdf(points).sum(1)
     first = Weighted.of(points, density(points), log_q)
     assert not first.passes
-    found = adapt(first, density, rng)
+    found = adapt(first, density, rng, 0.05)
     assert found.passes
     assert found.ess >= 1000
     weights = np.exp(found.log_weights)
