@@ -13,6 +13,7 @@ import numpy as np
 from jax.scipy.special import logsumexp
 from jaxtyping import Array, Float
 
+from numpyro_vae.guides.global_sites import NoDensityError
 from numpyro_vae.inference.encoded import EncodedBatch
 from numpyro_vae.inference.quantities import Axes, Names, finish
 from numpyro_vae.inference.rows import Rows
@@ -84,7 +85,12 @@ def log_density(
         rng_key: the random key, of which all random numbers are.
         globals_: the draws, a leading axis of them.
         particles: local draws, a multiple of four.
+
+    Raises:
+        NoDensityError: if a site outside the local plate is summed over.
+        ValueError: if the model scales its global sites by unlike factors.
     """
+    _require_sampled(runner)
     of_globals = runner.once(outside, rows, rng_key, globals_).astype(float)
     errors = np.zeros((REPLICATES, len(of_globals)))
     rng = np.random.default_rng(np.asarray(jax.random.key_data(rng_key)))
@@ -133,6 +139,17 @@ def _chunks(rows: Rows) -> Iterator[Rows]:
     number = 1 if rows.data.is_whole else -(-rows.num_rows // CHUNK)
     for part in np.array_split(np.arange(rows.num_rows), number):
         yield rows.choose(part)
+
+
+def _require_sampled(runner: Runner) -> None:
+    """Raise NoDensityError if there are discrete global sites, which no guide draws."""
+    plate, sites = runner.guide.plate.name, runner.guide.sites.sites.values()
+    names = [site.name for site in sites if site.is_enumerated and plate not in site.plates]
+    if names:
+        raise NoDensityError(
+            f"The discrete sites {names} outside plate {plate!r} are summed over with those in it, "
+            "so that a row has no marginal likelihood of its own. Marginalize them in the model."
+        )
 
 
 def global_scale(runner: Runner, rows: Rows) -> float:

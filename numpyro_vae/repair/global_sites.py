@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -47,6 +47,7 @@ class GlobalRepair:
         khat: the Pareto k-hat of the importance weights; NaN of NUTS.
         ess: effective draws, of NUTS the fewest of any value.
         rhat: the largest r-hat of any value; NaN of importance sampling.
+        runner: the trained guide, which draws the rows' latents.
     """
 
     draws: dict[str, np.ndarray]
@@ -57,7 +58,7 @@ class GlobalRepair:
     khat: float
     ess: float
     rhat: float
-    runner: Runner
+    runner: Runner = field(repr=False)
 
     def __str__(self) -> str:
         """Return what was done and found, as plain text."""
@@ -122,10 +123,8 @@ def repair_globals(
     target, first = _start(runner, rows, density_key, rng)
     target, found = _adapt(target, first, rng)
     if method == "importance" or (method == "auto" and found.passes):
-        made = _by_weights(target, found, rng, num_samples)
-    else:
-        made = _by_chains(target, found, chain_key, num_samples)
-    return made
+        return _by_weights(target, found, rng, num_samples)
+    return _by_chains(target, found, chain_key, num_samples)
 
 
 @dataclass(frozen=True)

@@ -413,3 +413,15 @@ def test_the_quick_checks_say_that_globals_are_not_judged():
 def test_too_few_draws_are_refused():
     with pytest.raises(ValueError, match="at least 100 draws"):
         Globals(num_samples=50)
+
+
+def test_discrete_globals_are_not_judged():
+    def discrete(x):
+        kind = numpyro.sample("kind", dist.Bernoulli(0.5), infer={"enumerate": "parallel"})
+        mu = numpyro.sample("mu", dist.Normal(3.0 * kind, 1.0))
+        with numpyro.plate("data", len(x)):
+            z = numpyro.sample("z", dist.Normal(mu, 1.0))
+            numpyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    with pytest.raises(NotApplicableError, match=r"discrete sites \['kind'\] outside plate 'data'"):
+        untrained(discrete, X).check(KEY, X, "globals", progress_bar=False)
