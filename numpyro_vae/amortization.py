@@ -24,7 +24,6 @@ from numpyro_vae.guides.auto import (
 )
 from numpyro_vae.guides.base import AmortizedGuide
 from numpyro_vae.inference.rows import Rows
-from numpyro_vae.inference.runner import require_trained
 from numpyro_vae.model.simulate import NotSimulableError
 from numpyro_vae.objectives import ForwardKL
 from numpyro_vae.posterior import Posterior
@@ -104,7 +103,10 @@ def amortize(
         )
     kwargs, say = dict(static_kwargs or {}), print if progress_bar else _nothing
     guide = guide or choose_guide(model, data, batch_axes=batch_axes, static_kwargs=kwargs)
-    require_trained(guide, {})
+    if not isinstance(guide, AmortizedGuide):
+        raise TypeError(
+            f"guide is {guide!r}, expected an amortized guide such as AutoAmortizedNormal(model)."
+        )
     rows = Rows.read(guide, kwargs, data, batch_axes)
     say(_choices(guide, rows))
     cuts = not (rows.data.is_whole or rows.subsamples)

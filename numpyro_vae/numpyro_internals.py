@@ -18,7 +18,12 @@ import numpyro.distributions as dist
 from jaxtyping import Array
 from numpyro import handlers
 from numpyro.infer import SVI, TraceGraph_ELBO, init_to_sample
-from numpyro.infer.autoguide import AutoGuide
+from numpyro.infer.autoguide import (
+    AutoDiagonalNormal,
+    AutoGuide,
+    AutoGuideList,
+    AutoLaplaceApproximation,
+)
 from numpyro.infer.elbo import ELBO, _check_mean_field_requirement
 from numpyro.infer.hmc import HMCState
 from numpyro.infer.util import transform_fn
@@ -250,3 +255,37 @@ def with_hidden_state(fn: Callable[..., Any], state: dict[str, Any]) -> Callable
 def end_adaptation(state: HMCState, num_warmup: int, adapt: Array) -> HMCState:
     """Return a state of HMC that adapts no more, unless ``adapt``: past its warmup none does."""
     return state._replace(i=jnp.where(adapt, state.i, num_warmup))
+
+
+def guide_parts(guide: AutoGuideList) -> list[Any]:
+    """Return the guides that a list of guides is made of."""
+    return list(guide._guides)
+
+
+def diagonal_parts(guide: AutoDiagonalNormal) -> dict[str, tuple[Any, list[Any], Array, Array]]:
+    """Return by site its prior, new plates around it, and ``loc`` and ``scale`` of its values.
+
+    Both have the shape of the site's unconstrained value, and are read from parameters that the
+    enclosing handlers give.
+    """
+    normal, plates = guide._get_posterior(), guide._create_plates()
+    unpack: Any = guide._unpack_latent
+    locs, scales = (unpack(x) for x in (normal.loc, normal.scale))
+    prototype: Any = guide.prototype_trace
+    return {
+        name: (
+            prototype[name]["fn"],
+            [plates[frame.name] for frame in prototype[name]["cond_indep_stack"]],
+            loc,
+            scales[name],
+        )
+        for name, loc in locs.items()
+    }
+
+
+def laplace_run(guide: AutoLaplaceApproximation, params: dict[str, Any]) -> Callable[..., Any]:
+    """Return the guide with the Normal that it is after training in place of a point."""
+    found = copy.copy(guide)
+    posterior = guide.get_posterior(params)
+    found._get_posterior = lambda: posterior  # what `AutoContinuous` draws from
+    return found

@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Array
-from numpyro.infer.autoguide import AutoGuide
 
 from numpyro_vae.checks.report import Report
 from numpyro_vae.checks.run import Checks, run_checks
 from numpyro_vae.inference import quantities as compiled
 from numpyro_vae.inference.datatree import make_datatree
+from numpyro_vae.inference.draws import sample_sites, site_probabilities
 from numpyro_vae.inference.predictable import predict
-from numpyro_vae.inference.runner import Runner, choose_names, require_trained
-from numpyro_vae.model.enumeration import Enumeration
-from numpyro_vae.numpyro_internals import HANDLERS
+from numpyro_vae.inference.runner import Runner, choose_names
+from numpyro_vae.inference.trained import require_trained, with_state
 from numpyro_vae.repair.global_sites import GlobalRepair, repair_globals
 from numpyro_vae.repair.result import Repair
 from numpyro_vae.repair.run import run_repair
+from numpyro_vae.saving.save import load_posterior, save_posterior
 
 if TYPE_CHECKING:
     from xarray import DataTree
@@ -46,14 +46,18 @@ class Posterior:
     global sites. A row's draws depend on the key and on its number, not on the batches.
 
     Args:
-        guide: the guide that was trained.
+        guide: the guide that was trained: an amortized one, an automatic guide of NumPyro's, or a
+            function.
         params: what `fit` or ``svi.run`` returned, or its parameters.
+        model: the model of a guide that is a function; other guides know theirs.
+        plate: the local plate of a guide that is not amortized; by default the one that
+            subsamples, else the only one that holds latent sites, else one with observations.
         static_kwargs: keyword arguments of the model that are the same in every call; by default
             those of the fit.
         batch_axes: the datum axis of each argument, as for `fit`; by default those of the fit.
 
     Raises:
-        TypeError: if the guide is not an amortized one, or the parameters are none.
+        TypeError: if the guide is none, has no model, or the parameters are none.
 
     Example:
         >>> import jax, numpyro, numpyro.distributions as dist, optax
@@ -76,23 +80,26 @@ class Posterior:
 
     def __init__(
         self,
-        guide: AutoGuide,
+        guide: Callable[..., Any],
         params: Any,
         *,
+        model: Callable[..., Any] | None = None,
+        plate: str | None = None,
         static_kwargs: Mapping[str, Any] | None = None,
         batch_axes: Any = OF_FIT,
     ):
-        trained = require_trained(guide, params)
+        trained = require_trained(guide, params, model, plate)
         if static_kwargs is None:
             static_kwargs = getattr(params, "static_kwargs", {})
         if batch_axes is OF_FIT:
             batch_axes = getattr(params, "batch_axes", 0)
         self.guide, self.batch_axes = trained, batch_axes
         self.static_kwargs = dict(static_kwargs)
-        state = getattr(getattr(params, "state", None), "mutable_state", None)
-        self.params = {**getattr(params, "params", params), **(state or {})}
+        self.params = with_state(params)
         num_data = getattr(params, "num_data", None)
         self._runner = Runner(trained, self.params, self.static_kwargs, batch_axes, num_data)
+
+    save, load = save_posterior, classmethod(load_posterior)
 
     def encode(self, data: Any) -> dict[str, SiteEncoding]:
         """Return ``loc`` and ``scale`` of every local site's unconstrained values.
@@ -129,17 +136,7 @@ class Posterior:
         Raises:
             ValueError: if ``num_samples`` is below 1 or a site does not exist.
         """
-        rows = self._runner.read(data)
-        globals_ = self._runner.draw_globals(rng_key, rows, num_samples)
-        local = self._runner.local_names
-        names = choose_names(var_names, (*local, *globals_))
-        kept = tuple(name for name in local if name in names)
-        draw = partial(self._runner.per_draw, compiled.sample, names=kept, num_samples=num_samples)
-        draws = draw(rows, rng_key, globals_) if kept else {}
-        for name, value in draws.items():
-            axis = self.guide.sites.sites[name].axis(self.guide.plate)
-            draws[name] = np.moveaxis(value, 1, 1 + axis)
-        return {name: np.asarray((draws | globals_)[name]) for name in names}
+        return sample_sites(self._runner, rng_key, data, num_samples, var_names)
 
     def predict(
         self,
@@ -192,8 +189,8 @@ class Posterior:
         Raises:
             ValueError: if ``num_samples`` is below 1, or the guide has no density.
         """
-        self._runner.require_density()
         rows = self._runner.read(data)
+        self._runner.require_density()
         globals_ = self._runner.draw_globals(rng_key, rows, num_samples)
         run = partial(self._runner.per_draw, compiled.weigh, num_samples=num_samples)
         return run(rows, rng_key, globals_)["log_weights"]
@@ -222,8 +219,8 @@ class Posterior:
         Returns:
             An array of shape ``(num_samples, num_data)``.
         """
-        self._runner.require_density()
         rows = self._runner.read(data)
+        self._runner.require_density()
         globals_ = self._runner.draw_globals(rng_key, rows, num_samples)
         run = partial(self._runner.per_draw, compiled.evidence, particles=num_particles)
         return run(rows, rng_key, globals_, num_samples=num_samples)["log_evidence"]
@@ -257,21 +254,8 @@ class Posterior:
         Raises:
             ValueError: if no site of the local plate is enumerated.
         """
-        self._runner.require_density()
-        rows = self._runner.read(data)
-        if not self.guide.sites.enumerated(self.guide.plate.name):
-            raise ValueError(
-                f"No site of plate {self.guide.plate.name!r} is enumerated, so there are no "
-                'probabilities. Mark a discrete site with infer={"enumerate": "parallel"}.'
-            )
-        globals_ = self._runner.draw_globals(rng_key, rows, num_samples)
         sizes = {"num_samples": num_samples, "particles": num_particles}
-        found = self._runner.per_batch(compiled.classify, rows, rng_key, globals_, **sizes)
-        with HANDLERS:
-            enumeration = Enumeration.of_model(
-                self.guide.reader, self.guide.plate.name, rows.args, rows.kwargs, rows.held
-            )
-        return enumeration.probabilities(found["probabilities"])
+        return site_probabilities(self._runner, rng_key, data, **sizes)
 
     def check(
         self,

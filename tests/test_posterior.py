@@ -308,8 +308,8 @@ def test_another_guides_parameters_are_refused(hierarchical):
     renamed = AutoAmortizedNormal(hierarchical_model, SMALL, prefix="mine")
     with pytest.raises(ValueError, match=r"of \['z'\] have no 'mine\$params'"):
         Posterior(renamed, hierarchical.params).encode(X)
-    with pytest.raises(TypeError, match="AutoNormal, expected an amortized guide"):
-        Posterior(AutoNormal(hierarchical_model), hierarchical.params)
+    with pytest.raises(ValueError, match=r"asks for \['z_auto_loc', 'z_auto_scale'\]"):
+        Posterior(AutoNormal(hierarchical_model), hierarchical.params).sample(KEY, X, 2)
 
 
 def test_data_of_another_shape_are_refused():

@@ -68,9 +68,12 @@ class AbstractCheck(ABC):
 
     Attributes:
         name: what it is called in ``checks=`` and in a report, different from all others.
+        is_by_row: whether it looks at the posteriors of rows, and needs the guide's density of
+            them.
     """
 
     name: ClassVar[str]
+    is_by_row: ClassVar[bool] = True
 
     @abstractmethod
     def compute(self, subject: Subject) -> xr.Dataset:
@@ -123,6 +126,19 @@ class Subject:
     def plate(self) -> str:
         """The local plate's name, the dimension of variables with a value for each row."""
         return self.runner.guide.plate.name
+
+    def require_amortized(self) -> None:
+        """Raise NotApplicableError if the guide is of its training rows alone."""
+        if self.runner.guide.not_amortized:
+            raise NotApplicableError(f"{self.runner.guide.not_amortized}; use an amortized guide")
+
+    def require_features(self) -> None:
+        """Raise NotApplicableError if the guide has no features; see `AbstractEncoding`."""
+        if not self.runner.has_features(self.rows):
+            raise NotApplicableError(
+                "the guide's distributions are no Normals of the unconstrained latents; use an "
+                "amortized guide of ours"
+            )
 
     def with_key(self, number: int) -> Subject:
         """Return the same subject with the random key of check ``number``."""

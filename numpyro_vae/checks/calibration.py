@@ -87,6 +87,7 @@ class Calibration(AbstractCheck):
             NotApplicableError: if the model cannot be simulated from, or simulated data cannot
                 replace the observed ones.
         """
+        subject.require_amortized()
         truths, draws = _simulate_and_sample(subject, self.num_simulations, self.to_data)
         rng = np.random.default_rng(0)
         found: dict[str, Any] = {"tarp": (["simulation"], _tarp(truths, draws, rng))}

@@ -73,8 +73,10 @@ class Gap(AbstractCheck):
         """Return both gaps of each row, their sum, and whether the optimization converged.
 
         Raises:
+            NotApplicableError: if the guide's variational parameters of a row are not known.
             ValueError: if no row has finite log weights.
         """
+        subject.require_features()
         runner, chosen = subject.runner, subject.choose(self.max_rows)
         rows = subject.rows.choose(chosen)
         globals_ = runner.draw_globals(subject.rng_key, rows, NUM_GLOBALS)

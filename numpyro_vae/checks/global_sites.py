@@ -62,6 +62,7 @@ class Globals(AbstractCheck):
     """
 
     name: ClassVar[str] = "globals"
+    is_by_row: ClassVar[bool] = False
     num_samples: int = 1000
 
     def __post_init__(self) -> None:

@@ -23,6 +23,7 @@ from numpyro_vae.checks.base import (
 )
 from numpyro_vae.inference.encoded import EncodedBatch
 from numpyro_vae.inference.quantities import evidence
+from numpyro_vae.inference.refine import features_of
 from numpyro_vae.inference.rows import Rows
 
 if TYPE_CHECKING:
@@ -62,6 +63,8 @@ class Novelty(AbstractCheck):
             NotApplicableError: if there is no reference.
             ValueError: if the reference has too few rows.
         """
+        subject.require_amortized()
+        subject.require_features()
         reference = self._read_reference(subject)
         scores = {
             "features": _distances(subject, reference),
@@ -124,7 +127,7 @@ def _distances(subject: Subject, reference: Rows) -> tuple[np.ndarray, np.ndarra
 
 def _features(batch: EncodedBatch) -> Array:
     """Return the encoder's features of each row, as one vector."""
-    leaves = [x.reshape(x.shape[0], -1) for x in jax.tree.leaves(dict(batch.encoding.features))]
+    leaves = [x.reshape(x.shape[0], -1) for x in jax.tree.leaves(features_of(batch))]
     return jnp.concatenate(leaves, axis=1)
 
 

@@ -49,7 +49,7 @@ def run_checks(
 ) -> Report:
     """Run checks; see `Posterior.check`."""
     chosen = choose_checks(checks)
-    runner.require_density()
+    runner.require_like_scales()
     subject = Subject(runner, runner.read(data), rng_key)
     named = checks not in (None, "all")
     dataset, done, skipped = _compute(chosen, subject, progress_bar, named)
@@ -67,7 +67,7 @@ def _compute(
     """Return what the checks compute, which did, and why others do not apply.
 
     Raises:
-        NotApplicableError: if a check does not apply and was ``named``.
+        NotApplicableError: if a check does not apply and was ``named``, or none applies.
     """
     known = {NAME: ([subject.plate], subject.rows.fingerprint)}
     dataset = xr.Dataset(coords=known, attrs={"num_data": subject.rows.num_rows})
@@ -76,6 +76,8 @@ def _compute(
         for place, check in bar:
             bar.set_description(f"check: {check.name}")
             try:
+                if check.is_by_row and subject.runner.guide.no_density:
+                    raise NotApplicableError(subject.runner.guide.no_density)
                 found = check.compute(subject.with_key(place))
             except NotApplicableError as reason:
                 if named:
@@ -84,6 +86,8 @@ def _compute(
                 continue
             dataset = dataset.assign(found.variables).assign_attrs(found.attrs)
             done.append(check)
+    if not done:
+        raise NotApplicableError(next(iter(skipped.values())))
     return dataset, done, skipped
 
 

@@ -23,8 +23,24 @@ def argument_shapes(args: tuple, kwargs: Mapping[str, Any]) -> Shapes:
         f"{place!r}{jax.tree_util.keystr(path)}": leaf.shape
         for place, argument in (*enumerate(args), *sorted(kwargs.items()))
         for path, leaf in jax.tree.leaves_with_path(argument)
-        if hasattr(leaf, "__array__")
+        if hasattr(leaf, "shape")
     }
+
+
+def abstract(arguments: Any) -> Any:
+    """Return arguments with shapes in the place of arrays; what is no array stays.
+
+    Example:
+        >>> abstract((np.zeros(3), "scalar"))
+        (ShapeDtypeStruct(shape=(3,), dtype=float32), 'scalar')
+    """
+
+    def shape_of(leaf: Any) -> Any:
+        if not hasattr(leaf, "shape"):
+            return leaf
+        return jax.ShapeDtypeStruct(leaf.shape, jax.dtypes.canonicalize_dtype(leaf.dtype))
+
+    return jax.tree.map(shape_of, arguments)
 
 
 def require_rows(

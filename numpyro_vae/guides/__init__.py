@@ -1,6 +1,6 @@
 """Amortized guides: networks that return a posterior for each datum."""
 
-from numpyro_vae.guides.base import GuideOptions
 from numpyro_vae.guides.encoding import Encoding
+from numpyro_vae.guides.options import GuideOptions
 
 __all__ = ["Encoding", "GuideOptions"]

@@ -12,8 +12,9 @@ from numpyro_vae.families import (
     LowRankNormal,
     PointEstimate,
 )
-from numpyro_vae.guides.base import AmortizedGuide, GuideOptions
+from numpyro_vae.guides.base import AmortizedGuide
 from numpyro_vae.guides.network import Encoder
+from numpyro_vae.guides.options import GuideOptions
 from numpyro_vae.scales.parameterization import AbstractParameterization, get_parameterization
 
 __all__ = [

@@ -6,7 +6,7 @@ import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, ClassVar, TypedDict
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +16,11 @@ from numpyro.infer import Predictive
 from numpyro.infer.autoguide import AutoGuide, AutoNormal
 from numpyro.primitives import Messenger
 
-from numpyro_vae.data.shapes import Shapes, argument_shapes
+from numpyro_vae.data.batch import Batch
+from numpyro_vae.data.shapes import Shapes, abstract, argument_shapes
 from numpyro_vae.encoders import MLP
 from numpyro_vae.families import AbstractFamily
+from numpyro_vae.guides.abstract import AbstractGuide
 from numpyro_vae.guides.encoding import Encoding
 from numpyro_vae.guides.global_sites import GlobalGuide, require_maker
 from numpyro_vae.guides.local_sites import sample_local
@@ -35,40 +37,10 @@ from numpyro_vae.numpyro_internals import (
     plate_indices,
 )
 
-__all__ = ["AmortizedGuide", "GuideOptions"]
+__all__ = ["AmortizedGuide"]
 
 
-class GuideOptions(TypedDict, total=False):
-    """The options that all amortized guides share.
-
-    Attributes:
-        inputs: ``inputs(*args, **kwargs)``, from the model's arguments to what the encoder reads,
-            data along the leading axis. By default what is observed of the data.
-        plate: the local plate's name; by default the one that subsamples, else the only one
-            that holds latent sites.
-        segments: where another plate holds the observations of the local plate's data, as houses
-            do those of counties: by that plate's name, a function of the model's arguments that
-            returns for each of its rows the datum, the row of the local plate, it belongs to.
-        condition_on: the names of global sites whose sampled values the heads read.
-        dependencies: by local site, the local sites whose sampled values its head reads.
-        global_guide: an AutoGuide class, or a callable from a model to a guide, for the latent
-            sites outside the local plate. Another amortized guide serves a second local plate.
-        create_plates: as in every `numpyro.infer.autoguide.AutoGuide`; seldom needed, as plates
-            are those of the model.
-        prefix: of the guide's parameters.
-    """
-
-    inputs: Callable[..., Any] | None
-    plate: str | None
-    segments: Mapping[str, Callable[..., Any]]
-    condition_on: Sequence[str]
-    dependencies: Mapping[str, Sequence[str]]
-    global_guide: Callable[..., Any]
-    create_plates: Callable[..., Any] | None
-    prefix: str
-
-
-class AmortizedGuide(AutoGuide):
+class AmortizedGuide(AutoGuide, AbstractGuide):
     """An amortized guide of any family; see its named forms, such as `AutoAmortizedNormal`.
 
     A network with state, such as batch statistics, is in training mode where an objective calls
@@ -118,6 +90,8 @@ class AmortizedGuide(AutoGuide):
         self.dependencies = {name: tuple(read) for name, read in (dependencies or {}).items()}
         self.global_guide = require_maker(global_guide)
         self.argument_shapes: Shapes = {}
+        self.arguments: Any = None  # of the model as it was read, shapes for arrays
+        self.expects: Callable[[GuidePlan], None] | None = None  # of the model, if it was loaded
         self.training = True
         self.reader = ModelReader(model)
         self.plan: GuidePlan | None = None
@@ -144,6 +118,13 @@ class AmortizedGuide(AutoGuide):
         """Read the model as `setup` does, with plates that hold given rows."""
         if is_set_up(self):
             return
+        plan = self.plan_for(args, kwargs, rows)
+        if self.expects is not None:
+            self.expects(plan)
+        self.adopt(plan, (args, kwargs, rows))
+
+    def plan_for(self, args: tuple, kwargs: dict[str, Any], rows: Rows) -> GuidePlan:
+        """Return the model as this guide divides it, and change nothing."""
         plan = plan_guide(
             self.reader,
             args,
@@ -155,15 +136,18 @@ class AmortizedGuide(AutoGuide):
         )
         if not self.family.is_factorized:
             plan.require_like_scales()
+        return plan
+
+    def adopt(self, plan: GuidePlan, arguments: tuple[tuple, dict[str, Any], Rows]) -> None:
+        """Serve a model that has been read with these arguments."""
         if plan != self.plan:
             self.compiled = {}  # what was compiled for another model
         self.plan = plan
-        self.sites, self.plate = plan.sites, plan.plate
-        self.local_sites, self.global_names = plan.local, plan.globals
         self.globals = None
         if plan.globals:
             self.globals = GlobalGuide(self.global_guide, self.model, plan, self.prefix)
-        self.argument_shapes = argument_shapes(args, kwargs)
+        self.arguments = abstract(arguments)
+        self.argument_shapes = argument_shapes(*arguments[:2])
         self.prototype_trace = {
             name: {"name": name, "type": "sample", "is_observed": site.is_observed}
             for name, site in self.sites.sites.items()
@@ -216,20 +200,17 @@ class AmortizedGuide(AutoGuide):
         run = self._run(args, kwargs)
         sites = run.same_sites(self.local_sites)
         if not sites or (given is not None and self.is_unobserved(run.sites)):
-            return Encoding({}, {}, self.family, run)
+            return Encoding(run, {}, {}, self.family)
         network, inputs = self._network(run, sites), run.inputs(self.inputs)
         if given is not None:
             network.check_params(given, self.prefix, inputs)
         training = self.training and is_training()
         applied, features = declare_network(network, self.prefix, inputs, train=training)
-        return Encoding(features, applied.in_order(), self.family, run)
+        return Encoding(run, features, applied.in_order(), self.family)
 
     def is_unobserved(self, sites: ModelSites) -> bool:
         """Return whether a model holds none of the observations that the network reads."""
-        if self.inputs is not None or self.segments:
-            return False
-        plate = self.plate.name
-        return bool(self.sites.observed(plate)) and not sites.observed(plate)
+        return self.inputs is None and super().is_unobserved(sites)
 
     def _network(self, run: Run, sites: tuple[Site, ...]) -> Network:
         """Return the network that serves the sites as they are in a run."""
@@ -262,6 +243,25 @@ class AmortizedGuide(AutoGuide):
         given = handlers.substitute(data=params)
         with handlers.block(), rows, handlers.seed(rng_seed=0), given:
             return self.eval()._encode(args, kwargs, params)
+
+    def encode_batch(
+        self, params: dict[str, Any], batch: Batch, static_kwargs: dict[str, Any]
+    ) -> Encoding:
+        """Encode a batch of rows."""
+        args, kwargs = batch.arguments()
+        rows = all_rows(rows=batch.rows)
+        return self.encode_rows(rows, params, args, {**kwargs, **static_kwargs})
+
+    @property
+    def no_density(self) -> str:
+        """Why rows have no importance weights of it; empty if they have."""
+        if self.family.has_density:
+            return ""
+        return (
+            f"{type(self.family).__name__} has no density, so there are no importance "
+            "weights, evidence, divergences, checks or repairs of it. Use AutoAmortizedNormal "
+            "for these."
+        )
 
     def sample_posterior(
         self,
@@ -322,15 +322,7 @@ class AmortizedGuide(AutoGuide):
         args: tuple,
         kwargs: dict[str, Any],
     ) -> tuple[dict[str, Array], Array]:
-        """Draw the global sites, each with its log-density; not the draws of `sample_globals`.
-
-        Returns:
-            By site name ``(*sample_shape, *batch_shape, *event_shape)``, and the log-densities
-            ``sample_shape``, on the scale of the model's sites.
-
-        Raises:
-            NoDensityError: if the guide of a global site has no density, as a point has none.
-        """
+        """Draw the global sites, each with its log-density; not the draws of `sample_globals`."""
         if self.globals is None:
             return {}, jnp.zeros(sample_shape)
         return self.globals.draw(rng_key, params, sample_shape, args, kwargs)
@@ -366,6 +358,13 @@ class AmortizedGuide(AutoGuide):
         if self.globals is not None and self.globals.is_auto:
             values |= self.globals.quantiles(params, quantiles, args, kwargs)
         return values
+
+    def set_up_globals(
+        self, params: dict[str, Any], args: tuple, kwargs: dict[str, Any], rows: Rows
+    ) -> None:
+        """Let the guide of global sites read the model, as it may not in compiled code."""
+        if self.globals is not None:
+            self.globals.set_up(params, args, kwargs, rows)
 
     def given_median(
         self, encoding: Encoding, params: dict[str, Any], args: tuple, kwargs: dict[str, Any]

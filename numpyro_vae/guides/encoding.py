@@ -1,38 +1,33 @@
-"""What a guide says of a batch: a distribution over the latents of each datum."""
+"""What heads say of a batch: a distribution over the latents of each datum."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Shaped
+from jaxtyping import Array, Float, Shaped
 from numpyro.distributions import biject_to
 
 from numpyro_vae.families import AbstractFamily
+from numpyro_vae.guides.abstract import AbstractEncoding
 from numpyro_vae.guides.blocks import Block
 from numpyro_vae.guides.even_points import even_points
-from numpyro_vae.model.run import Run
 from numpyro_vae.model.sites import Site
-from numpyro_vae.model.trace import is_real
 
 __all__ = ["Encoding"]
 
 
 @dataclass(frozen=True)
-class Encoding:
-    """What the guide says of a batch of data.
-
-    Latents are **packed**: the unconstrained values of all local sites of a datum side by side, in
-    the order of ``sites``.
+class Encoding(AbstractEncoding):
+    """What heads say of a batch of data; packed in the order of the blocks.
 
     Attributes:
         features: what each block reads of the data, by its name.
         blocks: the heads, in the order in which they are sampled.
         family: what they mean.
-        run: the run of the model that was read.
         given: unconstrained values of the global sites that the heads read, ``(*lead, size)``
             each; a guide without ``condition_on`` needs none.
     """
@@ -40,8 +35,8 @@ class Encoding:
     features: Mapping[str, Any]
     blocks: Mapping[str, Block]
     family: AbstractFamily
-    run: Run
     given: Mapping[str, Array] = field(default_factory=dict)
+    has_features: ClassVar[bool] = True
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -133,6 +128,12 @@ class Encoding:
         except NotImplementedError:  # of a distribution without quantiles
             return self.sample(row_keys, num_samples)
 
+    @property
+    def reads_globals(self) -> bool:
+        """Whether a head reads global sites."""
+        local = {site.name for site in self.sites}
+        return any(set(block.reads) - local for block in self.blocks.values())
+
     def _has_draws(self, block: Block) -> bool:
         """Whether a block's raw outputs differ by draw: if it reads what does."""
         return any(
@@ -160,22 +161,6 @@ class Encoding:
         axis = packed.ndim - 2
         mapped = jax.vmap(fn, in_axes=(0, None if self.mask is None else 0, axis), out_axes=axis)
         return mapped(dict(self.features), self.mask, packed)
-
-    @property
-    def mask(self) -> Bool[Array, "batch size"] | None:
-        """Which packed latents count; None if all do."""
-        masks = {site.name: self.run.mask(site) for site in self.sites}
-        if all(mask is None for mask in masks.values()):
-            return None
-        filled = {site.name: self._packed_mask(site, masks[site.name]) for site in self.sites}
-        return jnp.concatenate([block.pack(filled) for block in self.blocks.values()], axis=-1)
-
-    def _packed_mask(self, site: Site, mask: Any) -> Bool[Array, "batch datum_size"]:
-        shape = site.batch_shape + site.unconstrained_shape
-        mask = jnp.asarray(True if mask is None else mask)
-        mask = mask.reshape(mask.shape + (1,) * (len(shape) - mask.ndim))
-        rows = jnp.moveaxis(jnp.broadcast_to(mask, shape), site.axis(self.run.plate), 0)
-        return rows.reshape(rows.shape[0], -1)
 
     def marginal(
         self, fn: Callable[[Any], Array], packed: Float[Array, "batch size"] | None = None
@@ -229,34 +214,6 @@ class Encoding:
                 yield site, site.unpack(values, self.run.plate)
             start += block.num_values
 
-    def pack(self, values: Mapping[str, Array]) -> Float[Array, "batch size"]:
-        """Return the sites' values, which lie on their supports, as packed latents."""
-        parts = {}
-        for site in self.sites:
-            unconstrained = biject_to(self.run.support(site)).inv(values[site.name])
-            rows = jnp.moveaxis(unconstrained, site.axis(self.run.plate), 0)
-            parts[site.name] = rows.reshape(rows.shape[0], -1)
-        return jnp.concatenate([block.pack(parts) for block in self.blocks.values()], axis=-1)
-
-    def constrain(
-        self, packed: Float[Array, "*lead batch size"]
-    ) -> tuple[dict[str, Array], Float[Array, "*lead batch"]]:
-        """Map packed latents to the sites' supports.
-
-        Returns:
-            The values by site name, and the log-determinant of the map for each datum, so that
-            ``log q(values) = log q(packed) - log_det``.
-        """
-        values, log_det = {}, jnp.zeros(packed.shape[:-1], packed.dtype)
-        lead = packed.ndim - 2
-        for site, unconstrained in self.unpack(packed):
-            transform = biject_to(self.run.support(site))
-            values[site.name] = transform(unconstrained)
-            log_dets = transform.log_abs_det_jacobian(unconstrained, values[site.name])
-            mask = self.run.mask(site)
-            if mask is not None and not is_real(self.run.support(site)):
-                missing = log_dets.ndim - lead - mask.ndim
-                log_dets = jnp.where(mask.reshape(mask.shape + (1,) * missing), log_dets, 0.0)
-            rows = jnp.moveaxis(log_dets, lead + site.axis(self.run.plate), lead)
-            log_det += rows.sum(tuple(range(lead + 1, rows.ndim)))
-        return values, log_det
+    def pack_rows(self, rows: Mapping[str, Shaped[Array, "batch k"]]) -> Shaped[Array, "batch n"]:
+        """Pack what each datum has of the sites, ``(batch, datum_size)`` each."""
+        return jnp.concatenate([block.pack(rows) for block in self.blocks.values()], axis=-1)

@@ -127,11 +127,13 @@ def gather(
         whole |= derive_whole(runner, rows, rng_key, derived, globals_, local, num_samples)
     found["posterior"] = found.get("posterior", {}) | whole
     found["constant_data"] = constant_data(guide.model, rows.data, observed)
-    if guide.family.has_density and "log_likelihood" in groups:
+    if (guide.has_density or not guide.local_sites) and "log_likelihood" in groups:
         alone = len(observed) == 1 and not guide.segments
-        evidence = run(quantities.evidence, rows, rng_key, globals_, particles=num_particles)
         name = next(iter(observed)) if alone else "joint"
-        found["log_likelihood"] = {name: evidence["log_evidence"]}
+        quantity = partial(run, quantities.evidence, particles=num_particles)
+        if not guide.local_sites:
+            quantity = partial(run, quantities.likelihood)
+        found["log_likelihood"] = {name: quantity(rows, rng_key, globals_)["log_evidence"]}
     rowwise = {name for group in found.values() for name in group} - set(whole)
     dims = rows_first(site_dims(guide.sites), rowwise, (guide.plate.name, *guide.segments))
     return {group: found[group] for group in groups if group in found}, dims | derived.dims

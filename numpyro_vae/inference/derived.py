@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from numpyro_vae.guides.base import AmortizedGuide
+from numpyro_vae.guides.abstract import AbstractGuide
 from numpyro_vae.inference import quantities
 from numpyro_vae.inference.rows import Rows
 from numpyro_vae.inference.runner import Runner
@@ -40,7 +40,7 @@ def derived_sites(runner: Runner, rows: Rows) -> Derived:
 
 
 def _divide(
-    guide: AmortizedGuide,
+    guide: AbstractGuide,
     sites: ModelSites,
     args: tuple,
     kwargs: dict[str, Any],

@@ -10,14 +10,14 @@ from jaxtyping import Array, Float
 from numpyro.distributions import biject_to, kl_divergence
 from numpyro.distributions.util import sum_rightmost
 
-from numpyro_vae.guides.encoding import Encoding
+from numpyro_vae.guides.abstract import AbstractEncoding
 from numpyro_vae.model.sites import Site
 from numpyro_vae.model.trace import is_real, mask_of
 from numpyro_vae.scales.log_scale_normal import LogScaleNormal
 
 
 def row_divergences(
-    encoding: Encoding, packed: Float[Array, "batch size"], trace: dict[str, Any]
+    encoding: AbstractEncoding, packed: Float[Array, "batch size"], trace: dict[str, Any]
 ) -> dict[str, Float[Array, "batch ..."]]:
     """Estimate the divergence of each datum's guide from its prior, by latent dimension.
 
@@ -55,7 +55,7 @@ def _log_scale(fn: Any) -> Array:
 
 
 def _of_site(
-    site: Site, q: LogScaleNormal, draw: Array, trace: dict[str, Any], encoding: Encoding
+    site: Site, q: LogScaleNormal, draw: Array, trace: dict[str, Any], encoding: AbstractEncoding
 ) -> Float[Array, "batch ..."]:
     prior, axis = trace[site.name]["fn"], site.axis(encoding.run.plate)
     found = _by_dimension(q, prior)
@@ -71,7 +71,7 @@ def _of_site(
 
 
 def _log_prior(
-    site: Site, draw: Array, trace: dict[str, Any], encoding: Encoding
+    site: Site, draw: Array, trace: dict[str, Any], encoding: AbstractEncoding
 ) -> Float[Array, "batch"]:
     """Return the log prior density of each datum's unconstrained values."""
     prior = trace[site.name]["fn"]

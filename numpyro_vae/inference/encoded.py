@@ -15,8 +15,7 @@ from numpyro.primitives import Messenger
 
 from numpyro_vae.data.batch import Batch
 from numpyro_vae.data.shapes import explained
-from numpyro_vae.guides.base import AmortizedGuide
-from numpyro_vae.guides.encoding import Encoding
+from numpyro_vae.guides.abstract import AbstractEncoding, AbstractGuide
 from numpyro_vae.model.densities import observed_densities, row_densities, trace_rows
 from numpyro_vae.model.enumeration import Enumeration
 from numpyro_vae.model.plates import all_rows
@@ -39,18 +38,18 @@ class EncodedBatch:
         encoding: what the guide says of them.
     """
 
-    guide: AmortizedGuide
+    guide: AbstractGuide
     params: dict[str, Any]
     batch: Batch
     hold_rows: Messenger
     args: tuple
     kwargs: dict[str, Any]
-    encoding: Encoding
+    encoding: AbstractEncoding
 
     @classmethod
     def encode(
         cls,
-        guide: AmortizedGuide,
+        guide: AbstractGuide,
         params: dict[str, Any],
         batch: Batch,
         static_kwargs: dict[str, Any],
@@ -60,9 +59,8 @@ class EncodedBatch:
         layout = batch.layout
         with explained(guide.argument_shapes, *layout.whole(batch.arrays), layout.every_axis):
             args, kwargs = batch.arguments()
-            kwargs = {**kwargs, **static_kwargs}
-            encoding = guide.encode_rows(hold, params, args, kwargs)
-        return cls(guide, params, batch, hold, args, kwargs, encoding)
+            encoding = guide.encode_batch(params, batch, static_kwargs)
+        return cls(guide, params, batch, hold, args, {**kwargs, **static_kwargs}, encoding)
 
     def of(self, batch: Batch) -> EncodedBatch:
         """Encode other rows of the same data."""

@@ -87,10 +87,10 @@ def log_density(
         particles: local draws, a multiple of four.
 
     Raises:
-        NoDensityError: if a site outside the local plate is summed over.
+        NoDensityError: if local sites have no density, or a global one is summed over.
         ValueError: if the model scales its global sites by unlike factors.
     """
-    _require_sampled(runner)
+    _require_density(runner)
     of_globals = runner.once(outside, rows, rng_key, globals_).astype(float)
     errors = np.zeros((REPLICATES, len(of_globals)))
     rng = np.random.default_rng(np.asarray(jax.random.key_data(rng_key)))
@@ -141,8 +141,10 @@ def _chunks(rows: Rows) -> Iterator[Rows]:
         yield rows.choose(part)
 
 
-def _require_sampled(runner: Runner) -> None:
-    """Raise NoDensityError if there are discrete global sites, which no guide draws."""
+def _require_density(runner: Runner) -> None:
+    """Raise NoDensityError if local sites have no density, or no guide draws a global one."""
+    if runner.guide.local_sites and runner.guide.no_density:
+        raise NoDensityError(runner.guide.no_density)
     plate, sites = runner.guide.plate.name, runner.guide.sites.sites.values()
     names = [site.name for site in sites if site.is_enumerated and plate not in site.plates]
     if names:
@@ -220,7 +222,7 @@ def row_evidence(
     row_keys = jax.vmap(partial(jax.random.fold_in, rng_key))(batch.indices)
     run, encoding = batch.encoding.run, batch.encoding
     scale = run.row_scale((*encoding.sites, *batch.enumeration.sites))
-    fixed = None if batch.guide.condition_on else encoding.sample_evenly(row_keys, particles)
+    fixed = None if encoding.reads_globals else encoding.sample_evenly(row_keys, particles)
 
     def evidence(globals_: Globals) -> Array:
         given = encoding.condition(globals_)

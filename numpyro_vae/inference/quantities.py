@@ -159,7 +159,7 @@ def draws(
     """Return by ArviZ group what is drawn, all ``(num_samples, batch, ...)``."""
     packed = jnp.moveaxis(batch.draw(rng_key, num_samples, globals_), 0, 1)
     found = finish(batch, packed, rng_key, globals_, groups=groups, derived=derived)
-    if batch.encoding.family.has_density and "sample_stats" in groups:
+    if batch.guide.has_density and "sample_stats" in groups:
         found["sample_stats"] = weigh(batch, rng_key, globals_, num_samples=num_samples)
     return found
 
@@ -238,6 +238,17 @@ def evidence(
 
     keys = jax.random.split(rng_key, num_samples)
     return {"log_evidence": batch.over_draws(one, keys, globals_, per_draw=particles)}
+
+
+def likelihood(batch: EncodedBatch, rng_key: Array, globals_: dict, *, num_samples: int) -> dict:
+    """Return the log-likelihood of rows whose latents are all among the globals."""
+    nothing = jnp.zeros((len(batch.indices), 0))
+
+    def one(globals_: dict) -> Array:
+        log_joint, log_prior = batch.log_densities(nothing, globals_, rng_key)
+        return logsumexp(log_joint, axis=0) - logsumexp(log_prior, axis=0)
+
+    return {"log_evidence": batch.over_draws(one, globals_)}
 
 
 def diverge(batch: EncodedBatch, rng_key: Array, globals_: dict, *, num_samples: int) -> dict:

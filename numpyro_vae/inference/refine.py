@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float
 
+from numpyro_vae.guides.encoding import Encoding
 from numpyro_vae.inference.encoded import EncodedBatch
 
 LEARNING_RATE = 0.05  # falls to zero
@@ -39,7 +40,7 @@ def refine(
         The batch with the encoding that was found, and which data have converged.
     """
     batch = release(batch)
-    start, steps_key, last_key = batch.encoding.features, *jax.random.split(rng_key)
+    start, steps_key, last_key = features_of(batch), *jax.random.split(rng_key)
     optimizer = optax.adam(optax.cosine_decay_schedule(LEARNING_RATE, NUM_STEPS))
 
     def loss(features: Any, key: Array) -> tuple[Array, Array]:
@@ -65,11 +66,22 @@ def refine(
 
 def release(batch: EncodedBatch) -> EncodedBatch:
     """Return the batch with each datum's own variational parameters as features."""
-    return replace(batch, encoding=batch.encoding.release())
+    return replace(batch, encoding=_featured(batch).release())
+
+
+def features_of(batch: EncodedBatch) -> Any:
+    """Return what the guide's heads read of each row, of an encoding that `has_features`."""
+    return dict(_featured(batch).features)
+
+
+def _featured(batch: EncodedBatch) -> Encoding:
+    if not isinstance(batch.encoding, Encoding):
+        raise TypeError("The guide has no features.")
+    return batch.encoding
 
 
 def _given(batch: EncodedBatch, features: Any) -> EncodedBatch:
-    return replace(batch, encoding=replace(batch.encoding, features=features))
+    return replace(batch, encoding=replace(_featured(batch), features=features))
 
 
 def log_weights(
@@ -84,7 +96,7 @@ def log_weights(
     picked = jax.random.randint(pick_key, (num_samples,), 0, count)
     given = {name: value[picked] for name, value in globals_.items()}
     draws = batch.draw(draw_key, num_samples, given)
-    still = _given(batch, jax.lax.stop_gradient(batch.encoding.features))
+    still = _given(batch, jax.lax.stop_gradient(features_of(batch)))
 
     def weigh(draw: Array, given: dict[str, Array]) -> Array:
         return still.log_weight(draw, given, noise_key)

@@ -16,12 +16,12 @@ from jaxtyping import Array
 from numpyro_vae.data.arrays import ArrayData
 from numpyro_vae.data.batch import Batch, padded_batches, prefetch
 from numpyro_vae.data.shapes import explained, require_rows
-from numpyro_vae.guides.base import AmortizedGuide
+from numpyro_vae.guides.abstract import AbstractGuide
 from numpyro_vae.inference.fingerprint import Fingerprint, fingerprint_rows
 from numpyro_vae.model.missing import require_finite_observations
 from numpyro_vae.model.plan import check_observed
 from numpyro_vae.model.reading import ModelReader, read_for
-from numpyro_vae.model.sites import ModelSites, choose_plate
+from numpyro_vae.model.sites import ModelSites
 from numpyro_vae.numpyro_internals import HANDLERS
 
 
@@ -56,7 +56,7 @@ class Rows:
 
     @classmethod
     def read(
-        cls, guide: AmortizedGuide, static_kwargs: dict[str, Any], data: Any, batch_axes: Any
+        cls, guide: AbstractGuide, static_kwargs: dict[str, Any], data: Any, batch_axes: Any
     ) -> Rows:
         """Read data as the model's arguments, and how its local plate takes them.
 
@@ -73,7 +73,7 @@ class Rows:
     @classmethod
     def _of_model(
         cls,
-        guide: AmortizedGuide,
+        guide: AbstractGuide,
         arrays: ArrayData,
         static_kwargs: dict[str, Any],
         args: tuple,
@@ -216,7 +216,7 @@ class Rows:
         return min(batch_size, number if number == self.num_rows else rounded(number))
 
 
-def _require_same_events(guide: AmortizedGuide, sites: ModelSites) -> None:
+def _require_same_events(guide: AbstractGuide, sites: ModelSites) -> None:
     """Raise ValueError if data would be broadcast to a distribution that they once fitted."""
     known = {} if guide.plan is None else guide.plan.sites.sites
     for name, site in sites.sites.items():
@@ -227,7 +227,7 @@ def _require_same_events(guide: AmortizedGuide, sites: ModelSites) -> None:
             )
 
 
-def _held(guide: AmortizedGuide, data: ArrayData, args: tuple, kwargs: dict) -> dict:
+def _held(guide: AbstractGuide, data: ArrayData, args: tuple, kwargs: dict) -> dict:
     """Return the rows that the local plate must be told to hold, as it declares another number.
 
     Raises:
@@ -237,7 +237,7 @@ def _held(guide: AmortizedGuide, data: ArrayData, args: tuple, kwargs: dict) -> 
     name = guide.plate_name if guide.plan is None else guide.plan.plate.name
     try:
         sites = guide.reader.sites(args, kwargs)
-        name = name or choose_plate(sites, None).name
+        name = name or guide.choose_plate(sites).name
         plate = sites.plates.get(name)
         if data.is_whole or plate is None or plate.size == data.num_data:
             return {}

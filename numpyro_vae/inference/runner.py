@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -13,7 +13,7 @@ from jaxtyping import Array
 
 from numpyro_vae.data.arguments import require_key
 from numpyro_vae.data.batch import Batch
-from numpyro_vae.guides.base import AmortizedGuide
+from numpyro_vae.guides.abstract import AbstractGuide
 from numpyro_vae.inference.compiled import Compiled
 from numpyro_vae.inference.encoded import EncodedBatch
 from numpyro_vae.inference.memory import require_memory, size_of
@@ -42,7 +42,7 @@ class Runner:
 
     def __init__(
         self,
-        guide: AmortizedGuide,
+        guide: AbstractGuide,
         params: dict[str, Any],
         static_kwargs: dict[str, Any],
         batch_axes: Any,
@@ -69,6 +69,11 @@ class Runner:
             ValueError: if there are no observations, and they will not do.
         """
         rows = Rows.read(self.guide, self.static_kwargs, data, self.batch_axes)
+        if not rows.data.is_whole:
+            with HANDLERS:
+                first = rows.batch(jnp.arange(1))
+                whole = self.guide.needs_all_rows(self.params, first, self.static_kwargs)
+            rows = Rows.read(self.guide, self.static_kwargs, data, None) if whole else rows
         if rows.is_unobserved and not of_prior:
             raise ValueError(
                 f"Nothing is observed in plate {rows.plate!r}, so there is no posterior. Pass the "
@@ -101,28 +106,27 @@ class Runner:
         require_key(rng_key)
         if num_samples < 1:
             raise ValueError(f"num_samples is {num_samples}, expected at least 1.")
-        if self.guide.globals is not None:
-            with HANDLERS:
-                self.guide.globals.set_up(self.params, rows.args, rows.kwargs, rows.held)
+        with HANDLERS:
+            self.guide.set_up_globals(self.params, rows.args, rows.kwargs, rows.held)
         draw = getattr(self.guide, method)
         fn = partial(_of_globals, draw, self.static_kwargs, num_samples)
         compiled = self._compiled((method, num_samples), fn)
         key = jax.random.fold_in(rng_key, 2**32 - 1)  # of no row
         args = (self.params, rows.everything(), key)
-        if self.guide.globals is not None:
+        if self.guide.global_names:
             require_memory(size_of(compiled.shapes(*args)))
         return compiled(*args)
 
-    def require_density(self) -> None:
-        """Raise ValueError if the guide is of points, or the model's scales make no posterior."""
+    def require_like_scales(self) -> None:
+        """Raise ValueError if the model's scales make no posterior."""
         if self.guide.plan is not None:
             self.guide.plan.require_like_scales()
-        if not self.guide.family.has_density:
-            raise ValueError(
-                f"{type(self.guide.family).__name__} has no density, so there are no importance "
-                "weights, evidence, divergences, checks or repairs of it. Use AutoAmortizedNormal "
-                "for these."
-            )
+
+    def require_density(self) -> None:
+        """Raise ValueError if the guide is of points, or the model's scales make no posterior."""
+        self.require_like_scales()
+        if self.guide.no_density:
+            raise ValueError(self.guide.no_density)
 
     def per_batch(
         self,
@@ -224,6 +228,12 @@ class Runner:
             of_batch = partial(_of_batch, encode, quantity)
             return jax.eval_shape(of_batch, self.params, rows.whole(), *args)
 
+    def has_features(self, rows: Rows) -> bool:
+        """Return whether the guide says what it says of a row by features; see `refine`."""
+        found: list[bool] = []
+        self.trace(lambda batch: found.append(batch.encoding.has_features), rows)
+        return found[0]
+
     def once(self, quantity: Quantity, rows: Rows, *args: Any, **static: Any) -> Any:
         """Run a quantity of all rows at once; see `per_batch`."""
         compiled = self._compiled_quantity(_of_batch, quantity, static)
@@ -295,7 +305,7 @@ def _of_globals(
 
 
 def _encode(
-    guide: AmortizedGuide, static_kwargs: dict[str, Any], params: dict[str, Any], batch: Batch
+    guide: AbstractGuide, static_kwargs: dict[str, Any], params: dict[str, Any], batch: Batch
 ) -> EncodedBatch:
     return EncodedBatch.encode(guide, params, batch, static_kwargs)
 
@@ -369,24 +379,3 @@ def choose_names(var_names: Iterable[str] | None, known: Iterable[str]) -> list[
     if missing:
         raise ValueError(f"There are no sites {missing} here, choose from {sorted(known)}.")
     return names
-
-
-def require_trained(guide: Any, params: Any) -> AmortizedGuide:
-    """Return the guide, if these are a trained one and what it was trained to.
-
-    Raises:
-        TypeError: if one of them is something else.
-    """
-    if not isinstance(guide, AmortizedGuide):
-        is_class = isinstance(guide, type)
-        found = f"the class {guide.__name__}" if is_class else f"of type {type(guide).__name__}"
-        raise TypeError(
-            f"The guide is {found}, expected an amortized guide such as AutoAmortizedNormal(model)."
-            " Pass the guide that was trained, before its parameters, and not what wraps it."
-        )
-    if not isinstance(getattr(params, "params", params), Mapping):
-        raise TypeError(
-            f"The parameters are of type {type(params).__name__}, expected what fit or svi.run "
-            "returned, or a dict of parameters. Pass result, or result.params."
-        )
-    return guide

@@ -12,7 +12,7 @@ from jax.core import Tracer
 
 from numpyro_vae.model.provenance import RANDOM
 from numpyro_vae.model.reading import ModelReader
-from numpyro_vae.model.sites import ModelSites, Plate, Site, choose_plate
+from numpyro_vae.model.sites import ModelSites, Plate, PlateError, Site, choose_plate
 from numpyro_vae.model.trace import Rows
 
 
@@ -93,6 +93,41 @@ def plan_guide(
     bounds = reader.bounds(args, kwargs, rows, globals_)
     scaled, unlike = tuple(reading.scales), _unlike_scales(reader, args, kwargs, rows, local)
     return GuidePlan(sites, local_plate, local, globals_, bounds, scaled, unlike)
+
+
+def plan_any(
+    reader: ModelReader, args: tuple, kwargs: dict[str, Any], rows: Rows, plate: str | None
+) -> GuidePlan:
+    """Return a model as any guide divides it, which need not have latent sites in a plate.
+
+    Raises:
+        ValueError: see `plan_guide`; or if no plate holds anything.
+    """
+    sites = reader.sites(args, kwargs, rows)
+    chosen, latent = choose_any(sites, plate), sites.latent()
+    if any(chosen.name in site.plates for site in latent) or plate is not None:
+        none: dict[str, Any] = {"condition_on": (), "dependencies": {}}
+        return plan_guide(reader, args, kwargs, rows, plate=chosen.name, **none)
+    names = tuple(site.name for site in latent)
+    return GuidePlan(sites, chosen, (), names, reader.bounds(args, kwargs, rows, names))
+
+
+def choose_any(sites: ModelSites, plate: str | None) -> Plate:
+    """Return the local plate; of a model without latent sites in one, the first with observations.
+
+    Raises:
+        PlateError: see `choose_plate`; or if no plate holds observations either.
+    """
+    latent = sites.latent()
+    if plate is not None or not latent or any(site.plates for site in latent):
+        return choose_plate(sites, plate)
+    seen = [site for site in sites.sites.values() if site.is_observed and site.plates]
+    if not seen:
+        raise PlateError(
+            f"The model has the plates {sorted(sites.plates)}, and none of them holds observations "
+            "that could be told apart. Put numpyro.plate around the observed site."
+        )
+    return sites.plates[seen[0].plates[0]]
 
 
 def outside(

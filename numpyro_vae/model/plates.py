@@ -7,10 +7,10 @@ from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
-from numpyro.primitives import Messenger
+from numpyro.primitives import CondIndepStackFrame, Messenger
 
 from numpyro_vae.model.trace import Rows
-from numpyro_vae.numpyro_internals import ask_handlers
+from numpyro_vae.numpyro_internals import ask_handlers, was_observed
 
 ROWS = "numpyro_vae.rows"  # the type of a message that asks for the rows of a plate
 STEP = "numpyro_vae.step"  # that of one that asks how many optimizer steps have been taken
@@ -58,6 +58,40 @@ class all_rows(Messenger):  # noqa: N801 - handlers are lower case, as in numpyr
             msg["args"] = (size, len(msg["value"]))
         elif length not in (None, size):
             msg["value"], msg["args"] = jnp.arange(size), (size, size)
+
+
+class observed_plates(Messenger):  # noqa: N801
+    """Let observed sites that stand in no plate have one for each dimension of their batch.
+
+    It has ArviZ's name of the dimension, ``y_dim_0`` and so on.
+
+    Args:
+        fn: a model.
+
+    Example:
+        >>> import numpyro, numpyro.distributions as dist
+        >>> from numpyro import handlers
+        >>> def model(y):
+        ...     numpyro.sample("y", dist.Normal(0.0, 1.0).expand([3]), obs=y)
+        >>> trace = handlers.trace(observed_plates(model)).get_trace(jnp.zeros(3))
+        >>> trace["y"]["cond_indep_stack"]
+        [CondIndepStackFrame(name='y_dim_0', dim=-1, size=3)]
+    """
+
+    def __init__(self, fn: Callable[..., Any] | None = None):
+        self.__wrapped__ = fn  # whose arguments have names
+        super().__init__(fn)
+
+    def process_message(self, msg: Any) -> None:
+        """Add the plates; the model's own have been added by then."""
+        seen = msg["type"] == "sample" and was_observed(msg)
+        if not seen or msg["cond_indep_stack"] or msg["fn"] is None:
+            return
+        shape = msg["fn"].batch_shape
+        msg["cond_indep_stack"] = [
+            CondIndepStackFrame(f"{msg['name']}_dim_{axis}", axis - len(shape), size)
+            for axis, size in enumerate(shape)
+        ]
 
 
 def given_step() -> Any:

@@ -15,6 +15,9 @@ PREFIX = "numpyro_vae/"  # of the names that are given to values
 KINDS = ("sample", "param", "plate")
 RANDOM = "/random"  # what comes from a random key, and from nothing with a name
 
+LOOKED_UP = "/looked-up/"  # before the name of what is looked up by an index that has a name
+LOOKUPS = ("gather", "dynamic_slice")
+
 Names = frozenset[str]
 
 
@@ -43,22 +46,27 @@ class named_values(Messenger):  # noqa: N801 - handlers are lower case, as in nu
         msg["value"] = checkpoint_name(msg["value"], PREFIX + msg["name"])
 
 
-def sources(jaxpr: ClosedJaxpr) -> list[Names]:
+def sources(jaxpr: ClosedJaxpr, *, lookups: bool = False) -> list[Names]:
     """Return for each output of a jaxpr the names of the values that it is computed from.
 
     Of what is named, what it was itself computed from does not count. What is drawn without a name,
     as inside a ``scan``, is ``RANDOM``.
 
+    What is looked up in a value with a name, by an index with a name, comes from ``LOOKED_UP`` and
+    the name of the value too, if that is asked for.
+
     Args:
         jaxpr: of a function that runs a model under `named_values`, and whose first argument is the
             random key.
+        lookups: whether it is.
     """
     key, *rest = jaxpr.jaxpr.invars
     del key
-    return _flow(jaxpr.jaxpr, [frozenset({RANDOM}), *([frozenset()] * len(rest))])
+    given = [frozenset({RANDOM}), *([frozenset()] * len(rest))]
+    return _flow(jaxpr.jaxpr, given, lookups)
 
 
-def _flow(jaxpr: Jaxpr, given: Sequence[Names]) -> list[Names]:
+def _flow(jaxpr: Jaxpr, given: Sequence[Names], lookups: bool) -> list[Names]:
     """Return what the outputs of a jaxpr come from, given what its inputs do."""
     found: dict[Any, Names] = dict(zip(jaxpr.invars, given, strict=True))
 
@@ -66,24 +74,26 @@ def _flow(jaxpr: Jaxpr, given: Sequence[Names]) -> list[Names]:
         return frozenset() if isinstance(var, Literal) else found.get(var, frozenset())
 
     for eqn in jaxpr.eqns:
-        results = _through(eqn, [of(var) for var in eqn.invars])
+        results = _through(eqn, [of(var) for var in eqn.invars], lookups)
         found.update(zip(eqn.outvars, results, strict=True))
     return [of(var) for var in jaxpr.outvars]
 
 
-def _through(eqn: Any, given: list[Names]) -> list[Names]:
+def _through(eqn: Any, given: list[Names], lookups: bool) -> list[Names]:
     """Return what the results of an equation come from."""
     name = str(eqn.params.get("name", ""))
     if eqn.primitive.name == "name" and name.startswith(PREFIX):
         return [frozenset({name.removeprefix(PREFIX)})]
     inner = [_open(x) for x in jax.tree.leaves(eqn.params, is_leaf=_is_jaxpr) if _is_jaxpr(x)]
     if len(inner) == 1 and len(inner[0].invars) == len(given):
-        flow = partial(_flow, inner[0])
+        flow = partial(_flow, inner[0], lookups=lookups)
         if eqn.primitive.name == "scan":
             return _through_scan(flow, given, *_sizes_of_scan(eqn, inner[0]))
         if len(inner[0].outvars) == len(eqn.outvars) and eqn.primitive.name != "while":
             return flow(given)
-    everything = frozenset().union(*given, *(_named_in(jaxpr) for jaxpr in inner))
+    everything = frozenset().union(*given, *(_named_in(jaxpr, lookups) for jaxpr in inner))
+    if lookups and eqn.primitive.name in LOOKUPS and any(given[1:]):
+        everything |= {LOOKED_UP + name for name in given[0] if not name.startswith(LOOKED_UP)}
     return [everything] * len(eqn.outvars)
 
 
@@ -108,9 +118,9 @@ def _sizes_of_scan(eqn: Any, body: Jaxpr) -> tuple[int, int]:
     return same(eqn.invars, body.invars) - carry, carry
 
 
-def _named_in(jaxpr: Jaxpr) -> Names:
+def _named_in(jaxpr: Jaxpr, lookups: bool) -> Names:
     """Return all names that are given inside a jaxpr."""
-    results = (_through(eqn, [frozenset()] * len(eqn.invars)) for eqn in jaxpr.eqns)
+    results = (_through(eqn, [frozenset()] * len(eqn.invars), lookups) for eqn in jaxpr.eqns)
     return frozenset().union(*(names for found in results for names in found))
 
 

@@ -76,6 +76,11 @@ class Site:
         value = packed.reshape(*packed.shape[:-1], *self.datum_shape(plate))
         return jnp.moveaxis(value, lead, lead + self.axis(plate))
 
+    def flat_rows(self, value: Any, plate: Plate) -> Shaped[Array, "batch datum_size"]:
+        """Return an unconstrained value of the site, or a mask of it, flat by datum."""
+        rows = jnp.moveaxis(value, self.axis(plate), 0)
+        return rows.reshape(rows.shape[0], -1)
+
     def rows(self, value: Any, plate: Plate) -> Shaped[Array, "batch ..."]:
         """Return the site's value with the plate's axis in front: a row a datum."""
         shape = jnp.broadcast_shapes(self.batch_shape + self.event_shape, jnp.shape(value))

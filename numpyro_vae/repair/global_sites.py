@@ -107,17 +107,17 @@ def repair_globals(
     runner: Runner, rng_key: Array, data: Any, method: str, num_samples: int
 ) -> GlobalRepair:
     """Repair the global sites; see `Posterior.repair_globals`."""
-    runner.require_density()
     if num_samples < 1:
         raise ValueError(f"num_samples is {num_samples}, expected at least 1.")
     if method not in ("auto", *METHODS):
         raise ValueError(f"method is {method!r}, expected 'auto' or one of {list(METHODS)}.")
+    rows = runner.read(data)
+    runner.require_like_scales()
     if not runner.guide.global_names:
         raise ValueError(
             f"The model has no latent sites outside plate {runner.guide.plate.name!r}, so that "
             "there are no globals to repair."
         )
-    rows = runner.read(data)
     density_key, adapt_key, chain_key = jax.random.split(rng_key, 3)
     rng = np.random.default_rng(np.asarray(jax.random.key_data(adapt_key)))
     target, first = _start(runner, rows, density_key, rng)

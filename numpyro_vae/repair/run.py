@@ -41,12 +41,12 @@ def run_repair(
     runner: Runner, rng_key: Array, data: Any, rows: Any, method: str, num_samples: int
 ) -> Repair:
     """Repair rows; see `Posterior.repair`."""
-    runner.require_density()
     if num_samples < 1:
         raise ValueError(f"num_samples is {num_samples}, expected at least 1.")
     if method not in ("auto", *METHODS):
         raise ValueError(f"method is {method!r}, expected 'auto' or one of {list(METHODS)}.")
     every = runner.read(data)
+    runner.require_density()
     if isinstance(rows, Report):
         rows = rows.flagged_of(every.fingerprint)
     chosen = every.choose(np.unique(every.choose(rows).chosen))
@@ -55,7 +55,7 @@ def run_repair(
         return Repair(columns(chosen, nothing, np.zeros(0, int)), {})
     size = min(NUM_HELD, num_samples) if runner.guide.global_names else 1
     held = runner.draw_globals(rng_key, chosen, size)
-    methods = METHODS if method == "auto" else (method,)
+    methods = _methods(runner, chosen, method)
     _look_ahead(runner, chosen, num_samples)
     number = -(-max(num_samples, CENTERS) // size)
     made, by = _try_methods(runner, rng_key, chosen, held, methods, number)
@@ -64,6 +64,21 @@ def run_repair(
     given = {name: np.asarray(value)[of_held] for name, value in held.items()}
     groups = _groups(runner, chosen, rng_key, given, packed)
     return Repair(columns(chosen, made.columns, by), groups)
+
+
+def _methods(runner: Runner, rows: Rows, method: str) -> tuple[str, ...]:
+    """Return the methods to try, in their order.
+
+    Raises:
+        ValueError: if one was asked for that the guide does not allow.
+    """
+    allowed = METHODS if runner.has_features(rows) else ("importance", "nuts")
+    if method not in ("auto", *allowed):
+        raise ValueError(
+            f"method is {method!r}, and the guide's distributions are no Normals, whose parameters "
+            "could be refined. Use 'auto', 'importance' or 'nuts'."
+        )
+    return allowed if method == "auto" else (method,)
 
 
 def _look_ahead(runner: Runner, rows: Rows, num_samples: int) -> None:

@@ -7,9 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
+import optax
 import pytest
 from helpers import make_svi, train
-from numpyro.infer.autoguide import AutoDelta
+from numpyro.infer import SVI, Trace_ELBO
+from numpyro.infer.autoguide import AutoDelta, AutoNormal
 from scipy import stats
 
 from numpyro_vae import MLP, AutoAmortizedNormal, Posterior, fit
@@ -85,6 +87,12 @@ def test_chains_find_the_same(mean_field):
 
 def test_a_guide_of_a_point_is_repaired():
     assert_exact(trained(global_guide=AutoDelta).repair_globals(KEY, X).draws["mu"], 0.15, 0.1)
+
+
+def test_a_guide_that_is_not_amortized_is_repaired():
+    svi = SVI(model, AutoNormal(model), optax.adam(1e-2), Trace_ELBO(num_particles=8))
+    posterior = Posterior(svi.guide, svi.run(KEY, 1500, X, progress_bar=False))
+    assert_exact(posterior.repair_globals(KEY, X, num_samples=4000).draws["mu"])
 
 
 def test_an_exact_guide_stays_as_it_is():

@@ -1,0 +1,90 @@
+"""Sites of a guide that are Normals of their unconstrained values, whatever they are called."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpyro.distributions as dist
+from jaxtyping import Array
+from numpyro.distributions import biject_to
+
+from numpyro_vae.families import DiagonalNormal
+from numpyro_vae.guides.blocks import Block
+from numpyro_vae.guides.encoding import Encoding
+from numpyro_vae.model.run import Run
+from numpyro_vae.model.sites import Site
+from numpyro_vae.scales.log_scale_normal import LogScaleNormal
+
+WRAPPERS = dist.Independent | dist.ExpandedDistribution
+
+
+def unconstrained_form(fn: dist.Distribution, support: Any) -> dist.Distribution | None:
+    """Return the distribution of a site's unconstrained value, if it is not to be computed.
+
+    It is known of a real site, and of a distribution that is transformed from the reals as
+    ``biject_to(support)`` does, such as a ``LogNormal``.
+
+    Args:
+        fn: the distribution of the site.
+        support: of the model's site.
+    """
+    transform = biject_to(support)
+    inner = fn
+    while isinstance(inner, WRAPPERS):
+        inner = inner.base_dist
+    if isinstance(inner, dist.TransformedDistribution):
+        return inner.base_dist if _same(inner.transforms, transform) else None
+    identity = isinstance(_bare(transform), dist.transforms.IdentityTransform)
+    return fn if identity else None
+
+
+def _same(transforms: Any, transform: Any) -> bool:
+    """Return whether transforms are the same as another one, their dimensions of events apart."""
+    found = [_bare(each) for each in transforms]
+    found = [each for each in found if not isinstance(each, dist.transforms.IdentityTransform)]
+    wanted = _bare(transform)
+    if isinstance(wanted, dist.transforms.IdentityTransform):
+        return not found
+    return len(found) == 1 and found[0] == wanted
+
+
+def _bare(transform: Any) -> Any:
+    while isinstance(transform, dist.transforms.IndependentTransform):
+        transform = transform.base_transform
+    if isinstance(transform, dist.transforms.ComposeTransform) and len(transform.parts) == 1:
+        return _bare(transform.parts[0])
+    return transform
+
+
+def normal_encoding(trace: Mapping[str, Any], run: Run, sites: tuple[Site, ...]) -> Encoding | None:
+    """Return local sites of a guide as Normals of packed latents; None if they are not.
+
+    Args:
+        trace: of the guide on a batch.
+        run: of the model on it.
+        sites: the local sites.
+    """
+    locs, log_scales = {}, {}
+    for site in sites:
+        found = _normal(trace[site.name]["fn"], run.support(site))
+        if found is None:
+            return None
+        shape = site.batch_shape + site.unconstrained_shape
+        for parts, value in zip((locs, log_scales), found, strict=True):
+            parts[site.name] = site.flat_rows(jnp.broadcast_to(value, shape), run.plate)
+    family = DiagonalNormal()
+    block = Block(sites, run.plate, (), (), family.pair(), None)
+    features = {"local": (block.pack(locs), block.pack(log_scales))}
+    return Encoding(run, features, {"local": block}, family)
+
+
+def _normal(fn: dist.Distribution, support: Any) -> tuple[Array, Array] | None:
+    """Return ``loc`` and ``log_scale`` of independent Normals of a site's unconstrained values."""
+    found: Any = unconstrained_form(fn, support)
+    while isinstance(found, WRAPPERS):
+        found = found.base_dist
+    if isinstance(found, LogScaleNormal):
+        return found.loc, found.log_scale
+    return (found.loc, jnp.log(found.scale)) if type(found) is dist.Normal else None

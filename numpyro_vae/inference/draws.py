@@ -1,0 +1,54 @@
+"""Draws of latent sites, and probabilities of discrete ones, for any rows of data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+from typing import Any
+
+import numpy as np
+from jaxtyping import Array
+
+from numpyro_vae.inference import quantities
+from numpyro_vae.inference.runner import Runner, choose_names
+from numpyro_vae.model.enumeration import Enumeration
+from numpyro_vae.numpyro_internals import HANDLERS
+
+
+def sample_sites(
+    runner: Runner, rng_key: Array, data: Any, num_samples: int, var_names: Iterable[str] | None
+) -> dict[str, np.ndarray]:
+    """Return draws of latent sites; see `Posterior.sample`."""
+    rows = runner.read(data)
+    globals_ = runner.draw_globals(rng_key, rows, num_samples)
+    local = runner.local_names
+    names = choose_names(var_names, (*local, *globals_))
+    kept = tuple(name for name in local if name in names)
+    draw = partial(runner.per_draw, quantities.sample, names=kept, num_samples=num_samples)
+    draws = draw(rows, rng_key, globals_) if kept else {}
+    for name, value in draws.items():
+        axis = runner.guide.sites.sites[name].axis(runner.guide.plate)
+        draws[name] = np.moveaxis(value, 1, 1 + axis)
+    return {name: np.asarray((draws | globals_)[name]) for name in names}
+
+
+def site_probabilities(
+    runner: Runner, rng_key: Array, data: Any, *, num_samples: int, particles: int
+) -> dict[str, np.ndarray]:
+    """Return the probabilities of the values of enumerated sites; see `Posterior.probabilities`."""
+    rows = runner.read(data)
+    runner.require_density()
+    plate = runner.guide.plate.name
+    if not runner.guide.sites.enumerated(plate):
+        raise ValueError(
+            f"No site of plate {plate!r} is enumerated, so there are no probabilities. Mark a "
+            'discrete site with infer={"enumerate": "parallel"}.'
+        )
+    globals_ = runner.draw_globals(rng_key, rows, num_samples)
+    sizes = {"num_samples": num_samples, "particles": particles}
+    found = runner.per_batch(quantities.classify, rows, rng_key, globals_, **sizes)
+    with HANDLERS:
+        enumeration = Enumeration.of_model(
+            runner.guide.reader, plate, rows.args, rows.kwargs, rows.held
+        )
+    return enumeration.probabilities(found["probabilities"])
