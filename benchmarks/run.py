@@ -26,6 +26,7 @@ WITHOUT_DATA = (
     "sampling.py",
     "objectives.py",
     "quality.py",
+    "global_sites.py",
 )
 OPTIONAL_DATA = ("convolution.py",)
 NEED_DATA = ("checking.py", "mnist_elbo.py", "hand_written.py")

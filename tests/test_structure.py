@@ -113,7 +113,6 @@ ORDER = {
         "refine",
     ),
     "checks": ("base", PLUG_INS, "page", "report", "run"),
-    "saving": ("registry", "codec", "arrays", "manifest", "models", "guides", "save"),
     "repair": (
         "proposals",
         "nuts",
@@ -124,6 +123,7 @@ ORDER = {
         "global_chains",
         "global_sites",
     ),
+    "saving": ("registry", "codec", "arrays", "manifest", "models", "guides", "save"),
     "plots": ("figures", "images"),
     # Folders of plug-ins: each knows `base` and none of its siblings.
     "encoders": ("base", PLUG_INS),

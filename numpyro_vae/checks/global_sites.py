@@ -136,10 +136,6 @@ def _require_globals(subject: Subject) -> None:
     guide, plate = runner.guide, subject.plate
     if not guide.global_names:
         raise NotApplicableError(f"the model has no latent sites outside plate {plate!r}")
-    discrete = [s.name for s in guide.sites.sites.values() if s.is_enumerated]
-    outside = [name for name in discrete if plate not in guide.sites.sites[name].plates]
-    if outside:
-        raise NotApplicableError(f"the sites {outside} outside plate {plate!r} are summed over")
     trained = runner.num_data
     if trained not in (None, rows.num_rows):
         raise NotApplicableError(

@@ -58,11 +58,16 @@ class AbstractEncoding(ABC):
         If global sites were given with an axis of draws, it is that of these draws.
         """
 
+    @abstractmethod
     def sample_evenly(
         self, row_keys: Shaped[Array, "batch *key"], num_samples: int
     ) -> Float[Array, "num_samples batch size"]:
-        """Draw packed latents that are spread evenly, where it is known how; see `Encoding`."""
-        return self.sample(row_keys, num_samples)
+        """Draw as `sample` does, spread evenly if that can be; global sites have no draws."""
+
+    @property
+    @abstractmethod
+    def reads_globals(self) -> bool:
+        """Whether it depends on the values of global sites."""
 
     @abstractmethod
     def log_prob(self, packed: Float[Array, "*lead batch size"]) -> Float[Array, "*lead batch"]:
@@ -154,7 +159,6 @@ class AbstractGuide(ABC):
         plan: the model as the guide divides it; None before it has read its model.
         argument_shapes: of the model's arguments, as they were then.
         compiled: what was compiled for this guide.
-        condition_on: the global sites that the guide of the local ones reads.
     """
 
     model: Callable[..., Any]
@@ -164,7 +168,6 @@ class AbstractGuide(ABC):
     plan: GuidePlan | None
     argument_shapes: Shapes
     compiled: dict[Any, Callable[..., Any]]
-    condition_on: tuple[str, ...]
 
     @property
     @abstractmethod
@@ -245,7 +248,7 @@ class AbstractGuide(ABC):
         args: tuple,
         kwargs: dict[str, Any],
     ) -> tuple[dict[str, Array], Array]:
-        """Draw the global sites, each with its log-density; not the draws of `sample_globals`.
+        """Draw the global sites, each draw with its log-density.
 
         Returns:
             By site name ``(*sample_shape, *batch_shape, *event_shape)``, and the log-densities

@@ -322,15 +322,7 @@ class AmortizedGuide(AutoGuide, AbstractGuide):
         args: tuple,
         kwargs: dict[str, Any],
     ) -> tuple[dict[str, Array], Array]:
-        """Draw the global sites, each with its log-density; not the draws of `sample_globals`.
-
-        Returns:
-            By site name ``(*sample_shape, *batch_shape, *event_shape)``, and the log-densities
-            ``sample_shape``, on the scale of the model's sites.
-
-        Raises:
-            NoDensityError: if the guide of a global site has no density, as a point has none.
-        """
+        """Draw the global sites, each with its log-density; not the draws of `sample_globals`."""
         if self.globals is None:
             return {}, jnp.zeros(sample_shape)
         return self.globals.draw(rng_key, params, sample_shape, args, kwargs)

@@ -128,6 +128,12 @@ class Encoding(AbstractEncoding):
         except NotImplementedError:  # of a distribution without quantiles
             return self.sample(row_keys, num_samples)
 
+    @property
+    def reads_globals(self) -> bool:
+        """Whether a head reads global sites."""
+        local = {site.name for site in self.sites}
+        return any(set(block.reads) - local for block in self.blocks.values())
+
     def _has_draws(self, block: Block) -> bool:
         """Whether a block's raw outputs differ by draw: if it reads what does."""
         return any(

@@ -67,6 +67,35 @@ class NoDensityError(ValueError):
     """A guide of global sites has no density, so that its draws cannot be weighed."""
 
 
+def drawn_with_density(
+    trace: Mapping[str, Any], names: tuple[str, ...], guide: Any, others: tuple[str, ...] = ()
+) -> tuple[dict[str, Array], Array]:
+    """Return the values of sites in the trace of a guide, and their log-density.
+
+    Sites may be functions of auxiliary ones: the density is that of the whole trace.
+
+    Args:
+        trace: of the guide.
+        names: the sites.
+        guide: the guide, for what an error says.
+        others: sites that do not count.
+
+    Raises:
+        NoDensityError: if a site has a point for its distribution, and no auxiliary site.
+    """
+    sites = {name: site for name, site in trace.items() if site["type"] == "sample"}
+    random = [name for name, site in sites.items() if not is_point(site["fn"])]
+    auxiliary = any(sites[name]["infer"].get("is_auxiliary") for name in random)
+    points = [name for name in names if not auxiliary and name not in random]
+    if points:
+        raise NoDensityError(
+            f"The guide of the global sites {points} is {type(guide).__name__}, a point without a "
+            "density. Train with global_guide=AutoNormal or AutoMultivariateNormal."
+        )
+    terms = [log_prob_of(site).sum() for name, site in sites.items() if name not in others]
+    return {name: trace[name]["value"] for name in names}, jnp.stack(terms).sum()
+
+
 class GlobalGuide:
     """A guide of global sites, and what is asked of it.
 
@@ -183,13 +212,7 @@ class GlobalGuide:
 
         def draw(key: Array) -> tuple[dict[str, Array], Array]:
             trace = trace_rows(self.guide, params, all_rows(), key, args, kwargs)
-            sites = [site for site in trace.values() if site["type"] == "sample"]
-            random = [site for site in sites if not is_point(site["fn"])]
-            auxiliary = any(site["infer"].get("is_auxiliary") for site in random)
-            drawn = {site["name"] for site in random}
-            self._require_no_points([n for n in self.names if not auxiliary and n not in drawn])
-            log_q = jnp.stack([log_prob_of(site).sum() for site in sites]).sum()
-            return {name: trace[name]["value"] for name in self.names}, log_q
+            return drawn_with_density(trace, self.names, self.guide)
 
         draws = jax.vmap(draw)(keys)
         return jax.tree.map(lambda x: x.reshape(*sample_shape, *x.shape[1:]), draws)
@@ -199,13 +222,6 @@ class GlobalGuide:
             raise NoDensityError(
                 f"The guide of the global sites {list(self.names)} is itself amortized, over "
                 "another plate, whose latents are too many to be weighed together."
-            )
-
-    def _require_no_points(self, points: list[str]) -> None:
-        if points:
-            raise NoDensityError(
-                f"The guide of the global sites {points} is {type(self.guide).__name__}, a point "
-                "without a density. Train with global_guide=AutoNormal or AutoMultivariateNormal."
             )
 
     def median(

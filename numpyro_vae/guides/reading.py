@@ -139,13 +139,6 @@ def trace_guide(
     return trace
 
 
-def log_prob_of(msg: dict[str, Any]) -> Array:
-    """Return the log-density of a site's draw, of transforms without an inverse too."""
-    passed = msg.get("intermediates")  # which a draw of a transformed distribution leaves
-    fn = msg["fn"]
-    return fn.log_prob(msg["value"], passed) if passed else fn.log_prob(msg["value"])
-
-
 def _site(msg: dict[str, Any], reads: frozenset[str]) -> GuideSite:
     fn = msg["fn"]
     while hasattr(fn, "base_dist"):

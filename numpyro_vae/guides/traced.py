@@ -20,13 +20,12 @@ from numpyro_vae.families import DiagonalNormal
 from numpyro_vae.guides.abstract import AbstractEncoding, AbstractGuide
 from numpyro_vae.guides.encoding import Encoding
 from numpyro_vae.guides.forms import traceable
-from numpyro_vae.guides.global_sites import NoDensityError
+from numpyro_vae.guides.global_sites import drawn_with_density
 from numpyro_vae.guides.normal_form import normal_encoding
 from numpyro_vae.guides.reading import (
     DATA,
     GuideReading,
     MissingParamsError,
-    log_prob_of,
     read_guide,
     trace_guide,
 )
@@ -74,7 +73,6 @@ class TracedGuide(AbstractGuide):
         self.compiled: dict[Any, Callable[..., Any]] = {}
         self.reading = GuideReading({}, {}, {})
         self.joint, self.knows_rows = "", False
-        self.condition_on = ()
 
     @property
     def no_density(self) -> str:
@@ -122,8 +120,6 @@ class TracedGuide(AbstractGuide):
         if self.joint:
             latent = tuple(site.name for site in plan.sites.latent())
             return replace(plan, local=(), globals=latent)
-        origins = frozenset().union(*(self.reading.origins(site.name) for site in plan.local))
-        self.condition_on = tuple(name for name in plan.globals if name in origins)
         return plan
 
     def _read(self, plate: str, size: int, args: tuple, kwargs: dict[str, Any]) -> GuideReading:
@@ -238,7 +234,10 @@ class TracedGuide(AbstractGuide):
         kwargs: dict[str, Any],
     ) -> dict[str, Array]:
         """Draw the global sites, ``sample_shape`` in front, given the data of all rows."""
-        return self._draw_globals(rng_key, params, sample_shape, args, kwargs)[0]
+        if not self.global_names:
+            return {}
+        found = partial(_values, self.global_names)
+        return self._draw_globals(found, rng_key, params, sample_shape, args, kwargs)
 
     def draw_globals(
         self,
@@ -248,37 +247,27 @@ class TracedGuide(AbstractGuide):
         args: tuple,
         kwargs: dict[str, Any],
     ) -> tuple[dict[str, Array], Array]:
-        """Draw the global sites, each with its log-density; see `AbstractGuide.draw_globals`.
-
-        It is that of all sites of the guide's trace but the local ones: of a guide that draws
-        auxiliary sites, and of one with factors, it is on the extended space that these span.
-        """
-        points = [name for name in self.global_names if self.reading.is_point(name)]
-        if points:
-            raise NoDensityError(
-                f"the guide is a point at the global sites {points}, without a density. Train with "
-                "AutoNormal or AutoMultivariateNormal, or an amortized guide"
-            )
-        return self._draw_globals(rng_key, params, sample_shape, args, kwargs)
+        """Draw the global sites as `sample_globals` does, each draw with its log-density."""
+        if not self.global_names:
+            return {}, jnp.zeros(sample_shape)
+        local = tuple(site.name for site in self.local_sites)
+        found = partial(drawn_with_density, names=self.global_names, guide=self.guide, others=local)
+        return self._draw_globals(found, rng_key, params, sample_shape, args, kwargs)
 
     def _draw_globals(
         self,
+        found: Callable[[dict[str, Any]], Any],
         rng_key: Array,
         params: dict[str, Any],
         sample_shape: tuple[int, ...],
         args: tuple,
         kwargs: dict[str, Any],
-    ) -> tuple[dict[str, Array], Array]:
-        if not self.global_names:
-            return {}, jnp.zeros(sample_shape)
-        guide, local = traceable(self.guide, params), {site.name for site in self.local_sites}
+    ) -> Any:
+        """Return what is found in traces of the guide, ``sample_shape`` in front."""
+        guide = traceable(self.guide, params)
 
-        def one(key: Array) -> tuple[dict[str, Array], Array]:
-            trace = trace_guide(guide, params, {}, key, args, kwargs)
-            sites = [msg for msg in trace.values() if msg["type"] == "sample"]
-            scored = [msg for msg in sites if msg["name"] not in local]
-            log_q = sum(jnp.sum(log_prob_of(msg)) for msg in scored)
-            return {name: trace[name]["value"] for name in self.global_names}, jnp.asarray(log_q)
+        def one(key: Array) -> Any:
+            return found(trace_guide(guide, params, {}, key, args, kwargs))
 
         keys = jax.random.split(rng_key, math.prod(sample_shape))
         draws = jax.lax.map(one, keys, batch_size=min(64, len(keys)))
@@ -293,6 +282,10 @@ class TracedGuide(AbstractGuide):
     ) -> AbstractEncoding:
         """Return the encoding, whose moments are those of sites that depend on no global ones."""
         return encoding
+
+
+def _values(names: tuple[str, ...], trace: dict[str, Any]) -> dict[str, Array]:
+    return {name: trace[name]["value"] for name in names}
 
 
 def require_sites(reading: GuideReading, plan: GuidePlan) -> None:

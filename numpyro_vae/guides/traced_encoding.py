@@ -60,6 +60,17 @@ class TracedEncoding(AbstractEncoding):
 
         return jax.vmap(one_row, out_axes=1)(self.batch.indices, row_keys)
 
+    def sample_evenly(
+        self, row_keys: Shaped[Array, "batch *key"], num_samples: int
+    ) -> Float[Array, "num_samples batch size"]:
+        """Draw as `sample` does, as it is not known what draws are functions of."""
+        return self.sample(row_keys, num_samples)
+
+    @property
+    def reads_globals(self) -> bool:
+        """Return True, as the guide is run given them."""
+        return True
+
     def _draw(self, batch: Batch, rng_key: Array, num_samples: int) -> Array:
         def one(args: tuple[Array, dict[str, Array]]) -> Array:
             trace = self.trace(batch, values=args[1], rng_key=args[0])

@@ -109,8 +109,10 @@ def gather(
         given: draws of the global sites for which the rows' latents are resampled, if any.
     """
     guide, derived = runner.guide, derived_sites(runner, rows)
-    globals_ = runner.draw_globals(rng_key, rows, num_samples) if given is None else given
-    draw = quantities.draws if given is None else partial(redraw, particles=num_particles)
+    if given is None:
+        draw, globals_ = quantities.draws, runner.draw_globals(rng_key, rows, num_samples)
+    else:
+        draw, globals_ = partial(redraw, particles=num_particles), jax.device_put(given)
     run = partial(runner.per_draw, num_samples=num_samples)
     if rows.is_unobserved:
         groups = tuple(name for name in groups if name not in OF_OBSERVATIONS)

@@ -13,6 +13,7 @@ import numpy as np
 from jax.scipy.special import logsumexp
 from jaxtyping import Array, Float
 
+from numpyro_vae.guides.global_sites import NoDensityError
 from numpyro_vae.inference.encoded import EncodedBatch
 from numpyro_vae.inference.quantities import Axes, Names, finish
 from numpyro_vae.inference.rows import Rows
@@ -23,7 +24,7 @@ from numpyro_vae.numpyro_internals import HANDLERS
 CHUNK = 4096  # rows whose estimates are held at once
 REPLICATES = 32  # of the Monte Carlo error
 PARTICLES = 16, 512  # local draws of each row and draw: at first, and at most
-EVALUATIONS = 2**22  # of rows' densities for each draw, beyond which particles are not doubled
+EVALUATIONS = 2**23  # of rows' densities for each draw, beyond which particles are not doubled
 MAX_NOISE = 0.1  # nats of Monte Carlo error below which log densities are precise enough,
 SHARE = 0.2  # or of the standard deviation of the log weights
 
@@ -84,7 +85,12 @@ def log_density(
         rng_key: the random key, of which all random numbers are.
         globals_: the draws, a leading axis of them.
         particles: local draws, a multiple of four.
+
+    Raises:
+        NoDensityError: if local sites have no density, or a global one is summed over.
+        ValueError: if the model scales its global sites by unlike factors.
     """
+    _require_density(runner)
     of_globals = runner.once(outside, rows, rng_key, globals_).astype(float)
     errors = np.zeros((REPLICATES, len(of_globals)))
     rng = np.random.default_rng(np.asarray(jax.random.key_data(rng_key)))
@@ -133,6 +139,19 @@ def _chunks(rows: Rows) -> Iterator[Rows]:
     number = 1 if rows.data.is_whole else -(-rows.num_rows // CHUNK)
     for part in np.array_split(np.arange(rows.num_rows), number):
         yield rows.choose(part)
+
+
+def _require_density(runner: Runner) -> None:
+    """Raise NoDensityError if local sites have no density, or no guide draws a global one."""
+    if runner.guide.local_sites and runner.guide.no_density:
+        raise NoDensityError(runner.guide.no_density)
+    plate, sites = runner.guide.plate.name, runner.guide.sites.sites.values()
+    names = [site.name for site in sites if site.is_enumerated and plate not in site.plates]
+    if names:
+        raise NoDensityError(
+            f"The discrete sites {names} outside plate {plate!r} are summed over with those in it, "
+            "so that a row has no marginal likelihood of its own. Marginalize them in the model."
+        )
 
 
 def global_scale(runner: Runner, rows: Rows) -> float:
@@ -203,7 +222,7 @@ def row_evidence(
     row_keys = jax.vmap(partial(jax.random.fold_in, rng_key))(batch.indices)
     run, encoding = batch.encoding.run, batch.encoding
     scale = run.row_scale((*encoding.sites, *batch.enumeration.sites))
-    fixed = None if batch.guide.condition_on else encoding.sample_evenly(row_keys, particles)
+    fixed = None if encoding.reads_globals else encoding.sample_evenly(row_keys, particles)
 
     def evidence(globals_: Globals) -> Array:
         given = encoding.condition(globals_)

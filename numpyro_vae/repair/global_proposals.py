@@ -14,7 +14,7 @@ from scipy.stats import multivariate_t
 from numpyro_vae.inference.marginal import LogDensity
 from numpyro_vae.inference.psis import khat_threshold, smooth
 
-DEGREES = 5.0  # of freedom of a proposal: heavier tails than those of a posterior
+DEGREES = 8.0  # of freedom of a proposal: heavier tails than those of most posteriors
 NUM_PROPOSALS = 1000  # of a round
 MAX_ROUNDS = 6
 MIN_ESS = 400.0  # effective draws that a mean and its error need (Vehtari et al., 2021)
@@ -47,7 +47,7 @@ class StudentT(NamedTuple):
             log_weights: ``(number,)``.
         """
         number, size = points.shape
-        weights = _flattened(log_weights, min(max(50, 5 * size), number / 4))
+        weights = _flattened(log_weights, min(max(50.0, 5.0 * size), number / 4))
         loc = weights @ points
         centered = points - loc
         scale = np.maximum(np.sqrt(weights @ centered**2), LEAST)
@@ -113,7 +113,9 @@ class Weighted:
         return self.khat < khat_threshold(len(self.points)) and self.ess >= MIN_ESS
 
 
-def adapt(first: Weighted, density: Density, rng: np.random.Generator) -> Weighted:
+def adapt(
+    first: Weighted, density: Density, rng: np.random.Generator, max_error: float
+) -> Weighted:
     r"""Draw from distributions fitted to what those before have found, until the weights are good.
 
     In each round a multivariate t distribution is fitted to all points so far, and more are drawn
@@ -125,6 +127,8 @@ def adapt(first: Weighted, density: Density, rng: np.random.Generator) -> Weight
         first: points with weights to begin with, which are then forgotten.
         density: of points.
         rng: what random numbers come from.
+        max_error: of the means, in standard deviations, above which the density is too imprecise
+            for more points to be of use.
 
     Reference:
         Cornuet, Marin, Mira and Robert, *Adaptive Multiple Importance Sampling*, Scandinavian
@@ -140,7 +144,7 @@ def adapt(first: Weighted, density: Density, rng: np.random.Generator) -> Weight
         parts.append(density(drawn))
         log_q = logsumexp([proposal.log_prob(points) for proposal in proposals], axis=0)
         found = Weighted.of(points, LogDensity.joined(parts), log_q - np.log(len(proposals)))
-        if found.passes and found.ess >= ENOUGH:
+        if found.passes and (found.ess >= ENOUGH or found.error > max_error):
             break
     return found
 

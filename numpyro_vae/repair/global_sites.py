@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -47,6 +47,7 @@ class GlobalRepair:
         khat: the Pareto k-hat of the importance weights; NaN of NUTS.
         ess: effective draws, of NUTS the fewest of any value.
         rhat: the largest r-hat of any value; NaN of importance sampling.
+        runner: the trained guide, which draws the rows' latents.
     """
 
     draws: dict[str, np.ndarray]
@@ -57,7 +58,7 @@ class GlobalRepair:
     khat: float
     ess: float
     rhat: float
-    runner: Runner
+    runner: Runner = field(repr=False)
 
     def __str__(self) -> str:
         """Return what was done and found, as plain text."""
@@ -106,27 +107,24 @@ def repair_globals(
     runner: Runner, rng_key: Array, data: Any, method: str, num_samples: int
 ) -> GlobalRepair:
     """Repair the global sites; see `Posterior.repair_globals`."""
-    if runner.guide.local_sites:
-        runner.require_density()
     if num_samples < 1:
         raise ValueError(f"num_samples is {num_samples}, expected at least 1.")
     if method not in ("auto", *METHODS):
         raise ValueError(f"method is {method!r}, expected 'auto' or one of {list(METHODS)}.")
+    rows = runner.read(data)
+    runner.require_like_scales()
     if not runner.guide.global_names:
         raise ValueError(
             f"The model has no latent sites outside plate {runner.guide.plate.name!r}, so that "
             "there are no globals to repair."
         )
-    rows = runner.read(data)
     density_key, adapt_key, chain_key = jax.random.split(rng_key, 3)
     rng = np.random.default_rng(np.asarray(jax.random.key_data(adapt_key)))
     target, first = _start(runner, rows, density_key, rng)
     target, found = _adapt(target, first, rng)
     if method == "importance" or (method == "auto" and found.passes):
-        made = _by_weights(target, found, rng, num_samples)
-    else:
-        made = _by_chains(target, found, chain_key, num_samples)
-    return made
+        return _by_weights(target, found, rng, num_samples)
+    return _by_chains(target, found, chain_key, num_samples)
 
 
 @dataclass(frozen=True)
@@ -171,8 +169,10 @@ def _start(
 def _adapt(target: _Target, first: Weighted, rng: np.random.Generator) -> tuple[_Target, Weighted]:
     """Adapt importance sampling, with as many particles as its means need."""
     while True:
-        found = adapt(first, target, rng)
-        if found.error <= MAX_ERROR / 2 or not can_double(target.rows, target.particles):
+        more = can_double(target.rows, target.particles)
+        max_error = MAX_ERROR / 2 if more else np.inf
+        found = adapt(first, target, rng, max_error)
+        if found.error <= max_error:
             return target, found
         target, first = replace(target, particles=2 * target.particles), found
 

@@ -16,7 +16,7 @@ from numpyro_vae.checks import AbstractCheck, Finding
 from numpyro_vae.checks.run import make_check
 
 KEY = jax.random.key(1)
-NAMES = ["importance", "gap", "calibration", "collapse", "novelty", "predictive"]
+NAMES = ["importance", "gap", "calibration", "collapse", "novelty", "predictive", "globals"]
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,8 @@ def test_by_default_the_quick_ones_run(check):
 
 def test_all_that_apply_run_if_asked(check):
     report = check("all")
-    assert ran(report) == [name for name in NAMES if name != "novelty"]
+    assert ran(report) == [name for name in NAMES if name not in ("novelty", "globals")]
+    assert "no latent sites outside plate 'data'" in report.skipped["globals"]
     assert "pass Novelty(reference)" in report.skipped["novelty"]
     assert "  novelty        not run: it needs reference data; pass Novelty(ref" in str(report)
     assert "<td>novelty</td><td>not run</td>" in report._repr_html_()

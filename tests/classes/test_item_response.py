@@ -106,6 +106,22 @@ def test_more_of_the_dependence_gives_more_of_the_spread(plain, truth):
     assert np.abs(errors(joint, truth, "ability")[0]).mean() <= 0.1
 
 
+def test_repaired_items_have_the_spread_of_nuts(plain, truth):
+    options = {"method": "importance", "num_samples": 2000}
+    repaired = plain.repair_globals(jax.random.key(3), CORRECT, **options)
+    assert repaired.passed
+    found = {name: np.log(x) if name in ITEMS[1:] else x for name, x in repaired.draws.items()}
+    for name in ITEMS:
+        loc, scale = truth[name]
+        assert np.abs((found[name].mean(0) - loc) / scale).max() <= 0.2
+        np.testing.assert_allclose(found[name].std(0), scale, rtol=0.2)
+        assert (found[name].std(0) / scale).mean() == pytest.approx(1.0, abs=0.05)
+    tree = repaired.to_datatree(jax.random.key(4), CORRECT, groups=["posterior"])
+    ability, (loc, scale) = tree["posterior"]["ability"].values[0], truth["ability"]
+    assert np.abs((ability.mean(0) - loc) / scale).mean() <= 0.1
+    np.testing.assert_allclose((ability.std(0) / scale).mean(), 1.0, atol=0.05)
+
+
 def test_new_people_need_no_training(plain):
     answers = jnp.array([[0.0] * NUM_ITEMS, [1.0] * NUM_ITEMS])
     low, high = plain.encode(answers)["ability"].loc
