@@ -127,6 +127,16 @@ def test_digits_vae(runs):
 
 
 @pytest.mark.slow
+@pytest.mark.examples
+def test_compare_guides(runs):
+    printed = runs["compare_guides"].finish()
+    assert re.search(r"AutoNormal +-\d+\.\d+", printed)
+    assert re.search(r"by hand +means off by \d\.\d\d sds", printed)
+    picture = matplotlib.image.imread(runs["compare_guides"].folder / "compare_guides.png")
+    assert len(np.unique((picture[:, :, :3] * 255).astype(int).reshape(-1, 3), axis=0)) > 20
+
+
+@pytest.mark.slow
 def test_parameterizations(runs):
     printed = runs["parameterizations"].finish()
     folder = runs["parameterizations"].folder

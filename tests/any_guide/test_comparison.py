@@ -70,6 +70,11 @@ class TestReference:
         report = posterior_of().check(KEY, X, Reference({"z": draws}), **QUIET)
         assert any("r-hats" in finding.text for finding in report.findings)
 
+    def test_one_chain_has_an_r_hat_too(self):
+        drifting = exact_draws()["z"].reshape(1, 4000, -1) + np.linspace(0, 2, 4000)[None, :, None]
+        report = posterior_of().check(KEY, X, Reference({"z": drifting}), **QUIET)
+        assert any("r-hats" in finding.text for finding in report.findings)
+
     def test_it_has_a_picture(self, tmp_path):
         report = posterior_of().check(KEY, X, Reference(exact_draws()), **QUIET)
         report.save(tmp_path / "report.html")
