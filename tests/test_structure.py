@@ -15,6 +15,7 @@ PLUG_INS = "*"  # in ORDER: all modules that are not named, which do not know ea
 # The folders in the order of the pipeline: each imports only those before it. A module that stands
 # beside the folders has its place among them.
 FOLDERS = (
+    "versions",
     "data",
     "scales",
     "layers",

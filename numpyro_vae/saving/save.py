@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -24,8 +23,7 @@ from numpyro_vae.saving.guides import (
 )
 from numpyro_vae.saving.manifest import MANIFEST, SavedPosteriorError, read_folder, write_folder
 from numpyro_vae.saving.models import SavedModel, describe_model, read_saved, require_params
-
-PACKAGES = ("numpyro_vae", "numpyro", "flax", "jax", "numpy", "safetensors")
+from numpyro_vae.versions import versions
 
 
 def save_posterior(self: Any, path: str | os.PathLike[str]) -> None:  # noqa: D417 - a method
@@ -62,7 +60,7 @@ def save_posterior(self: Any, path: str | os.PathLike[str]) -> None:  # noqa: D4
     with HANDLERS:
         model = describe_model(self.guide, self.static_kwargs)
     content = {
-        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "versions": versions(),
         "guide": describe_guide(self.guide),
         "model": model,
         "static_kwargs": {name: store_option(x) for name, x in self.static_kwargs.items()},

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from importlib import metadata
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -20,12 +19,12 @@ from numpyro_vae.training.callbacks import StopReason
 from numpyro_vae.training.identity import STEP, digest
 from numpyro_vae.training.leaves import leaves_of, pack, unpack, with_leaves
 from numpyro_vae.training.progress import Progress
+from numpyro_vae.versions import versions
 
 __all__ = ["Checkpoints"]
 
 KEPT = 2  # the last one, and one more in case that it cannot be read
 UNFINISHED = "*.orbax-checkpoint-tmp*"
-PACKAGES = ("numpyro_vae", "jax", "numpyro", "flax", "optax")
 
 
 @dataclass(frozen=True)
@@ -167,7 +166,7 @@ class CheckpointFolder:
 
     def _require_same(self, info: dict[str, Any]) -> None:
         known, found = dict(info["identity"]), dict(self.identity)
-        if info["versions"] != _versions():  # which may compute the same in other ways
+        if info["versions"] != versions():  # which may compute the same in other ways
             del known[STEP], found[STEP]
         for name in (*known, *found):
             if known.get(name) != found.get(name):
@@ -259,12 +258,8 @@ def _arrays(progress: Progress) -> dict[str, np.ndarray]:
 def _info(progress: Progress) -> dict[str, Any]:
     """Return what else a checkpoint has."""
     return {
-        "versions": _versions(),
+        "versions": versions(),
         "metrics": list(progress.metrics[0]),
         "waited": 0 if progress.stopping is None else progress.stopping.waited,
         "reason": None if progress.reason is None else progress.reason.name,
     }
-
-
-def _versions() -> dict[str, str]:
-    return {name: metadata.version(name) for name in PACKAGES}

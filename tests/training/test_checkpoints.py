@@ -291,7 +291,7 @@ def test_another_model_optimizer_or_key_is_refused(tmp_path):
 def test_other_versions_may_compute_a_step_otherwise(tmp_path, monkeypatch):
     path = tmp_path / "checkpoints"
     refit(path)
-    monkeypatch.setattr(checkpoints, "_versions", lambda: {"jax": "999"})
+    monkeypatch.setattr(checkpoints, "versions", lambda: {"jax": "999"})
     refit(path, rate=2e-2)  # nobody knows
     with pytest.raises(ValueError, match="rng_key"):
         refit(path, key=1)
