@@ -3,9 +3,9 @@
 Run ``python examples/compare_guides.py``. A decoder is trained on scikit-learn's digits, and then
 stays as it is. Guides of images held out are compared: NumPyro's ``AutoNormal``, with parameters of
 its own for each image; a network written by hand; and four amortized guides, trained on the images
-or on simulations of the model. It prints how far each bound is below the best, with the standard error of
-that difference, which share of the images each verdict has, and what NUTS says of a few images. A
-picture is written into ``output/``.
+or on simulations of the model. It prints how far each bound is below the best, with the standard
+error of that difference, which share of the images each verdict has, and what NUTS says of a few
+images. A picture is written into ``output/``.
 """
 
 import argparse

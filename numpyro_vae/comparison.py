@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Array
 
-from numpyro_vae.checks.base import NotApplicableError
+from numpyro_vae.checks.base import NotApplicableError, require_variable
 from numpyro_vae.checks.report import Report
 from numpyro_vae.checks.run import Checks
 from numpyro_vae.posterior import Posterior
@@ -132,6 +132,7 @@ def compare(
         start = time.perf_counter()
         try:
             reports[name] = posterior.check(rng_key, data, checks, progress_bar=progress_bar)
+            require_variable(reports[name].dataset, "khat", "importance")
         except NotApplicableError as reason:
             skipped[name] = str(reason)
             continue
