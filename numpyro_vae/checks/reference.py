@@ -91,7 +91,10 @@ class Reference(AbstractCheck):
     def _draws(self, sites: Mapping[str, Any]) -> Mapping[str, Any]:
         found = self.reference
         if not isinstance(found, Mapping):
-            found = found.get_samples(group_by_chain=True)
+            try:
+                found = found.get_samples(group_by_chain=True)
+            except AssertionError as error:
+                raise ValueError(f"The reference has no draws: {error} Run it first.") from None
         missing = sorted(sites.keys() - found.keys())
         if missing:
             raise ValueError(

@@ -30,6 +30,7 @@ from numpyro_vae.training.convergence import warn_of_losses
 from numpyro_vae.training.freezing import Freeze
 from numpyro_vae.training.identity import identify
 from numpyro_vae.training.options import (
+    check_guide,
     check_names,
     check_objective,
     check_passes,
@@ -164,6 +165,7 @@ def fit(
     init_key, order_key, validation_key = jax.random.split(rng_key, 3)
     state = _start(svi, trainer, source, init_key, init_state, init_params)
     check_supports(trainer, source.first())
+    check_guide(trainer, source.first(), source.sites, state)
     if isinstance(source, SimulationSource):
         source.require_frozen()
     score = _validator(trainer, source, validation, batch_axes, validation_key)

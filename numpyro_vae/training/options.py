@@ -17,6 +17,9 @@ from numpyro.infer.elbo import ELBO
 from numpyro.infer.svi import SVIState
 
 from numpyro_vae.data.batch import Batch
+from numpyro_vae.guides.base import AmortizedGuide
+from numpyro_vae.guides.reading import DATA, read_guide
+from numpyro_vae.model.provenance import LOOKED_UP
 from numpyro_vae.model.reading import ModelReader, Reading
 from numpyro_vae.model.sites import ModelSites
 from numpyro_vae.model.supports import Outside
@@ -250,3 +253,37 @@ def _by_row(reading: Reading, name: str, plate: str, bounds: Any) -> Outside:
     if plate in site.plates:
         values = jnp.moveaxis(outside.values, site.axis(reading.sites.plates[plate]), 0)
     return replace(outside, values=values.any(tuple(range(1, values.ndim))) & fixed, bounds=None)
+
+
+def check_guide(trainer: Trainer, batch: Batch, sites: ModelSites, state: SVIState) -> None:
+    """Raise if a guide of some rows would be taken for one of each batch.
+
+    A guide that does not look at the data, as ``AutoNormal``, has parameters for as many rows as a
+    batch has, and would use them for each batch in turn. One that looks up its plate's rows, as a
+    guide of a model that selects rows itself does, has some for each row.
+
+    Raises:
+        ValueError: naming the guide and the sizes.
+    """
+    guide, size = trainer.svi.guide, len(batch.indices)
+    if isinstance(guide, AmortizedGuide) or size == batch.num_data:
+        return
+    args, kwargs = batch.arguments()
+    kwargs = {**kwargs, **trainer.svi.static_kwargs}
+    try:
+        reading = read_guide(guide, trainer.params(state), args, kwargs, batch.rows)
+    except Exception:  # of any kind: what training needs of a guide is not for this to say
+        return
+    local = [site.name for site in sites.local(batch.plate) if site.name in reading.sites]
+    reads = frozenset().union(*map(reading.origins, local))
+    if DATA in reads or any(name.startswith(LOOKED_UP) for name in reads):
+        return
+    own = {name: reading.params[name] for name in reads & reading.params.keys()}
+    joint = any(reading.sites[name].is_auxiliary for name in reads & reading.sites.keys())
+    if joint or any(size in shape for shape in own.values()):
+        raise ValueError(
+            f"The guide does not look at the data: its parameters {own} are of the {size} rows of "
+            f"a batch, and would be those of each batch in turn, of {batch.num_data} rows. Use an "
+            f"amortized guide; or train on all rows at once, with batch_size={batch.num_data}; or, "
+            "if the model selects rows itself by subsample_size=, with another batch_size."
+        )

@@ -88,6 +88,11 @@ class TestReference:
         with pytest.raises(ValueError, match=message):
             posterior_of().check(KEY, X, Reference(draws), **QUIET)
 
+    def test_an_mcmc_that_was_not_run(self):
+        mcmc = MCMC(NUTS(normal_model), num_warmup=1, num_samples=1)
+        with pytest.raises(ValueError, match="Run it first"):
+            posterior_of().check(KEY, X, Reference(mcmc), **QUIET)
+
     def test_what_is_no_reference(self):
         with pytest.raises(TypeError, match="expected a numpyro"):
             Reference(3.0)

@@ -186,7 +186,7 @@ def test_posteriors_say_what_they_are_given():
         posterior.sample(x, x, 2)
     with pytest.raises(TypeError, match="the class AutoAmortizedNormal, expected"):
         Posterior(AutoAmortizedNormal, result)
-    with pytest.raises(TypeError, match=r"of type FitResult.*before its parameters"):
+    with pytest.raises(TypeError, match=r"is FitResult, expected.*before its parameters"):
         Posterior(result, svi.guide)
     with pytest.raises(TypeError, match=r"parameters are of type SVIState.*Pass result"):
         Posterior(svi.guide, result.state)
