@@ -136,9 +136,21 @@ def is_improper(fn: Any) -> bool:
     return isinstance(fn, dist.ImproperUniform)
 
 
+EVALUATION = "numpyro_vae.evaluation"  # the type of a message that asks for `evaluation`
+
+
+class evaluation(Messenger):  # noqa: N801 - handlers are lower case, as in numpyro.handlers
+    """Let the guides of this library within be in evaluation mode, whatever wraps them."""
+
+    def process_message(self, msg: Any) -> None:
+        """Answer."""
+        if msg["type"] == EVALUATION:
+            msg["value"] = True
+
+
 def is_training() -> bool:
     """Return whether an objective runs the guide: `Predictive` runs it under ``mask(False)``."""
-    return numpyro.get_mask() is not False
+    return numpyro.get_mask() is not False and ask_handlers(EVALUATION) is None
 
 
 def is_set_up(guide: AutoGuide) -> bool:

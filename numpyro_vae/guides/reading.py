@@ -17,6 +17,7 @@ from numpyro_vae.data.arrays import Layout
 from numpyro_vae.model.plates import all_rows
 from numpyro_vae.model.provenance import PREFIX, sources
 from numpyro_vae.model.trace import Rows, own_trace, trace_model
+from numpyro_vae.numpyro_internals import evaluation
 
 DATA = "/data"  # no site, parameter or plate has this name
 
@@ -134,7 +135,7 @@ def trace_guide(
         kwargs: its keyword arguments.
     """
     guide = handlers.substitute(guide, data=dict(values))
-    with handlers.block(), all_rows(rows=rows), own_trace() as trace:
+    with handlers.block(), all_rows(rows=rows), evaluation(), own_trace() as trace:
         handlers.seed(guide, rng_key)(*args, **kwargs)
     return trace
 

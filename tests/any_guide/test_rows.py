@@ -16,7 +16,7 @@ from numpyro.infer import SVI, Trace_ELBO
 from numpyro.infer.autoguide import AutoDelta, AutoDiagonalNormal, AutoGuideList, AutoNormal
 from scipy import stats
 
-from numpyro_vae import Gap, Importance, Novelty, Posterior, fit
+from numpyro_vae import AutoAmortizedNormal, Gap, Importance, Novelty, Posterior, fit
 from tests.helpers import make_svi
 from tests.models import NOISE, normal_model, normal_normal
 
@@ -330,3 +330,21 @@ def test_bad_input():
 def test_a_guide_that_is_not_ours_is_not_saved(tmp_path):
     with pytest.raises(TypeError, match=r"not of this library.*posterior\.params"):
         Posterior(gamma_guide, {}, model=gamma_poisson).save(tmp_path / "posterior")
+
+
+def test_a_wrapped_guide_of_ours_is_in_evaluation_mode():
+    class Noisy(nnx.Module):
+        def __init__(self, example, rngs):
+            self.linear = nnx.Linear(1, 8, rngs=rngs)
+            self.norm, self.dropout = nnx.BatchNorm(8, rngs=rngs), nnx.Dropout(0.5, rngs=rngs)
+
+        def __call__(self, x):
+            return self.dropout(self.norm(self.linear(x[:, None])))
+
+    ours = AutoAmortizedNormal(normal_model, lambda example, *, rngs: Noisy(example, rngs))
+    svi = SVI(normal_model, ours, optax.adam(1e-2), Trace_ELBO())
+    result = fit(svi, KEY, X, num_epochs=5, **QUIET)
+    wrapped = Posterior(numpyro.handlers.block(ours, hide=[]), result, model=normal_model)
+    expected = Posterior(ours, result).encode(X)["z"]
+    np.testing.assert_allclose(wrapped.encode(X)["z"].loc, expected.loc, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(wrapped.encode(X[:7])["z"].loc, expected.loc[:7], rtol=1e-4)
