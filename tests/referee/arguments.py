@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
 from features import Choices
+from jax import Array
 from kinds import ENUMERATED, OBSERVED
 from numpyro.infer.autoguide import AutoDelta, AutoDiagonalNormal
 from program import DATA, NUM_DATA, Data, Latent, PlateSpec, Program
@@ -32,6 +33,16 @@ def _shape(plates: tuple[PlateSpec, ...], around: tuple[str, ...]) -> tuple[int,
     return tuple(sizes.get(axis, 1) for axis in range(min(sizes, default=0), 0))
 
 
+def draw_values(kind: str, m: np.ndarray, key: Array) -> Array:
+    """Draw the values of an observed site of a kind, with ``m`` in its parameters."""
+    observed, m = OBSERVED[kind], jnp.asarray(m, jnp.float32)
+    fn = observed.make(m, 1.0)
+    if observed.event is not None:
+        shape = (*m.shape, *observed.event)
+        fn = dist.Normal(m[..., None], 1.0).expand(shape).to_event(len(observed.event))
+    return fn.sample(key)
+
+
 def _site_arguments(
     choices: Choices, plates: tuple[PlateSpec, ...], site: Data | Latent
 ) -> dict[str, tuple[np.ndarray, int]]:
@@ -42,15 +53,12 @@ def _site_arguments(
         if site.mask_entries:
             found[f"{name}_entries"] = (rng.random((*shape, 3)) < 0.7, 1)
         return found
-    kind = OBSERVED[site.kind]
-    m = jnp.asarray(rng.normal(size=shape), jnp.float32)
-    fn = kind.make(m, 1.0)
-    if kind.event is not None:
-        fn = dist.Normal(m[..., None], 1.0).expand(shape + kind.event).to_event(len(kind.event))
-    values = np.asarray(fn.sample(choices.key("values", name)))
-    found[name] = (values, fn.event_dim)
+    m = rng.normal(size=shape)
+    values = np.asarray(draw_values(site.kind, m, choices.key("values", name)))
+    event_dim = values.ndim - len(shape)
+    found[name] = (values, event_dim)
     if site.mask_entries:
-        found[f"{name}_entries"] = (rng.random(values.shape) < 0.7, fn.event_dim)
+        found[f"{name}_entries"] = (rng.random(values.shape) < 0.7, event_dim)
     if site.modifiers.mask == "cells":
         found[f"{name}_mask"] = (rng.random(shape) < 0.7, 0)
     if site.obs_mask:

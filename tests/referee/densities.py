@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -13,7 +14,7 @@ from numpyro import handlers
 from numpyro.infer import Trace_ELBO
 from program import BATCH, DATA, NUM_DATA
 from reference import (
-    auxiliary_values,
+    as_one,
     by_row,
     density,
     is_enumerated,
@@ -26,6 +27,7 @@ from reference import (
 from subject import NUM_SAMPLES, Subject, close
 
 from numpyro_vae.data.arrays import ArrayData
+from numpyro_vae.data.batch import Batch
 from numpyro_vae.training.sources import ArraySource
 from numpyro_vae.training.step import Trainer
 
@@ -44,7 +46,7 @@ def _traces(subject: Subject, key: Array) -> tuple[dict, dict]:
 
 def sites(subject: Subject) -> None:
     """The guide has the model's latent sites, of the same shapes, plates, scales and masks."""
-    guide_trace, model_trace = _traces(subject, subject.key)
+    guide_trace, model_trace = as_one(partial(_traces, subject))(subject.key)
     latent = {name: site for name, site in model_trace.items() if is_latent(site)}
     latent = {name: site for name, site in latent.items() if not is_enumerated(site)}
     ours = {
@@ -69,7 +71,13 @@ def elbo(subject: Subject) -> None:
     """The loss is the guide's log-density less the model's, at the values that the key gives."""
     if subject.case.is_enumerated:
         return
-    guide_trace, _ = _traces(subject, subject.key)
+    found, expected = jax.jit(partial(_elbo, subject))(subject.key)
+    close(found, expected, "loss")
+
+
+def _elbo(subject: Subject, key: Array) -> tuple[Array, Array]:
+    """Return the loss, and the difference of the log-densities."""
+    guide_trace, _ = _traces(subject, key)
     values = {
         name: site["value"]
         for name, site in guide_trace.items()
@@ -79,10 +87,8 @@ def elbo(subject: Subject) -> None:
     args, kwargs = subject.args, subject.kwargs
     log_p, _ = density(subject.model, args, kwargs, values)
     log_q, _ = density(subject.guide, args, kwargs, values)
-    loss = Trace_ELBO().loss(
-        subject.key, subject.params, subject.model, subject.guide, *args, **kwargs
-    )
-    close(loss, total(log_q) - total(log_p), "loss")
+    loss = Trace_ELBO().loss(key, subject.params, subject.model, subject.guide, *args, **kwargs)
+    return loss, total(log_q) - total(log_p)
 
 
 # -- weights ------------------------------------------------------------------------------------
@@ -111,7 +117,7 @@ def _summed(subject: Subject, number: int, scale: np.ndarray) -> np.ndarray:
     for combination in product(range(2), repeat=len(discrete)):
         chosen = zip(discrete, combination, strict=True)
         given = {name: jnp.full_like(values[name], value) for name, value in chosen}
-        densities = density(subject.full, subject.args, subject.kwargs, {**values, **given})
+        densities = subject.density({**values, **given})
         found.append(_rows_of(densities) / scale)
     return np.logaddexp.reduce(found)
 
@@ -130,13 +136,18 @@ def jacobians(subject: Subject) -> None:
     if options.dependencies or options.condition_on:
         return
     encoded = subject.posterior.encode(subject.case.data)
+
+    @jax.jit
+    def log_q(values: dict[str, Any]) -> dict[str, Array]:
+        _, trace = density(subject.full, subject.args, subject.kwargs, values)
+        return normal_log_q(encoded, trace, values)
+
     for number in range(NUM_SAMPLES):
-        _, trace = subject.log_p[number]
-        expected = normal_log_q(encoded, trace, subject.values(number))
         log_probs, guide_trace = subject.log_q[number]
-        for name, value in expected.items():
+        for name, terms in log_q(subject.values(number)).items():
             found = by_row(log_probs[name], guide_trace[name], NUM_DATA)
-            close(found, value, f"log q of {name}")
+            expected = by_row(terms, subject.log_p[number][1][name], NUM_DATA)
+            close(found, expected, f"log q of {name}")
 
 
 def supports(subject: Subject) -> None:
@@ -146,7 +157,7 @@ def supports(subject: Subject) -> None:
             if is_latent(site):
                 value = subject.draws[name][number]
                 assert value.shape == site["fn"].shape(), f"{name}: shape {value.shape}"
-                inside = site["fn"].support.check(jnp.asarray(value))
+                inside = jax.jit(site["fn"].support.check)(value)
                 assert np.asarray(inside).all(), f"{name} is out of its support"
 
 
@@ -161,13 +172,15 @@ def minibatches(subject: Subject) -> None:
     case = subject.case
     trainer = Trainer(subject.svi)
     source = ArraySource(trainer, ArrayData.read(case.data, case.batch_axes), BATCH, DATA)
-    found = []
-    for held in _partition(subject):
-        batch = source.first().at(held[DATA])
+
+    def elbo_of(batch: Batch, held: dict[str, Array]) -> Array:
         svi = trainer._bind(batch, {}, evaluate=True)
         args, kwargs = batch.arguments()
         inner = {name: rows for name, rows in held.items() if name != DATA}
-        found.append(_elbo_of_rows(subject, svi.model, svi.guide, args, kwargs, held, inner))
+        return _elbo_of_rows(subject, svi.model, svi.guide, args, kwargs, held, inner)
+
+    compiled = jax.jit(elbo_of)
+    found = [compiled(source.first().at(held[DATA]), held) for held in _partition(subject)]
     close(np.mean(found), _elbo_of_all(subject), "mean ELBO of minibatches")
 
 
@@ -176,10 +189,9 @@ def subsamples(subject: Subject) -> None:
     if not subject.case.subsampled:
         return
     model, guide = subject.model, subject.guide.eval()
-    found = [
-        _elbo_of_rows(subject, model, guide, subject.args, subject.kwargs, held, held)
-        for held in _partition(subject)
-    ]
+    of_rows = partial(_elbo_of_rows, subject, model, guide, subject.args, subject.kwargs)
+    compiled = jax.jit(lambda held: of_rows(held, held))
+    found = [compiled(held) for held in _partition(subject)]
     close(np.mean(found), _elbo_of_all(subject), "mean ELBO of subsamples")
 
 
@@ -192,11 +204,11 @@ def _partition(subject: Subject) -> list[dict[str, Array]]:
     return [dict(zip(parts, rows, strict=True)) for rows in product(*parts.values())]
 
 
-def _elbo_of_all(subject: Subject) -> float:
+def _elbo_of_all(subject: Subject) -> Array:
     return total(subject.log_p[0][0]) - _log_q(subject, *subject.log_q[0])
 
 
-def _log_q(subject: Subject, log_probs: dict[str, Array], trace: dict) -> float:
+def _log_q(subject: Subject, log_probs: dict[str, Array], trace: dict) -> Array:
     """Add up a guide's log-densities; a point's is one of none, and depends on rounding."""
     if not subject.has_density:
         log_probs = {name: x for name, x in log_probs.items() if not is_local(trace[name])}
@@ -211,17 +223,14 @@ def _elbo_of_rows(
     kwargs: dict,
     held: dict[str, Array],
     given: dict[str, Array],
-) -> float:
+) -> Array:
     """Return the ELBO at the first draw, of the rows that plates hold."""
     kwargs = {**kwargs, **subject.static}
     values = {**_cut(subject, held), **given}
     log_p, trace = density(model, args, kwargs, values)
-    seeded = handlers.seed(handlers.substitute(guide, data={**subject.params, **given}), 0)
-    guide_trace = handlers.trace(seeded).get_trace(*args, **kwargs)
-    joint = auxiliary_values(guide_trace, trace, values)
-    if joint:
-        values = {k: v for k, v in values.items() if k not in subject.local}
-    return total(log_p) - _log_q(subject, *density(guide, args, kwargs, {**values, **joint}))
+    given = {**subject.params, **given}
+    log_q = subject.guide_density(guide, args, kwargs, values, trace, given)
+    return total(log_p) - _log_q(subject, *log_q)
 
 
 def _cut(subject: Subject, held: dict[str, Array]) -> dict[str, Any]:

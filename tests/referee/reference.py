@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import chain, combinations
 from typing import Any
 
@@ -33,8 +34,30 @@ def density(fn: Any, args: tuple, kwargs: dict, values: dict) -> tuple[dict[str,
     return compute_log_probs(handlers.seed(fn, 0), args, kwargs, values, sum_log_prob=False)
 
 
-def total(log_probs: dict[str, Array]) -> float:
-    return float(sum(np.asarray(jnp.sum(x), np.float64) for x in log_probs.values()))
+def total(log_probs: dict[str, Array]) -> Array:
+    return sum((jnp.sum(x) for x in log_probs.values()), jnp.zeros(()))
+
+
+def as_one(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """Compile a function of arrays, always of the same shapes, that may return traces.
+
+    Its operations one by one would take longer to compile.
+    """
+    rest: list[Any] = []
+
+    def arrays_of(*args: Any) -> list[Array]:
+        leaves, tree = jax.tree.flatten(fn(*args))
+        rest[:] = tree, [None if isinstance(leaf, Array) else leaf for leaf in leaves]
+        return [leaf for leaf in leaves if isinstance(leaf, Array)]
+
+    compiled = jax.jit(arrays_of)
+
+    def run(*args: Any) -> Any:
+        arrays = iter(compiled(*args))
+        tree, leaves = rest
+        return jax.tree.unflatten(tree, [next(arrays) if x is None else x for x in leaves])
+
+    return run
 
 
 def by_row(log_prob: Array, site: dict, num_data: int) -> np.ndarray:
@@ -134,8 +157,8 @@ def _free(base: Any, value: Array) -> Array:
 # -- the guide, from what it says of each datum ----------------------------------------------------
 
 
-def normal_log_q(encoded: dict, trace: dict, values: dict) -> dict[str, np.ndarray]:
-    """Return by local site the log-density of a diagonal Normal guide, a number for each datum.
+def normal_log_q(encoded: dict, trace: dict, values: dict) -> dict[str, Array]:
+    """Return by local site the log-density of a diagonal Normal guide, scaled and not summed.
 
     Args:
         encoded: ``loc`` and ``scale`` of the unconstrained values, rows in front.
@@ -162,8 +185,7 @@ def normal_log_q(encoded: dict, trace: dict, values: dict) -> dict[str, np.ndarr
         if mask is not None and mask.ndim == volume.ndim:
             volume = jnp.where(mask, volume, 0.0)
         terms = jnp.moveaxis(sums, 0, _axis(site, sums)) - volume
-        terms = terms if site["scale"] is None else site["scale"] * terms
-        found[name] = by_row(terms, site, len(rows))
+        found[name] = terms if site["scale"] is None else site["scale"] * terms
     return found
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 from kinds import OBSERVED
 from numpyro import handlers
 from numpyro.infer import Predictive
@@ -68,7 +70,9 @@ def deterministic(subject: Subject) -> None:
         return
     if not subject.case.is_enumerated:
         _of_the_guide(subject, names)
-    tree = subject.posterior.to_datatree(subject.key, subject.case.data, NUM_SAMPLES)["posterior"]
+    tree = subject.posterior.to_datatree(
+        subject.key, subject.case.data, NUM_SAMPLES, groups=("posterior",)
+    )["posterior"]
     found = {}
     for name in names:
         assert name in tree, f"{name} is not in the DataTree"
@@ -80,9 +84,13 @@ def deterministic(subject: Subject) -> None:
 
 
 def _of_the_guide(subject: Subject, names: list[str]) -> None:
-    draws = subject.guide.sample_posterior(
-        subject.key, subject.params, *subject.args, sample_shape=(NUM_SAMPLES,), **subject.kwargs
-    )
+    def sample(key: Array, params: dict[str, Any]) -> dict[str, Array]:
+        shape, guide = (NUM_SAMPLES,), subject.guide
+        return guide.sample_posterior(
+            key, params, *subject.args, sample_shape=shape, **subject.kwargs
+        )
+
+    draws = jax.jit(sample)(subject.key, subject.params)
     _same_deterministic(subject, names, draws, draws, "sample_posterior")
 
 
@@ -91,7 +99,8 @@ def _same_deterministic(
 ) -> None:
     latent = {name: jnp.asarray(draws[name]) for name in subject.draws}
     predictive = Predictive(subject.full, latent, params=subject.params, return_sites=names)
-    expected = predictive(jax.random.key(0), *subject.args, **subject.kwargs)
+    predict = partial(predictive, **subject.kwargs)
+    expected = jax.jit(lambda key: predict(key, *subject.args))(jax.random.key(0))
     for name in names:
         close(found[name], expected[name], f"{name} in {what}")
 
@@ -113,7 +122,8 @@ def predictions(subject: Subject) -> None:
     model = handlers.uncondition(subject.full)
     latent = {name: jnp.asarray(value) for name, value in subject.draws.items()}
     predictive = Predictive(model, latent, params=subject.params)
-    expected = predictive(subject.key, *subject.args, **{**subject.kwargs, "noise": 1e-5})
+    predict = partial(predictive, **{**subject.kwargs, "noise": 1e-5})
+    expected = jax.jit(lambda key: predict(key, *subject.args))(subject.key)
     trace = subject.log_p[0][1]
     for step in subject.case.program.steps:
         if isinstance(step, Data) and DATA in step.plates:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
@@ -17,11 +17,12 @@ from case import Case
 from jax import Array
 from numpyro import handlers
 from numpyro.infer import SVI, Trace_ELBO
-from reference import auxiliary_values, density, is_latent, is_local
+from reference import as_one, auxiliary_values, density, is_latent, is_local
 
 from numpyro_vae import Posterior
 
 NUM_SAMPLES = 2
+OBJECTIVE = (optax.adam(1e-2), Trace_ELBO())
 
 
 @contextmanager
@@ -42,17 +43,21 @@ class Subject:
         self.guide = case.guide(self.model)
         self.args, self.kwargs = _arguments(case.data)
         self.kwargs = {**self.kwargs, **self.static}
-        self.svi = SVI(self.model, self.guide, optax.adam(1e-2), Trace_ELBO(), **self.static)
+        self.svi = SVI(self.model, self.guide, *OBJECTIVE, **self.static)
         self.params = self._random_params()
+        self.guide.setup(*self.args, **self.kwargs)
+        self.guide.set_up_globals(self.params, self.args, self.kwargs, {})
         self.posterior = self._posterior(self.static)
 
     def _random_params(self) -> dict[str, Any]:
+        """Return the parameters of a guide like this, which compiling leaves as it is."""
         args, kwargs = _arguments(self.case.data)
-        state = self.svi.init(jax.random.key(0), *args, **kwargs)
+        svi = SVI(self.model, self.case.guide(self.model), *OBJECTIVE, **self.static)
+        state = jax.jit(lambda key: svi.init(key, *args, **kwargs))(jax.random.key(0))
         rng = np.random.default_rng(self.case.seed)
-        start = self.svi.optim.get_params(state.optim_state)
+        start = svi.optim.get_params(state.optim_state)
         moved = jax.tree.map(lambda x: x + 0.2 * rng.normal(size=x.shape).astype(x.dtype), start)
-        return self.svi.constrain_fn(moved)
+        return svi.constrain_fn(moved)
 
     def _posterior(self, static: dict[str, Any]) -> Posterior:
         axes = self.case.batch_axes
@@ -68,12 +73,14 @@ class Subject:
         return {**self.params, **draw}
 
     @cached_property
+    def density(self) -> Callable[..., tuple[dict[str, Array], dict]]:
+        """The model's log-densities with all rows, and its trace, of a draw."""
+        return as_one(lambda values: density(self.full, self.args, self.kwargs, values))
+
+    @cached_property
     def log_p(self) -> list[tuple[dict[str, Array], dict]]:
         """The model's log-densities with all rows, and its traces, of each draw."""
-        return [
-            density(self.full, self.args, self.kwargs, self.values(number))
-            for number in range(NUM_SAMPLES)
-        ]
+        return [self.density(self.values(number)) for number in range(NUM_SAMPLES)]
 
     @cached_property
     def full_guide(self) -> Any:
@@ -86,20 +93,23 @@ class Subject:
     @cached_property
     def log_q(self) -> list[tuple[dict[str, Array], dict]]:
         """The guide's log-densities with all rows, and its traces, of each draw."""
-        return [
-            self.guide_density(self.full_guide, self.args, self.kwargs, number)
-            for number in range(NUM_SAMPLES)
-        ]
+        of_draw = as_one(self._guide_density)
+        return [of_draw(self.values(number)) for number in range(NUM_SAMPLES)]
+
+    def _guide_density(self, values: dict[str, Any]) -> tuple[dict[str, Array], dict]:
+        _, model_trace = density(self.full, self.args, self.kwargs, values)
+        guide, args, kwargs = self.full_guide, self.args, self.kwargs
+        return self.guide_density(guide, args, kwargs, values, model_trace, self.params)
 
     def guide_density(
-        self, guide: Any, args: tuple, kwargs: dict, number: int, rows: Any = None
+        self, guide: Any, args: tuple, kwargs: dict, values: dict, model_trace: dict, given: dict
     ) -> tuple[dict[str, Array], dict]:
-        values, model_trace = self.values(number), self.log_p[number][1]
-        seeded = handlers.seed(handlers.substitute(guide, data=self.params), 0)
+        """Return the log-densities of a guide that is run with what is given, and its trace."""
+        seeded = handlers.seed(handlers.substitute(guide, data=given), 0)
         trace = handlers.trace(seeded).get_trace(*args, **kwargs)
-        joint = auxiliary_values(trace, model_trace, values) if rows is None else {}
+        joint = auxiliary_values(trace, model_trace, values)
         if joint:  # the sites are functions of them
-            values = {k: v for k, v in values.items() if k not in self.local}
+            values = {name: x for name, x in values.items() if name not in self.local}
         return density(guide, args, kwargs, {**values, **joint})
 
     @cached_property

@@ -1,8 +1,13 @@
 """NumPyro's own answers agree with the library's, on random models."""
 
+from functools import partial
 from unittest import mock
 
+import arguments
+import jax
+import numpy as np
 import pytest
+from arguments import draw_values
 from generator import FEATURES, generate
 from run import COMPARISONS, Failure, failures, table
 
@@ -35,6 +40,18 @@ def test_a_fault_is_found():
         assert "weights" in failures(3, ("positive", "gamma", "unit"), ("weights",))
 
 
+@pytest.fixture
+def without_values(monkeypatch):
+    """Put zeros in place of the models' data, which take long to draw."""
+
+    def zeros(*args):
+        shape = jax.eval_shape(partial(draw_values, args[0]), *args[1:])
+        return np.zeros(shape.shape, shape.dtype)
+
+    monkeypatch.setattr(arguments, "draw_values", zeros)
+
+
+@pytest.mark.usefixtures("without_values")
 def test_a_seed_is_the_same_model_again_and_a_feature_can_be_switched_off():
     for seed in range(50):
         case, again = generate(seed), generate(seed)
@@ -46,6 +63,7 @@ def test_a_seed_is_the_same_model_again_and_a_feature_can_be_switched_off():
             assert others or len(case.program.steps) < 4
 
 
+@pytest.mark.usefixtures("without_values")
 def test_every_feature_is_drawn():
     missing = set(FEATURES).difference(*(generate(seed).features for seed in range(400)))
     assert not missing
