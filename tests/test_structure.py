@@ -71,6 +71,7 @@ ORDER = {
         "normal_form",
         "forms",
         "reading",
+        "division",
         "traced_encoding",
         "traced",
     ),

@@ -35,7 +35,12 @@ VALUES = [
 ]
 
 
-@pytest.mark.parametrize("value", VALUES, ids=repr)
+def named(value):
+    """A name that is the same in every process, as those of functions have their address."""
+    return getattr(value, "__name__", repr(value))
+
+
+@pytest.mark.parametrize("value", VALUES, ids=named)
 def test_values_come_back_as_they_were(value):
     found = unpack(json.loads(json.dumps(pack(value), allow_nan=False)))
     assert found == value
