@@ -82,6 +82,7 @@ ORDER = {
         "guarded",
         "taking",
         "sources",
+        "chunks",
         "simulations",
         "callbacks",
         "progress",
