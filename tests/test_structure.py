@@ -83,6 +83,7 @@ ORDER = {
         "guarded",
         "taking",
         "sources",
+        "chunks",
         "simulations",
         "callbacks",
         "progress",

@@ -164,10 +164,10 @@ class ArrayData:
             >>> ArrayData.read((np.zeros((5, 2)), 3.0), batch_axes=(0, None)).num_data
             5
         """
-        axes = _axes(batch_axes, data)
+        axes = datum_axes(batch_axes, data)
         paths = [name + jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(data)]
         leaves, treedef = jax.tree.flatten(as_arguments(data))
-        num_data = 1 if batch_axes is None else _num_data(leaves, axes, paths, name)
+        num_data = 1 if batch_axes is None else count_rows(data, batch_axes, name)
         is_array = [hasattr(leaf, "__array__") for leaf in leaves]
         arrays = tuple(
             _to_device(leaf, axis, path)
@@ -227,7 +227,7 @@ def take_rows(data: Data, batch_axes: Any, indices: Any) -> Data:
         >>> take_rows((np.arange(4), 3.0), (0, None), [1, 2])
         (array([1, 2]), 3.0)
     """
-    axes = iter(_axes(batch_axes, data))
+    axes = iter(datum_axes(batch_axes, data))
 
     def take(leaf: Any) -> Any:
         axis = next(axes)
@@ -236,7 +236,26 @@ def take_rows(data: Data, batch_axes: Any, indices: Any) -> Data:
     return jax.tree.map(take, data)
 
 
-def _axes(batch_axes: Any, data: Data) -> list[int | None]:
+def count_rows(data: Data, batch_axes: Any = 0, name: str = "data") -> int:
+    """Return how many rows data have by the shapes of their arrays, which need not be in memory.
+
+    Args:
+        data: see `ArrayData.read`.
+        batch_axes: likewise.
+        name: what the data are called in messages.
+
+    Raises:
+        ValueError: if there are none, or their numbers disagree.
+
+    Example:
+        >>> count_rows((np.zeros((2, 5)), 3.0), (1, None))
+        5
+    """
+    paths = [name + jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(data)]
+    return _num_data(jax.tree.leaves(data), datum_axes(batch_axes, data), paths, name)
+
+
+def datum_axes(batch_axes: Any, data: Data) -> list[int | None]:
     """Return the datum axis of each leaf of the data, among which None does not count."""
     axes: list[int | None] = []
 

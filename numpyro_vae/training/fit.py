@@ -15,7 +15,7 @@ from numpyro.infer import SVI
 from numpyro.infer.svi import SVIState
 
 from numpyro_vae.data.arguments import require_count, require_key
-from numpyro_vae.data.arrays import is_in_memory
+from numpyro_vae.data.arrays import count_rows, is_in_memory
 from numpyro_vae.model.missing import require_finite_observations
 from numpyro_vae.numpyro_internals import param_transforms, set_param_transforms
 from numpyro_vae.training.callbacks import (
@@ -26,6 +26,7 @@ from numpyro_vae.training.callbacks import (
     UndeclaredScale,
 )
 from numpyro_vae.training.checkpoints import Checkpoints, open_checkpoints
+from numpyro_vae.training.chunks import ChunkSource, is_stored
 from numpyro_vae.training.convergence import warn_of_losses
 from numpyro_vae.training.freezing import Freeze
 from numpyro_vae.training.identity import identify
@@ -98,7 +99,8 @@ def fit(
 ) -> FitResult:
     """Train a guide, and the parameters of its model, on minibatches.
 
-    In memory an epoch is one compiled scan over a fresh permutation; the model may take the rows
+    In memory an epoch is one compiled scan over a fresh permutation; on disk one of each window of
+    chunks, while a thread reads the next. The model may take the rows
     of a batch, or all data and subsample in its plate. The ELBO of a batch is an unbiased
     estimate of that of all data, also where the model declares a plate of just the batch's size.
     A step that is not finite changes neither parameters, optimizer nor network state. Losses that
@@ -109,7 +111,8 @@ def fit(
         svi: model, guide, optimizer and objective.
         rng_key: the same key gives the same result, bit for bit.
         data: an array, a tuple of positional arguments of the model, or a dict of keyword
-            arguments, the data along axis 0; or an iterable of such batches; or `Simulations`.
+            arguments, the data along axis 0, in memory or on disk, as a memmap or an array of Zarr
+            or HDF5; or an iterable of such batches; or `Simulations`.
         batch_size: rows in a batch of in-memory data; by default 128, or all if they are fewer.
         num_epochs: passes over the data.
         num_data: for an iterable, how many data there are in all.
@@ -195,7 +198,7 @@ def fit(
         stop_reason=reason,
         static_kwargs=dict(svi.static_kwargs),
         batch_axes=batch_axes,
-        num_data=None if source.data.is_whole else num_data or source.data.num_data,
+        num_data=None if source.data.is_whole else source.first().num_data,
     )
 
 
@@ -262,13 +265,19 @@ def _source(
     plate: str | None,
 ) -> Source:
     if isinstance(data, Simulations):
-        if not is_in_memory(data.like):
-            raise ValueError("Simulations(like=) takes data in memory, not an iterable of batches.")
+        if not is_in_memory(data.like) or is_stored(data.like, batch_axes):
+            raise ValueError(
+                "Simulations(like=) takes data in memory, not on disk or an iterable of batches. "
+                "Pass some of the rows, as an array."
+            )
         like = _source(trainer, data.like, batch_size, num_data, batch_axes, plate)
         return SimulationSource(trainer, like, data)
     if is_in_memory(data):
         if num_data is not None:
             raise ValueError("num_data= is for iterables; arrays say how many data there are.")
+        if is_stored(data, batch_axes):
+            size = _size(batch_size, count_rows(data, batch_axes))
+            return ChunkSource(trainer, data, size, batch_axes, plate)
         arrays = trainer.read(data, batch_axes)
         if arrays.is_whole:
             if batch_size is not None:
@@ -277,9 +286,7 @@ def _source(
                     "data at once. Leave one of them out."
                 )
             return WholeSource(trainer, arrays, plate)
-        size = min(128, arrays.num_data)
-        size = size if batch_size is None else require_count("batch_size", batch_size)
-        return ArraySource(trainer, arrays, size, plate)
+        return ArraySource(trainer, arrays, _size(batch_size, arrays.num_data), plate)
     if num_data is None or batch_size is not None:
         raise ValueError(
             f"data is an iterable of batches ({type(data).__name__}): say with num_data= how many "
@@ -288,6 +295,11 @@ def _source(
         )
     num_data = require_count("num_data", num_data)
     return IterableSource(trainer, data, num_data, batch_axes, plate)
+
+
+def _size(batch_size: int | None, num_data: int) -> int:
+    """Return how many rows a batch has."""
+    return min(128, num_data) if batch_size is None else require_count("batch_size", batch_size)
 
 
 def _validator(

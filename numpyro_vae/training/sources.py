@@ -76,11 +76,7 @@ class ArraySource:
     """
 
     def __init__(self, trainer: Trainer, data: ArrayData, batch_size: int, plate: str | None):
-        if not 1 <= batch_size <= data.num_data:
-            raise ValueError(
-                f"batch_size is {batch_size}, expected a number from 1 to the {data.num_data} rows "
-                "of the data."
-            )
+        require_batch_size(batch_size, data.num_data)
         self.trainer, self.data, self.batch_size = trainer, data, batch_size
         self.num_steps = -(-data.num_data // batch_size)
         self.taking = self._read(plate)
@@ -308,6 +304,19 @@ class IterableSource:
                 " right if an epoch is a sample of the data; else pass the number of its rows.",
                 stacklevel=4,
             )
+
+
+def require_batch_size(batch_size: int, num_data: int) -> None:
+    """Raise if there are no batches of this size.
+
+    Raises:
+        ValueError: if it is less than one row, or more than there are.
+    """
+    if not 1 <= batch_size <= num_data:
+        raise ValueError(
+            f"batch_size is {batch_size}, expected a number from 1 to the {num_data} rows of the "
+            "data."
+        )
 
 
 def read_sites(

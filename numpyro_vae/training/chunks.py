@@ -1,0 +1,237 @@
+"""A source of data on disk, larger than memory: chunks read ahead, shuffled in windows of a few."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+from numpyro.infer.svi import SVIState
+
+from numpyro_vae.data.arrays import ArrayData, count_rows, datum_axes, take_rows
+from numpyro_vae.data.batch import Batch, prefetch
+from numpyro_vae.model.missing import require_finite_observations
+from numpyro_vae.training.guarded import guarded_steps
+from numpyro_vae.training.sources import IterableSource, require_batch_size
+from numpyro_vae.training.step import Trainer
+
+READ_BYTES = 2**23  # of a contiguous read, after which seeking costs next to nothing
+READS = 8  # in a window, so that a batch has rows from as many places
+THREAD = "numpyro_vae-read"
+
+Spans = list[slice]
+
+
+def is_stored(data: Any, batch_axes: Any = 0) -> bool:
+    """Return whether some rows of data are on disk: in a memmap, or in Zarr's or HDF5's arrays.
+
+    Example:
+        >>> is_stored((np.zeros(3), np.zeros(3)))
+        False
+    """
+    leaves = zip(jax.tree.leaves(data), datum_axes(batch_axes, data), strict=True)
+    return any(axis is not None and _is_on_disk(leaf) for leaf, axis in leaves)
+
+
+def _is_on_disk(leaf: Any) -> bool:
+    # Arrays of dask and xarray have chunks too, but compute as NumPy's do.
+    has_chunks = hasattr(leaf, "chunks") and not hasattr(leaf, "__array_ufunc__")
+    return isinstance(leaf, np.memmap) or has_chunks
+
+
+class ChunkSource:
+    """Arrays on disk: contiguous spans of rows, read in a random order by a thread.
+
+    A window holds the rows of a few spans. It is shuffled and trained on in one compiled scan,
+    while the next one is read. Every row comes once an epoch. Where the batch size does not divide
+    the data, consecutive rows from a random place fill the last batch up, so that every row has
+    the same chance.
+
+    Args:
+        trainer: takes the steps.
+        data: as for `ArrayData.read`; some leaves are on disk, others may be in memory.
+        batch_size: rows in a batch.
+        batch_axes: as in `ArrayData.read`.
+        plate: the local plate's name, or None to read it off the model.
+        read_bytes: how much is read at once; a whole number of the store's own chunks.
+
+    Raises:
+        ValueError: if arrays disagree in length, or the batch size does not fit them or the
+            model's plate.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        data: Any,
+        batch_size: int,
+        batch_axes: Any,
+        plate: str | None,
+        read_bytes: int = READ_BYTES,
+    ):
+        self.trainer, self.batch_axes = trainer, batch_axes
+        # A slice of a JAX array is compiled for every length.
+        self.stored = jax.tree.map(lambda x: np.asarray(x) if isinstance(x, jax.Array) else x, data)
+        self.axes = datum_axes(batch_axes, data)
+        self.num_data, self.batch_size = count_rows(data, batch_axes), batch_size
+        require_batch_size(batch_size, self.num_data)
+        self.read_rows = self._rows_of(read_bytes)
+        num_steps = -(-self.num_data // batch_size)
+        most = max(1, READS * self.read_rows // batch_size)
+        self.window_steps = -(-num_steps // -(-num_steps // most))  # of windows of like size
+        # What else is asked of a source is that of an iterable which begins with these rows.
+        self.like = IterableSource(trainer, [self._sample()], self.num_data, batch_axes, plate)
+        self.data, self.sites, self.num_steps = self.like.data, self.like.sites, num_steps
+
+    def _rows_of(self, read_bytes: int) -> int:
+        """Return the rows of a read: about so many bytes, and whole chunks of the stores."""
+        leaves = zip(jax.tree.leaves(self.stored), self.axes, strict=True)
+        batched = [(leaf, axis) for leaf, axis in leaves if axis is not None]
+        row_bytes = sum(math.prod(x.shape) * x.dtype.itemsize for x, _ in batched) / self.num_data
+        chunks = [x.chunks[axis] for x, axis in batched if getattr(x, "chunks", None)]
+        chunk = max(chunks, default=1)
+        return chunk * max(1, round(read_bytes / max(row_bytes, 1) / chunk))
+
+    def _sample(self) -> Any:
+        """Return rows to initialize with, from several places, as rows may be in an order."""
+        (spans, order), *_ = self.plan(np.random.default_rng(0))
+        return take_rows(self._read(spans), self.batch_axes, order[0])
+
+    def first(self) -> Batch:
+        """Return rows from several places, the same for data of the same length."""
+        return self.like.first()
+
+    def batches(self, data: ArrayData) -> list[tuple[Batch, int]]:
+        """Return all rows of data like these in batches, and how many of them are in each."""
+        return self.like.batches(data)
+
+    # -- an epoch ---------------------------------------------------------------------------------
+
+    def plan(self, rng: np.random.Generator) -> list[tuple[Spans, np.ndarray]]:
+        """Return the windows of an epoch: the spans to read, and the rows of them in each step."""
+        starts = rng.permutation(np.arange(0, self.num_data, self.read_rows))
+        spans = [slice(int(i), min(int(i) + self.read_rows, self.num_data)) for i in starts]
+        missing = -self.num_data % self.batch_size
+        if missing:
+            start = int(rng.integers(self.num_data))
+            end = start + missing
+            spans.append(slice(start, min(end, self.num_data)))
+            spans += [slice(0, end - self.num_data)] if end > self.num_data else []
+        windows = _cut(spans, self.window_steps * self.batch_size)
+        orders = (
+            rng.permutation(_length(window)).reshape(-1, self.batch_size) for window in windows
+        )
+        return list(zip(windows, orders, strict=True))
+
+    def run(self, state: SVIState, rng_key: Array, epoch: int) -> tuple[SVIState, np.ndarray]:
+        """Run an epoch; where a step is not finite, once more, with each step guarded."""
+        self._require_length(count_rows(self.stored, self.batch_axes), self.num_data, "data")
+        new_state, losses = state, []
+        with closing(self._windows(rng_key, epoch)) as windows:
+            for batch, order in windows:
+                slow = self.trainer.is_slow_in_scan(state, batch)
+                run = self.trainer.loop if slow else self.trainer.scan
+                new_state, found, ok = run(new_state, batch, order)
+                if not ok:
+                    break
+                losses.append(np.asarray(found))
+            else:
+                return new_state, np.concatenate(losses)
+        with closing(self._windows(rng_key, epoch)) as windows:
+            batches = (batch.at(rows) for batch, order in windows for rows in order)
+            return guarded_steps(self.trainer, state, batches, epoch)
+
+    def _windows(self, rng_key: Array, epoch: int) -> Generator[tuple[Batch, Array]]:
+        """Yield the windows of an epoch, and the rows of each of their steps.
+
+        The thread only reads, as JAX's settings may be those of the main one; it ends with the
+        iterator.
+        """
+        bits = jax.random.bits(jax.random.fold_in(rng_key, epoch), (4,), "uint32")
+        plan = self.plan(np.random.default_rng(np.asarray(bits)))
+        with ThreadPoolExecutor(1, THREAD) as thread:
+            reads = ((thread.submit(self._read, spans), spans, order) for spans, order in plan)
+            for read, spans, order in prefetch(reads, 1):
+                yield self._window(read.result(), spans), jnp.asarray(order)
+
+    def _window(self, rows: Any, spans: Spans) -> Batch:
+        data = ArrayData.read(rows, self.batch_axes)
+        if data.not_finite:
+            self._require_finite(data, spans)
+        like = self.like.first()
+        return replace(like, arrays=data.arrays, weights=None, cuts=True)
+
+    def _require_finite(self, data: ArrayData, spans: Spans) -> None:
+        """Raise if the model observes what is not finite, naming the place in the store."""
+        trainer, like = self.trainer, self.first()
+        static = trainer.svi.static_kwargs
+        try:
+            require_finite_observations(trainer.reader, data, static, like.every(data.num_data))
+        except ValueError:
+            for span in spans:
+                name = f"data[{span.start}:{span.stop}]"
+                part = ArrayData.read(self._read([span]), self.batch_axes, name)
+                every = like.every(part.num_data)
+                require_finite_observations(trainer.reader, part, static, every)
+            raise
+
+    # -- reading ----------------------------------------------------------------------------------
+
+    def _read(self, spans: Spans) -> Any:
+        """Return the rows of spans, in memory."""
+        parts = [self._read_span(span) for span in spans]
+        leaves, treedef = jax.tree.flatten(parts[0])
+        columns = zip(*map(jax.tree.leaves, parts), strict=True)
+        joined = [
+            leaf if axis is None else np.concatenate(column, axis)
+            for leaf, axis, column in zip(leaves, self.axes, columns, strict=True)
+        ]
+        return jax.tree.unflatten(treedef, joined)
+
+    def _read_span(self, span: slice) -> Any:
+        part = take_rows(self.stored, self.batch_axes, span)
+        for leaf, axis in zip(jax.tree.leaves(part), self.axes, strict=True):
+            if axis is not None:
+                name = f"data[{span.start}:{span.stop}]"
+                self._require_length(leaf.shape[axis], _length([span]), name)
+        return part
+
+    @staticmethod
+    def _require_length(found: int, expected: int, name: str) -> None:
+        if found != expected:
+            raise ValueError(
+                f"{name} has {found} rows, and had {expected} when training began. A store may not "
+                "change its length while it is trained on: train on a copy, or on a slice of it."
+            )
+
+
+def _length(spans: Spans) -> int:
+    return sum(span.stop - span.start for span in spans)
+
+
+def _cut(spans: Spans, size: int) -> list[Spans]:
+    """Return the spans in groups of ``size`` rows each, cut where they do not fit, and a last one.
+
+    Example:
+        >>> _cut([slice(6, 9), slice(0, 3)], 4)
+        [[slice(6, 9, None), slice(0, 1, None)], [slice(1, 3, None)]]
+    """
+    groups, room = [[]], size
+    for span in spans:
+        start = span.start
+        while start < span.stop:
+            if not room:
+                groups.append([])
+                room = size
+            stop = min(start + room, span.stop)
+            groups[-1].append(slice(start, stop))
+            room -= stop - start
+            start = stop
+    return groups
