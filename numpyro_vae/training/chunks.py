@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
@@ -89,6 +89,7 @@ class ChunkSource:
         # What else is asked of a source is that of an iterable which begins with these rows.
         self.like = IterableSource(trainer, [self._sample()], self.num_data, batch_axes, plate)
         self.data, self.sites, self.num_steps = self.like.data, self.like.sites, num_steps
+        self._run: Callable[..., Any] | None = None
 
     def _rows_of(self, read_bytes: int) -> int:
         """Return the rows of a read: about so many bytes, and whole chunks of the stores."""
@@ -133,20 +134,25 @@ class ChunkSource:
     def run(self, state: SVIState, rng_key: Array, epoch: int) -> tuple[SVIState, np.ndarray]:
         """Run an epoch; where a step is not finite, once more, with each step guarded."""
         self._require_length(count_rows(self.stored, self.batch_axes), self.num_data, "data")
-        new_state, losses = state, []
+        new_state, losses, oks = state, [], []
         with closing(self._windows(rng_key, epoch)) as windows:
             for batch, order in windows:
-                slow = self.trainer.is_slow_in_scan(state, batch)
-                run = self.trainer.loop if slow else self.trainer.scan
-                new_state, found, ok = run(new_state, batch, order)
-                if not ok:
+                if oks and not oks[-1]:  # waits for the last window, now that this one is ready
                     break
-                losses.append(np.asarray(found))
-            else:
-                return new_state, np.concatenate(losses)
+                new_state, found, ok = self._steps(new_state, batch, order)
+                losses.append(found)
+                oks.append(ok)
+        if all(oks):
+            return new_state, np.concatenate(losses)
         with closing(self._windows(rng_key, epoch)) as windows:
             batches = (batch.at(rows) for batch, order in windows for rows in order)
             return guarded_steps(self.trainer, state, batches, epoch)
+
+    def _steps(self, state: SVIState, batch: Batch, order: Array) -> tuple[SVIState, Array, Array]:
+        trainer = self.trainer
+        if self._run is None:
+            self._run = trainer.loop if trainer.is_slow_in_scan(state, batch) else trainer.scan
+        return self._run(state, batch, order)
 
     def _windows(self, rng_key: Array, epoch: int) -> Generator[tuple[Batch, Array]]:
         """Yield the windows of an epoch, and the rows of each of their steps.
