@@ -21,12 +21,14 @@ QUIET = {"progress_bar": False}
 
 def assert_same_bound(posterior, svi, result, *data, num_data):
     """The mean ELBO by row is NumPyro's loss, within five Monte Carlo errors."""
-    report = posterior.check(KEY, data if len(data) > 1 else data[0], Importance(2000), **QUIET)
+    report = posterior.check(KEY, data if len(data) > 1 else data[0], Importance(500), **QUIET)
     mine = report.dataset["elbo"].values.sum()
     many = SVI(svi.model, svi.guide, svi.optim, Trace_ELBO(num_particles=500))
     many.init(KEY, *data)
     loss = float(many.evaluate(result.state, *data))
-    error = 3 * np.sqrt((report.dataset["elbo_mcse"].values ** 2).sum())  # NumPyro has 500 draws
+    error = 1.5 * np.sqrt(
+        (report.dataset["elbo_mcse"].values ** 2).sum()
+    )  # of both, 500 draws each
     np.testing.assert_allclose(mine, -loss, atol=5 * error)
     assert len(report.dataset["elbo"]) == num_data
 
@@ -102,16 +104,16 @@ def test_topics_of_documents():
     counts = np.stack([RNG.multinomial(20, p) for p in theta @ words]).astype(np.float32)
     counts = jnp.asarray(counts)
     svi = SVI(topics, topics_guide, optax.adam(2e-2), Trace_ELBO())
-    result = svi.run(KEY, 400, counts, 20, progress_bar=False)
+    result = svi.run(KEY, 200, counts, 20, progress_bar=False)
     posterior = Posterior(topics_guide, result, model=topics)
-    report = posterior.check(KEY, counts, Importance(2000), **QUIET)
+    report = posterior.check(KEY, counts, Importance(500), **QUIET)
     loss = Trace_ELBO().loss
-    keys = jax.random.split(KEY, 600)
+    keys = jax.random.split(KEY, 200)
     losses = jax.vmap(lambda key: loss(key, posterior.params, topics, topics_guide, counts))(keys)
-    expected, spread = -losses.mean(), losses.std() / 600**0.5
+    expected, spread = -losses.mean(), losses.std() / 200**0.5
     error = np.sqrt((report.dataset["elbo_mcse"].values ** 2).sum())
     np.testing.assert_allclose(report.dataset["elbo"].sum(), expected, atol=5 * (error + spread))
-    repair = posterior.repair(KEY, counts, report.flagged[:3], num_samples=200)
+    repair = posterior.repair(KEY, counts, report.flagged[:2], num_samples=200)
     simplex = repair.groups["posterior"]["theta"]
     np.testing.assert_allclose(simplex.sum(-1), 1, atol=1e-4)
 

@@ -234,11 +234,11 @@ def test_nothing_finite_is_an_error_that_names_the_site():
 def test_keyboard_interrupt_returns_what_was_learned(monkeypatch):
     run, calls = ArraySource.run, []
 
-    def interrupted(self, *args):
+    def interrupted(self, *args, **kwargs):
         calls.append(args)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return run(self, *args)
+        return run(self, *args, **kwargs)
 
     monkeypatch.setattr(ArraySource, "run", interrupted)
     result = quick(make_svi(hierarchical_model), jax.random.key(0), X, num_epochs=10)
