@@ -137,5 +137,4 @@ def _function_of_draw(site: Site, unconstrained: Array, support: Any) -> dist.De
 def _unconstrained_rows(encoding: Encoding, site: Site, value: Array) -> Array:
     """Return a site's value as heads read it, ``(batch, datum_size)``."""
     unconstrained = biject_to(encoding.run.support(site)).inv(value)
-    rows = jnp.moveaxis(unconstrained, site.axis(encoding.run.plate), 0)
-    return rows.reshape(rows.shape[0], -1)
+    return site.flat_rows(unconstrained, encoding.run.plate)

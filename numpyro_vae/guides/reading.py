@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpyro.distributions as dist
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array
 from numpyro import handlers
@@ -16,7 +15,7 @@ from numpyro import handlers
 from numpyro_vae.data.arrays import Layout
 from numpyro_vae.model.plates import all_rows
 from numpyro_vae.model.provenance import PREFIX, sources
-from numpyro_vae.model.trace import Rows, own_trace, trace_model
+from numpyro_vae.model.trace import Rows, is_point, own_trace, trace_model
 from numpyro_vae.numpyro_internals import evaluation
 
 DATA = "/data"  # no site, parameter or plate has this name
@@ -141,12 +140,9 @@ def trace_guide(
 
 
 def _site(msg: dict[str, Any], reads: frozenset[str]) -> GuideSite:
-    fn = msg["fn"]
-    while hasattr(fn, "base_dist"):
-        fn = fn.base_dist
     plates = tuple(dict.fromkeys(frame.name for frame in msg["cond_indep_stack"]))
     auxiliary = bool(msg["infer"].get("is_auxiliary")) or msg["is_observed"]
-    return GuideSite(plates, reads, auxiliary, isinstance(fn, dist.Delta), jnp.shape(msg["value"]))
+    return GuideSite(plates, reads, auxiliary, is_point(msg["fn"]), jnp.shape(msg["value"]))
 
 
 def _united(names: Iterable[frozenset[str]]) -> frozenset[str]:

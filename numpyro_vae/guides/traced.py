@@ -116,7 +116,7 @@ class TracedGuide(AbstractGuide):
             require_same_rows(self.reading, sites, plan.plate)
 
     def _divide(self, plan: GuidePlan) -> GuidePlan:
-        """Return which sites are local, and which of the others these depend on."""
+        """Return the plan with the sites that the guide draws row by row as the local ones."""
         self.joint = why_joint(self.reading, plan)
         if self.joint:
             latent = tuple(site.name for site in plan.sites.latent())
@@ -150,11 +150,8 @@ class TracedGuide(AbstractGuide):
         plate, shapes = plan.plate.name, self.reading.params
         reads = frozenset().union(*(self.reading.origins(site.name) for site in plan.local))
         looked_up = {name: shapes[name] for name in shapes if LOOKED_UP + name in reads}
-        if (
-            not looked_up
-            and DATA in reads
-            and not any(size in shapes[x] for x in reads & {*shapes})
-        ):
+        sized = any(size in shapes[name] for name in reads & {*shapes})
+        if DATA in reads and not (looked_up or sized):
             return False
         declared = self.reading.plates.get(plate, size)
         if declared != size or not all(size in shape for shape in looked_up.values()):

@@ -12,13 +12,13 @@ from jaxtyping import Array
 from numpyro.distributions import kl_divergence
 from numpyro.distributions.util import scale_and_mask
 
+from numpyro_vae.model.trace import is_point
 from numpyro_vae.numpyro_internals import mask_of_masked
 from numpyro_vae.objectives.base import AbstractDivergence
 from numpyro_vae.objectives.traces import (
     Site,
     Trace,
     divergence_of,
-    is_point,
     samples,
     scaled_log_prob,
     total,

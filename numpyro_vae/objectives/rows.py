@@ -10,12 +10,12 @@ from jaxtyping import Array
 from numpyro.distributions.util import scale_and_mask
 
 from numpyro_vae.guides.base import AmortizedGuide
+from numpyro_vae.model.trace import is_point
 from numpyro_vae.numpyro_internals import declared_scale, dependencies
 from numpyro_vae.objectives.traces import (
     Call,
     Site,
     Trace,
-    is_point,
     latents,
     log_prob,
     samples,

@@ -8,7 +8,6 @@ from functools import reduce
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-import numpyro.distributions as dist
 from jaxtyping import Array
 from numpyro import handlers
 from numpyro.distributions import kl_divergence
@@ -90,13 +89,6 @@ def mutable_state(*traces: Trace) -> dict[str, Any]:
         for name, site in trace.items()
         if site["type"] == "mutable"
     }
-
-
-def is_point(fn: Any) -> bool:
-    """Return whether a distribution is one of points."""
-    while hasattr(fn, "base_dist"):
-        fn = fn.base_dist
-    return isinstance(fn, dist.Delta)
 
 
 def log_prob(site: Site) -> Array:
