@@ -10,6 +10,7 @@ from jaxtyping import Array
 from numpyro.distributions.util import scale_and_mask
 
 from numpyro_vae.guides.base import AmortizedGuide
+from numpyro_vae.model.densities import log_prob_of
 from numpyro_vae.model.trace import is_point
 from numpyro_vae.numpyro_internals import declared_scale, dependencies
 from numpyro_vae.objectives.traces import (
@@ -17,7 +18,6 @@ from numpyro_vae.objectives.traces import (
     Site,
     Trace,
     latents,
-    log_prob,
     samples,
     scaled_log_prob,
     total,
@@ -132,7 +132,7 @@ def _depend(call: Call, key: Array, outside: Trace, local: Trace) -> bool:
         guide_trace = call.trace_guide(key, values)
         traces = (guide_trace, call.trace_model(guide_trace, key))
         return {
-            f"{name} {number}": log_prob(trace[name])
+            f"{name} {number}": log_prob_of(trace[name])
             for number, trace in enumerate(traces)
             for name in outside
             if name in trace
@@ -214,7 +214,7 @@ def _at_own_point(site: Site) -> Site:
 def _inner_log_prob(site: Site, rows: Rows) -> Array:
     """Return a log density with all scales but those that a row has as a whole."""
     scale = declared_scale(site) if rows.plates else site["scale"]
-    return scale_and_mask(log_prob(site), scale)
+    return scale_and_mask(log_prob_of(site), scale)
 
 
 def _row_scale(site: Site | None, rows: Rows) -> Array:

@@ -13,6 +13,7 @@ from numpyro import handlers
 from numpyro.distributions import kl_divergence
 from numpyro.distributions.util import scale_and_mask
 
+from numpyro_vae.model.densities import log_prob_of
 from numpyro_vae.numpyro_internals import check_traces, seed_plates
 
 Site = dict[str, Any]
@@ -91,16 +92,9 @@ def mutable_state(*traces: Trace) -> dict[str, Any]:
     }
 
 
-def log_prob(site: Site) -> Array:
-    """Return the log density of a site, without any scale, of the shape of its plates."""
-    if site["intermediates"]:
-        return site["fn"].log_prob(site["value"], site["intermediates"])
-    return site["fn"].log_prob(site["value"])
-
-
 def scaled_log_prob(site: Site) -> Array:
     """Return the log density of a site, with its scale, of the shape of its plates."""
-    return scale_and_mask(log_prob(site), site["scale"])
+    return scale_and_mask(log_prob_of(site), site["scale"])
 
 
 def divergence_of(guide_site: Site, model_site: Site) -> Array:
