@@ -22,7 +22,7 @@ from numpyro_vae.checks.base import (
     require_at_least,
     require_drawn,
 )
-from numpyro_vae.inference.encoded import EncodedBatch
+from numpyro_vae.inference.encoded import DrawKeys, EncodedBatch
 from numpyro_vae.model.densities import observed_densities
 
 if TYPE_CHECKING:
@@ -99,8 +99,8 @@ def _compare(batch: EncodedBatch, rng_key: Array, globals_: dict, *, num_samples
     """Return how often a replicate is no more likely than the row is; a tie counts a half."""
     densities = partial(observed_densities, run=batch.encoding.run)
 
-    def one(packed: Array, globals_: dict, key: Array) -> Array:
-        latent = batch.complete(packed, globals_, key)
+    def one(packed: Array, globals_: dict, keys: DrawKeys) -> Array:
+        latent, key = batch.complete(packed, globals_, keys), keys.of_batch
         seen = densities(batch.trace(latent, key))
         replicate = batch.trace(latent, jax.random.fold_in(key, 1), observed=False)
         again = densities(require_drawn(replicate))
@@ -108,4 +108,5 @@ def _compare(batch: EncodedBatch, rng_key: Array, globals_: dict, *, num_samples
 
     packed = batch.draw(rng_key, num_samples, globals_)
     keys = jax.random.split(jax.random.fold_in(rng_key, batch.indices[0]), num_samples)
+    keys = DrawKeys.make(rng_key, keys)
     return jnp.mean(batch.over_draws(one, packed, globals_, keys), axis=0)

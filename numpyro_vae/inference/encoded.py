@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,25 @@ from numpyro_vae.model.plates import all_rows
 from numpyro_vae.model.redraw import redraw
 
 PAIRS = 8192  # pairs of a row and a draw that pass through the model at once
+OF_ROWS = 2**32 - 3  # of no row: what the keys of discrete latents are folded with first
+
+
+class DrawKeys(NamedTuple):
+    """What draws need beside the continuous latents; many have a leading axis.
+
+    Attributes:
+        of_rows: the keys that are folded with a row's number, for its discrete latents.
+        of_batch: the keys of what is drawn of all rows of a batch at once.
+    """
+
+    of_rows: Array
+    of_batch: Array
+
+    @classmethod
+    def make(cls, rng_key: Array, of_batch: Array) -> DrawKeys:
+        """Return them for a user's key, and the keys of a batch."""
+        of_rows = jax.random.split(jax.random.fold_in(rng_key, OF_ROWS), len(of_batch))
+        return cls(of_rows, of_batch)
 
 
 @dataclass(frozen=True)
@@ -138,11 +157,12 @@ class EncodedBatch:
         log_q = self.encoding.condition(globals_).log_prob(packed)
         return logsumexp(self.log_joint(packed, globals_, rng_key), axis=0) - log_q
 
-    def complete(self, packed: Array, globals_: dict[str, Array], rng_key: Array) -> dict:
+    def complete(self, packed: Array, globals_: dict[str, Array], keys: DrawKeys) -> dict:
         """Return the values of all latents of a draw, with the discrete ones drawn given it."""
         values, _ = self.encoding.constrain(packed)
         if self.enumeration.sites:
-            key, rng_key = jax.random.split(rng_key)
-            log_joint = self.log_joint(packed, globals_, rng_key)
-            values |= self.enumeration.assign(jax.random.categorical(key, log_joint, axis=0))
+            log_joint = self.log_joint(packed, globals_, keys.of_batch)
+            row_keys = jax.vmap(partial(jax.random.fold_in, keys.of_rows))(self.indices)
+            drawn = jax.vmap(jax.random.categorical, in_axes=(0, 1))(row_keys, log_joint)
+            values |= self.enumeration.assign(drawn)
         return values | globals_

@@ -13,7 +13,7 @@ from jaxtyping import Array
 
 from numpyro_vae.inference import quantities
 from numpyro_vae.inference.derived import derived_sites
-from numpyro_vae.inference.encoded import EncodedBatch
+from numpyro_vae.inference.encoded import DrawKeys, EncodedBatch
 from numpyro_vae.inference.rows import Rows
 from numpyro_vae.inference.runner import Runner
 from numpyro_vae.model.redraw import explain_undrawn, undrawn
@@ -79,7 +79,9 @@ def undrawn_sites(
 
     def trace(batch: EncodedBatch, rng_key: Array, globals_: dict[str, Array]) -> None:
         held = jax.tree.map(itemgetter(0), globals_)
-        latent = batch.complete(batch.draw(rng_key, 1, globals_)[0], held, rng_key)
+        latent = batch.complete(
+            batch.draw(rng_key, 1, globals_)[0], held, DrawKeys(rng_key, rng_key)
+        )
         found.update(undrawn(batch.trace(latent, rng_key, observed=False)))
 
     key = jax.random.key(0)

@@ -18,7 +18,7 @@ from jax.scipy.special import logsumexp
 from jaxtyping import Array
 
 from numpyro_vae.inference.divergences import row_divergences
-from numpyro_vae.inference.encoded import EncodedBatch
+from numpyro_vae.inference.encoded import DrawKeys, EncodedBatch
 from numpyro_vae.model.densities import predicted_rows
 from numpyro_vae.model.redraw import drawn_value
 
@@ -57,11 +57,13 @@ def sample(
     batch: EncodedBatch, rng_key: Array, globals_: dict, *, num_samples: int, names: Names
 ) -> dict:
     """Return draws by site, ``(num_samples, batch, ...)``."""
-    keys = _noise_keys(batch, rng_key, num_samples)
+    keys = _draw_keys(batch, rng_key, num_samples)
     return _values(batch, batch.draw(rng_key, num_samples, globals_), globals_, keys, names)
 
 
-def _values(batch: EncodedBatch, packed: Array, globals_: dict, keys: Array, names: Names) -> dict:
+def _values(
+    batch: EncodedBatch, packed: Array, globals_: dict, keys: DrawKeys, names: Names
+) -> dict:
     run = batch.encoding.run
     if any(site.name in names for site in batch.enumeration.sites):
         values = batch.over_draws(batch.complete, packed, globals_, keys)
@@ -75,18 +77,18 @@ def predict(
     batch: EncodedBatch, rng_key: Array, globals_: dict, *, num_samples: int, derived: Axes
 ) -> dict:
     """Return by ArviZ group draws of observed and deterministic sites, as `finish` does."""
-    keys = _noise_keys(batch, rng_key, num_samples)
+    keys = _draw_keys(batch, rng_key, num_samples)
     packed = batch.draw(rng_key, num_samples, globals_)
     return _predictions(batch, packed, globals_, keys, derived)
 
 
 def _predictions(
-    batch: EncodedBatch, packed: Array, globals_: dict, keys: Array, derived: Axes
+    batch: EncodedBatch, packed: Array, globals_: dict, keys: DrawKeys, derived: Axes
 ) -> dict[str, dict]:
     """Return draws of the observed sites, and the deterministic ones of draws and data."""
 
-    def one(packed: Array, globals_: dict, rng_key: Array) -> dict[str, dict]:
-        values, key = batch.complete(packed, globals_, rng_key), jax.random.fold_in(rng_key, 1)
+    def one(packed: Array, globals_: dict, keys: DrawKeys) -> dict[str, dict]:
+        values, key = batch.complete(packed, globals_, keys), jax.random.fold_in(keys.of_batch, 1)
         drawn = predicted_rows(batch.trace(values, key, observed=False), batch.encoding.run)
         trace = batch.trace(values, key) if derived else {}
         found = {name: jnp.moveaxis(trace[name]["value"], axis, 0) for name, axis in derived}
@@ -119,6 +121,10 @@ def _noise_keys(batch: EncodedBatch, rng_key: Array, num_samples: int) -> Array:
     """Return a key for what each draw of this batch needs beside the latents."""
     of_batch = jax.random.fold_in(jax.random.fold_in(rng_key, num_samples), batch.indices[0])
     return jax.random.split(of_batch, num_samples)
+
+
+def _draw_keys(batch: EncodedBatch, rng_key: Array, num_samples: int) -> DrawKeys:
+    return DrawKeys.make(rng_key, _noise_keys(batch, rng_key, num_samples))
 
 
 def weigh(batch: EncodedBatch, rng_key: Array, globals_: dict, *, num_samples: int) -> dict:
@@ -216,7 +222,7 @@ def finish(
     All are ``(num_samples, batch, ...)``; deterministic sites belong to the posterior.
     """
     packed = jnp.moveaxis(packed, 1, 0)
-    keys = _noise_keys(batch, rng_key, len(packed))
+    keys = _draw_keys(batch, rng_key, len(packed))
     names = tuple(site.name for site in (*batch.encoding.sites, *batch.enumeration.sites))
     posterior = _values(batch, packed, globals_, keys, names)
     if not derived and "posterior_predictive" not in groups:
@@ -254,12 +260,12 @@ def likelihood(batch: EncodedBatch, rng_key: Array, globals_: dict, *, num_sampl
 def diverge(batch: EncodedBatch, rng_key: Array, globals_: dict, *, num_samples: int) -> dict:
     """Return the KL divergence from the prior by site and dimension, averaged over draws."""
 
-    def one(packed: Array, globals_: dict, rng_key: Array) -> dict:
-        trace = batch.trace(batch.complete(packed, globals_, rng_key), rng_key)
+    def one(packed: Array, globals_: dict, keys: DrawKeys) -> dict:
+        trace = batch.trace(batch.complete(packed, globals_, keys), keys.of_batch)
         return row_divergences(batch.encoding.condition(globals_), packed, trace)
 
     packed = batch.draw(rng_key, num_samples, globals_)
-    keys = _noise_keys(batch, rng_key, num_samples)
+    keys = _draw_keys(batch, rng_key, num_samples)
     found = batch.over_draws(one, packed, globals_, keys)
     return jax.tree.map(lambda x: x.mean(0), found)
 
@@ -273,13 +279,13 @@ def expected(
     else a draw of the site.
     """
 
-    def one(packed: Array, globals_: dict, rng_key: Array) -> Array:
-        values = batch.complete(packed, globals_, rng_key)
-        site = batch.trace(values, jax.random.fold_in(rng_key, 1), observed=False)[name]
+    def one(packed: Array, globals_: dict, keys: DrawKeys) -> Array:
+        values = batch.complete(packed, globals_, keys)
+        site = batch.trace(values, jax.random.fold_in(keys.of_batch, 1), observed=False)[name]
         return _rows_of(batch, name, site["fn"].mean if known else drawn_value(site))
 
     packed = batch.draw(rng_key, num_samples, globals_)
-    return _average(one, packed, globals_, _noise_keys(batch, rng_key, num_samples))
+    return _average(one, packed, globals_, _draw_keys(batch, rng_key, num_samples))
 
 
 def expected_a_priori(

@@ -95,6 +95,11 @@ def test_classes_are_drawn_as_often_as_they_are_probable(posterior):
     assert np.abs(pooled).max() <= 0.005
 
 
+def test_classes_of_a_row_do_not_depend_on_the_other_rows(posterior):
+    whole = posterior.sample(jax.random.key(5), X, 3)["k"]
+    np.testing.assert_array_equal(posterior.sample(jax.random.key(5), X[:7], 3)["k"], whole[:, :7])
+
+
 def two_classes(x, y):
     with numpyro.plate("data", len(x)):
         k = numpyro.sample("k", dist.Categorical(jnp.array(WEIGHTS)), infer=ENUMERATE)

@@ -120,7 +120,10 @@ def predictions(subject: Subject) -> None:
     posterior = subject._posterior({**subject.static, "noise": 1e-5})
     found = posterior.predict(subject.key, subject.case.data, NUM_SAMPLES)
     model = handlers.uncondition(subject.full)
-    latent = {name: jnp.asarray(value) for name, value in subject.draws.items()}
+    draws = subject.draws
+    if subject.case.is_enumerated:  # discrete latents depend on the noise
+        draws = posterior.sample(subject.key, subject.case.data, NUM_SAMPLES)
+    latent = {name: jnp.asarray(value) for name, value in draws.items()}
     predictive = Predictive(model, latent, params=subject.params)
     predict = partial(predictive, **{**subject.kwargs, "noise": 1e-5})
     expected = jax.jit(lambda key: predict(key, *subject.args))(subject.key)
