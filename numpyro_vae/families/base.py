@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpyro.distributions as dist
 from flax import nnx
 from jax.nn import initializers
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 from numpyro.distributions import constraints
 from numpyro.distributions.transforms import Transform
 
@@ -65,6 +65,20 @@ class AbstractHead(nnx.Module):
             A distribution with ``batch_shape == (*batch, size)`` that has a mean, a variance and
             ``icdf``; None if there is no closed form.
         """
+
+    def part(self, raw: Any, mask: Bool[Array, "*batch size"]) -> dist.Distribution | None:
+        """Return a distribution that draws all latents, with the density of some alone.
+
+        A family that is factorized does not need it.
+
+        Args:
+            raw: what the head returned, ``(*batch, ...)``.
+            mask: True for the latents that count; the model masks the others.
+
+        Returns:
+            A distribution as that of `distribution`; None if that density is not known.
+        """
+        return None
 
 
 class AbstractFamily(ABC):
@@ -138,6 +152,44 @@ class LogScaleAffine(Transform):
         x = (y - self.loc) * saturating_exp(-self.log_scale)
         largest = math.exp(saturation_limit(x.dtype))  # of which the square is finite
         return jnp.clip(x, -largest, largest)
+
+
+class PartOfNormal(dist.Distribution):
+    """A multivariate Normal of which some values do not count: their density is integrated out.
+
+    Args:
+        whole: the distribution of all values, from which draws come.
+        apart: the same without the correlations of the values that do not count, which are
+            independent Normals there.
+        loc: the means.
+        log_scale: the log-scales of those independent Normals; the others are not used.
+        counts: True for the values that count.
+    """
+
+    pytree_data_fields = ("whole", "apart", "loc", "log_scale", "counts")
+    support = constraints.real_vector
+
+    def __init__(
+        self,
+        whole: dist.Distribution,
+        apart: dist.Distribution,
+        loc: Float[Array, "*batch size"],
+        log_scale: Float[Array, "*batch size"],
+        counts: Bool[Array, "*batch size"],
+    ):
+        self.whole, self.apart, self.counts = whole, apart, counts
+        self.loc, self.log_scale = loc, log_scale
+        super().__init__(whole.batch_shape, whole.event_shape)
+
+    def sample(self, key: Array | None, sample_shape: tuple[int, ...] = ()) -> Array:
+        """Draw all values."""
+        return jnp.asarray(self.whole.sample(key, sample_shape))
+
+    def log_prob(self, value: Any, intermediates: Any = None) -> Array:
+        """Return the log-density of the values that count."""
+        centred = jnp.where(self.counts, value, self.loc)
+        left_out = jnp.where(self.counts, 0.0, -self.log_scale - 0.5 * math.log(2 * math.pi))
+        return jnp.asarray(self.apart.log_prob(centred)) - left_out.sum(-1)
 
 
 def constant_linear(num_features: int, size: int, start: float, *, rngs: nnx.Rngs) -> nnx.Linear:

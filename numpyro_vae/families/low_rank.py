@@ -9,9 +9,15 @@ import jax.numpy as jnp
 import numpyro.distributions as dist
 from flax import nnx
 from jax.nn import initializers
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
-from numpyro_vae.families.base import AbstractFamily, AbstractHead, LogScaleAffine, constant_linear
+from numpyro_vae.families.base import (
+    AbstractFamily,
+    AbstractHead,
+    LogScaleAffine,
+    PartOfNormal,
+    constant_linear,
+)
 from numpyro_vae.scales.log_scale_normal import LogScaleNormal
 from numpyro_vae.scales.parameterization import (
     AbstractParameterization,
@@ -61,11 +67,18 @@ class LowRankHead(AbstractHead):
 
     def distribution(self, raw: Triple) -> dist.TransformedDistribution:
         """Return the Normal with covariance ``I + V @ V.T``, scaled and shifted."""
-        loc, raw_scale, factor = raw
+        return self._correlated(raw, self._bounded(raw[2]))
+
+    def part(self, raw: Triple, mask: Bool[Array, "*batch size"]) -> PartOfNormal:
+        """Return the Normal with the density of the values where a mask is True."""
+        apart = self._correlated(raw, jnp.where(mask[..., None], self._bounded(raw[2]), 0.0))
+        log_scale = self.parameterization.log_scale(raw[1])
+        return PartOfNormal(self.distribution(raw), apart, raw[0], log_scale, mask)
+
+    def _correlated(self, raw: Triple, factor: Array) -> dist.TransformedDistribution:
+        loc, raw_scale, _ = raw
         # NumPyro's class divides by the diagonal of the covariance, so that diagonal is 1 here.
-        correlated = dist.LowRankMultivariateNormal(
-            jnp.zeros_like(loc), self._bounded(factor), jnp.ones_like(loc)
-        )
+        correlated = dist.LowRankMultivariateNormal(jnp.zeros_like(loc), factor, jnp.ones_like(loc))
         rescale = LogScaleAffine(loc, self.parameterization.log_scale(raw_scale))
         return dist.TransformedDistribution(correlated, rescale)
 

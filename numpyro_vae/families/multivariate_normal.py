@@ -8,10 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 from numpyro.distributions.transforms import LowerCholeskyAffine
 
-from numpyro_vae.families.base import AbstractFamily, AbstractHead, LogScaleAffine, constant_linear
+from numpyro_vae.families.base import (
+    AbstractFamily,
+    AbstractHead,
+    LogScaleAffine,
+    PartOfNormal,
+    constant_linear,
+)
 from numpyro_vae.scales.log_scale_normal import LogScaleNormal
 from numpyro_vae.scales.parameterization import (
     AbstractParameterization,
@@ -49,11 +55,25 @@ class CholeskyHead(AbstractHead):
 
     def distribution(self, raw: Triple) -> dist.TransformedDistribution:
         """Return standard Normal noise, correlated by ``unit_tril``, scaled and shifted."""
-        loc, raw_scale, lower = raw
+        return self._correlated(raw, self._unit_tril(raw[2]))
+
+    def part(self, raw: Triple, mask: Bool[Array, "*batch size"]) -> PartOfNormal:
+        """Return the Normal with the density of the values where a mask is True."""
+        kept = jnp.where(mask[..., None], self._unit_tril(raw[2]), 0.0)
+        others = jnp.where(mask[..., None], 0.0, jnp.eye(self.size, dtype=kept.dtype))
+        # The triangular root of kept @ kept.T + others, without squaring what is correlated.
+        upper = jnp.linalg.qr(jnp.concatenate([kept, others], axis=-1).mT, mode="r")
+        signs = jnp.where(jnp.diagonal(upper, axis1=-2, axis2=-1) < 0, -1.0, 1.0)
+        apart = self._correlated(raw, upper.mT * signs[..., None, :])
+        log_scale = self.parameterization.log_scale(raw[1])
+        return PartOfNormal(self.distribution(raw), apart, raw[0], log_scale, mask)
+
+    def _correlated(self, raw: Triple, tril: Array) -> dist.TransformedDistribution:
+        loc, raw_scale, _ = raw
         # Not NumPyro's MultivariateNormal: it solves for the noise of its own draws, and its
         # scale_tril cannot hold scales for which exp() over- or underflows.
         zeros = jnp.zeros_like(loc)
-        correlate = LowerCholeskyAffine(zeros, self._unit_tril(lower))
+        correlate = LowerCholeskyAffine(zeros, tril)
         rescale = LogScaleAffine(loc, self.parameterization.log_scale(raw_scale))
         noise = dist.Normal(zeros, 1.0).to_event(1)
         return dist.TransformedDistribution(noise, [correlate, rescale])

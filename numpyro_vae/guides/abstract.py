@@ -103,15 +103,14 @@ class AbstractEncoding(ABC):
     @property
     def mask(self) -> Bool[Array, "batch size"] | None:
         """Which packed latents count; None if all do."""
-        masks = {site.name: self.run.mask(site) for site in self.sites}
-        if all(mask is None for mask in masks.values()):
+        if all(self.run.mask(site) is None for site in self.sites):
             return None
-        return self.pack_rows(
-            {site.name: self._packed_mask(site, masks[site.name]) for site in self.sites}
-        )
+        return self.pack_rows({site.name: self.rows_of_mask(site) for site in self.sites})
 
-    def _packed_mask(self, site: Site, mask: Any) -> Bool[Array, "batch datum_size"]:
+    def rows_of_mask(self, site: Site) -> Bool[Array, "batch datum_size"]:
+        """Return which unconstrained values of a site count, flat."""
         shape = site.batch_shape + site.unconstrained_shape
+        mask = self.run.mask(site)
         mask = jnp.asarray(True if mask is None else mask)
         mask = mask.reshape(mask.shape + (1,) * (len(shape) - mask.ndim))
         return site.flat_rows(jnp.broadcast_to(mask, shape), self.run.plate)

@@ -54,6 +54,10 @@ class Released(AbstractHead):
         """Return the head's marginals."""
         return self.head.marginals(raw)
 
+    def part(self, raw: Any, mask: Array) -> dist.Distribution | None:
+        """Return the head's distribution with the density of some latents alone."""
+        return self.head.part(raw, mask)
+
 
 class Block(nnx.Module):
     """The distribution over the latents of some local sites, given features and other sites.
@@ -118,9 +122,29 @@ class Block(nnx.Module):
         context = jnp.broadcast_to(context, (*shape, context.shape[-1]))
         return self.head(self.context(features, context))
 
-    def distribution(self, raw: Any) -> dist.Distribution:
-        """Return the distribution with the steps in its event, ``(*steps, values of a step)``."""
-        return self.head.distribution(raw).to_event(len(self.steps))
+    def distribution(
+        self, raw: Any, mask: Bool[Array, "*batch num_values"] | None = None
+    ) -> dist.Distribution:
+        """Return the distribution with the steps in its event, ``(*steps, values of a step)``.
+
+        Args:
+            raw: the head's raw outputs.
+            mask: the packed values whose density counts, by default all.
+
+        Raises:
+            ValueError: if the density of some values is not known.
+        """
+        if mask is None:
+            return self.head.distribution(raw).to_event(len(self.steps))
+        fn = self.head.part(raw, self.by_step(mask))
+        if fn is None:
+            names = [site.name for site in self.sites]
+            raise ValueError(
+                f"The model masks some of the local sites {names} in plate {self.plate.name!r}; "
+                "this family draws all latents of a datum jointly, and does not know the density "
+                "of some of them. Use AutoAmortizedMultivariateNormal or AutoAmortizedNormal."
+            )
+        return fn.to_event(len(self.steps))
 
     def sample(
         self, raw: Any, rng_key: Array, sample_shape: tuple[int, ...]
@@ -140,11 +164,12 @@ class Block(nnx.Module):
         raw: Any,
         packed: Float[Array, "*lead num_values"],
         mask: Bool[Array, "num_values"] | None,
+        is_factorized: bool,
     ) -> Float[Array, "*lead"]:
-        """Return the log-density of packed values, of a factorized family where a mask is True."""
+        """Return the log-density of packed values, of those alone where a mask is True."""
         by_step = self.by_step(packed)
-        if mask is None:
-            return jnp.asarray(self.distribution(raw).log_prob(by_step))
+        if mask is None or not is_factorized:
+            return jnp.asarray(self.distribution(raw, mask).log_prob(by_step))
         by_value: Any = self.head.marginals(raw)
         return jnp.where(mask, self.flatten(by_value.log_prob(by_step)), 0.0).sum(-1)
 

@@ -151,7 +151,7 @@ class Encoding(AbstractEncoding):
             part = packed[..., start : start + block.num_values]
             raw = block.raw(features[name], values)
             counts = None if mask is None else mask[start : start + block.num_values]
-            total += block.log_prob(raw, part, counts)
+            total += block.log_prob(raw, part, counts, self.family.is_factorized)
             values |= {site.name: unpacked for site, unpacked in block.unpack(part)}
             start += block.num_values
         return total

@@ -77,41 +77,44 @@ def _masked(fn: dist.Distribution, mask: Array | None, site: Site) -> dist.Distr
     if mask.ndim == len(site.batch_shape):
         return fn.mask(mask)
     if not isinstance(fn, dist.Independent):
-        raise ValueError(
-            f"The model masks single values of the events of the local site {site.name!r}, whose "
-            "support is constrained. Mask whole events with handlers.mask."
-        )
+        raise _finer_mask(site)
     missing = len(site.batch_shape) + len(site.event_shape) - mask.ndim
     by_value = fn.base_dist.mask(mask.reshape(mask.shape + (1,) * missing))
     return by_value.to_event(len(site.event_shape))
+
+
+def _finer_mask(site: Site) -> ValueError:
+    return ValueError(
+        f"The model masks single values of the events of the local site {site.name!r}, whose "
+        "support is constrained. Mask whole events with handlers.mask."
+    )
 
 
 def _jointly(
     prefix: str, encoding: Encoding, block: Block, raw: Any
 ) -> Iterator[tuple[Site, Array]]:
     """Sample all sites of a block at once, and yield them as functions of that draw."""
-    run = encoding.run
-    for site in block.sites:
-        if run.mask(site) is not None:
-            raise ValueError(
-                f"The model masks the local site {site.name!r} in plate {run.plate.name!r}; "
-                f"{type(encoding.family).__name__} draws all latents of a datum jointly and "
-                "cannot leave some out. Use AutoAmortizedNormal."
-            )
+    run, mask = encoding.run, None
+    if any(run.mask(site) is not None for site in block.sites):
+        mask = block.pack({site.name: encoding.rows_of_mask(site) for site in block.sites})
     joint = "_".join(site.name for site in block.sites)
     name = f"_{prefix}_{joint}_latent"
     after = -run.plate.dim - 1  # axes of plates that hold nothing of the joint distribution
-    spread = jax.tree.map(lambda x: x.reshape(x.shape[0], *[1] * after, *x.shape[1:]), raw)
+    raw, mask = jax.tree.map(
+        lambda x: x.reshape(x.shape[0], *[1] * after, *x.shape[1:]), (raw, mask)
+    )
     factor = run.row_scale(block.sites)
     factor = None if factor is None else factor.reshape(-1, *[1] * after)
     pack = partial(_packed, encoding, block, after)
     with run.enter_plates((run.plate.name,)), scaled(factor):
-        fn = block.distribution(spread)
+        fn = block.distribution(raw, mask)
         infer = {"is_auxiliary": True, "pack": pack}
         by_step = jnp.asarray(numpyro.sample(name, fn, infer=infer))
     packed = block.flatten(by_step.reshape(run.plate.length, *by_step.shape[after + 1 :]))
     for site, part in block.unpack(packed):
-        fn = _function_of_draw(site, site.unpack(part, run.plate), run.support(site))
+        fn = _function_of_draw(
+            site, site.unpack(part, run.plate), run.support(site), run.mask(site)
+        )
         with run.enter_plates(site.plates), scaled(run.scale(site)):
             yield site, jnp.asarray(numpyro.sample(site.name, fn))
 
@@ -125,13 +128,23 @@ def _packed(encoding: Encoding, block: Block, after: int, values: dict[str, Arra
     return packed.reshape(packed.shape[0], *[1] * after, *packed.shape[1:])
 
 
-def _function_of_draw(site: Site, unconstrained: Array, support: Any) -> dist.Delta:
+def _function_of_draw(
+    site: Site, unconstrained: Array, support: Any, mask: Array | None
+) -> dist.Distribution:
     """Return a point on the site's support, with the density that the transform gives it."""
-    transform = biject_to(support)
+    transform, batch_dim = biject_to(support), len(site.batch_shape)
     value = transform(unconstrained)
     log_det = transform.log_abs_det_jacobian(unconstrained, value)
-    log_det = sum_rightmost(log_det, log_det.ndim - len(site.batch_shape))
-    return dist.Delta(value, log_density=-log_det, event_dim=len(site.event_shape))
+    is_finer = mask is not None and mask.ndim > batch_dim
+    if is_finer and not is_real(support):
+        if log_det.ndim < mask.ndim:
+            raise _finer_mask(site)
+        log_det = jnp.where(
+            mask.reshape(mask.shape + (1,) * (log_det.ndim - mask.ndim)), log_det, 0
+        )
+    log_det = sum_rightmost(log_det, log_det.ndim - batch_dim)
+    fn = dist.Delta(value, log_density=-log_det, event_dim=len(site.event_shape))
+    return fn if mask is None or is_finer else fn.mask(mask)
 
 
 def _unconstrained_rows(encoding: Encoding, site: Site, value: Array) -> Array:

@@ -7,14 +7,20 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
+import optax
 import pytest
 from flax import nnx
 from helpers import train
 from linear_gaussian import exact
 from numpyro import handlers
-from numpyro.infer import Trace_ELBO
+from numpyro.infer import SVI, Trace_ELBO
 
-from numpyro_vae import MLP, AutoAmortizedMultivariateNormal, AutoAmortizedNormal
+from numpyro_vae import (
+    MLP,
+    AutoAmortizedFlow,
+    AutoAmortizedMultivariateNormal,
+    AutoAmortizedNormal,
+)
 
 NUM_DATA, NOISE = 160, 0.8
 LOADINGS = np.array([1.0, -0.7, 0.5])
@@ -188,3 +194,33 @@ def test_obs_mask_makes_latents_of_missing_entries():
     error = (imputed.mean(0) - np.outer(MEAN, LOADINGS)) / spread
     assert np.sqrt((error**2)[~MASK].mean()) <= 0.08
     assert np.abs(imputed.std(0) / spread - 1)[~MASK].mean() <= 0.05
+
+
+def test_missing_entries_vary_with_the_latents_of_their_row():
+    """One multivariate Normal of z and of the entries that are missing, which vary by row."""
+    guide = AutoAmortizedMultivariateNormal(obs_masked, ENCODER, plate="data")
+    posterior = train(guide, X, MASK, steps=2500, rate=1e-2, loss=Trace_ELBO)
+    found = posterior.check(jax.random.key(1), (X, MASK), checks="importance").dataset
+    assert np.abs(found["log_evidence"].values - evidence()).max() <= 0.05
+    assert (found["khat"].values < 0.5).all()
+    draws = posterior.sample(jax.random.key(2), (X, MASK), 4000)
+    z, imputed = draws["z"].reshape(4000, -1), draws["x_unobserved"]
+    centred = (z - z.mean(0))[..., None] * (imputed - imputed.mean(0))
+    error = centred.mean(0) - np.outer(VARIANCE, LOADINGS)
+    assert np.abs(error[~MASK]).mean() <= 0.05
+
+
+def test_a_flow_does_not_know_the_density_of_some_latents():
+    guide = AutoAmortizedFlow(obs_masked, ENCODER, plate="data")
+    svi = SVI(obs_masked, guide, optax.adam(1e-2), Trace_ELBO())
+    with pytest.raises(ValueError, match=r"masks some of the local sites \['z', 'x_unobserved'\]"):
+        svi.init(jax.random.key(0), X, MASK)
+
+
+def test_repair_of_rows_with_missing_entries():
+    guide = AutoAmortizedMultivariateNormal(obs_masked, ENCODER, plate="data")
+    posterior = train(guide, X, MASK, steps=30, rate=1e-2, loss=Trace_ELBO)
+    report = posterior.check(jax.random.key(1), (X, MASK), checks="importance")
+    assert report.flagged.any()
+    repair = posterior.repair(jax.random.key(2), (X, MASK), report)
+    assert not repair.remaining.size

@@ -169,3 +169,25 @@ def test_density_of_a_draw_is_exact_where_scale_is_below_rounding(name):
 def test_options_are_checked(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("name", [name for name in NORMALS if "rank" in name])
+def test_density_of_some_values_is_their_marginal(name):
+    family, masks = FAMILIES[name], ~np.array([[0, 0, 0], [1, 0, 0], [0, 1, 0], [1, 0, 1]], bool)
+
+    def compare(head, x):
+        raw = head(x)
+        value = head.distribution(raw).sample(jax.random.key(2))
+        lost = jnp.where(jnp.asarray(masks), value, 1e3)  # what does not count may be anything
+        density = jax.vmap(lambda mask, value: head.part(raw, mask).log_prob(value))
+        slope = jax.jacobian(lambda raw: head.part(raw, jnp.asarray(masks[1])).log_prob(value))(raw)
+        return raw, value, density(jnp.asarray(masks), lost), slope
+
+    with jax.enable_x64(True):
+        raw, value, found, slopes = jit(compare, trained(family), features())
+    head, loc, value = trained(family), np.asarray(raw[0]), np.asarray(value)
+    cov = covariance(family, head, raw)
+    for mask, density in zip(masks, found, strict=True):
+        part = stats.multivariate_normal(loc[mask], cov[np.ix_(mask, mask)])
+        assert density == pytest.approx(part.logpdf(value[mask]), abs=1e-6)
+    assert all(np.isfinite(slope).all() for slope in slopes)
