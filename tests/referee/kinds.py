@@ -80,7 +80,7 @@ def correlation(m: Array) -> dist.Distribution:
 
 
 def zero_sum(m: Array) -> dist.Distribution:
-    return dist.ZeroSumNormal(jnp.exp(0.3 * m.mean()), (3,))
+    return dist.ZeroSumNormal(1.3, (3,))  # its scale is one number, that of no row
 
 
 def vector_normal(m: Array) -> dist.Distribution:
@@ -126,7 +126,7 @@ def with_event(kind: str, m: Array, event: tuple[int, ...]) -> dist.Distribution
     if not event:
         return make(m)
     spread = 0.2 * jnp.arange(1.0 * math.prod(event)).reshape(event)
-    if kind == "zero_sum":  # whose scale is of one number
+    if kind == "zero_sum":
         return make(m).expand(m.shape + event).to_event(len(event))
     return make(m.reshape(m.shape + (1,) * len(event)) - spread).to_event(len(event))
 

@@ -106,9 +106,15 @@ def mask_of(fn: dist.Distribution) -> Any:
         )
     if not isinstance(fn, dist.MaskedDistribution):
         return None
+    inner = mask_of(fn.base_dist)
     if isinstance(fn._mask, bool):
-        return mask_of(fn.base_dist)
-    return jnp.broadcast_to(fn._mask, fn.batch_shape)
+        return inner
+    outer = jnp.broadcast_to(fn._mask, fn.batch_shape)
+    return (
+        outer
+        if inner is None
+        else outer.reshape(outer.shape + (1,) * (inner.ndim - outer.ndim)) & inner
+    )
 
 
 def log_det(support: Any, unconstrained: Array, event_dim: int) -> Array:
