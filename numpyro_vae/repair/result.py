@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -28,10 +29,13 @@ class Repair:
             made the draws; ``passed``, whether they can be trusted; and ``khat``,
             ``log_evidence``, ``converged``, ``rhat`` and ``ess``, NaN where the method has none.
         groups: by ArviZ group and variable, draws ``(num_samples, rows, ...)``.
+        stale: the sites that are computed of the rows' latents, but not of these rows alone, or
+            could not be computed.
     """
 
     dataset: Dataset
     groups: dict[str, dict[str, np.ndarray]]
+    stale: tuple[str, ...] = ()
 
     @property
     def plate(self) -> str:
@@ -63,7 +67,8 @@ class Repair:
         They replace draws in the groups ``posterior`` and ``posterior_predictive``. Their
         ``log_weights`` in ``sample_stats`` become zero, as repaired draws have equal weights. The
         group ``repair`` has the variables of `dataset` for every row of the tree; ``method`` is
-        ``amortized`` where the draws are the guide's. The tree that is given does not change.
+        ``amortized`` where the draws are the guide's. The sites in `stale` are left out, with a
+        warning. The tree that is given does not change.
 
         Args:
             tree: from `Posterior.to_datatree` on the same data, with as many draws; in memory, or
@@ -75,10 +80,10 @@ class Repair:
         plate, posterior = tree_name(self.plate), self._posterior_of(tree)
         if NAME in self.dataset.attrs:
             require_same_tree("The repair", self.dataset.attrs[NAME], tree, plate)
-        equal = np.zeros((posterior.sizes["draw"], len(self.rows)))
-        repaired = {**self.groups, "sample_stats": {"log_weights": equal}}
+        equal = {"log_weights": np.zeros((posterior.sizes["draw"], len(self.rows)))}
+        repaired = {"posterior_predictive": {}, **self.groups, "sample_stats": equal}
         groups = {
-            name: self._replace(tree[name].to_dataset(), variables)
+            name: self._replace(self._current(tree, name), variables)
             for name, variables in repaired.items()
             if name in tree.children
         }
@@ -104,6 +109,20 @@ class Repair:
                 "same data, with as many draws."
             )
         return posterior
+
+    def _current(self, tree: DataTree, group: str) -> Dataset:
+        """Return a group of a tree without what is not of the repaired draws."""
+        dataset = tree[group].to_dataset()
+        stale = sorted({tree_name(name) for name in self.stale} & dataset.data_vars.keys())
+        if stale:
+            warnings.warn(
+                f"{stale} of {group!r} are not functions of the repaired rows alone, or could not "
+                "be computed, and are left out of the tree, as they are of the guide's draws. "
+                "Compute them from the tree's latents.",
+                UserWarning,
+                stacklevel=4,
+            )
+        return dataset.drop_vars(stale)
 
     def _replace(self, dataset: Dataset, variables: dict[str, np.ndarray]) -> Dataset:
         """Return a group of a tree with other draws of the repaired rows.

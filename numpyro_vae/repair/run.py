@@ -52,7 +52,7 @@ def run_repair(
     chosen = every.choose(np.unique(every.choose(rows).chosen))
     if not len(chosen.chosen):
         nothing = measured(0, passed=np.zeros(0, bool))
-        return Repair(columns(chosen, nothing, np.zeros(0, int)), {})
+        return Repair(columns(chosen, nothing, np.zeros(0, int)), {}, ())
     size = min(NUM_HELD, num_samples) if runner.guide.global_names else 1
     held = runner.draw_globals(rng_key, chosen, size)
     methods = _methods(runner, chosen, method)
@@ -63,7 +63,7 @@ def run_repair(
     of_held = spread(np.arange(size * number)[None] // number, num_samples)[0]
     given = {name: np.asarray(value)[of_held] for name, value in held.items()}
     groups = _groups(runner, chosen, rng_key, given, packed)
-    return Repair(columns(chosen, made.columns, by), groups)
+    return Repair(columns(chosen, made.columns, by), groups, _stale(runner, chosen, groups))
 
 
 def _methods(runner: Runner, rows: Rows, method: str) -> tuple[str, ...]:
@@ -103,6 +103,18 @@ def _groups(
         )
         warnings.warn(message, UserWarning, stacklevel=4)
         return finish(groups=("posterior",), derived=())
+
+
+def _stale(runner: Runner, rows: Rows, groups: dict[str, dict]) -> tuple[str, ...]:
+    """Return the sites that read the rows' latents, and were not computed of their new draws."""
+    sites = runner.guide.reader.sites(rows.args, rows.kwargs, rows.held)
+    plates = (rows.plate, *runner.guide.segments)
+    reads = {site.name for plate in plates for site in sites.observed(plate)}
+    reads |= {
+        name for name, read in sites.reads.deterministic.items() if read & set(runner.local_names)
+    }
+    done = {name for variables in groups.values() for name in variables}
+    return tuple(sorted(reads - done))
 
 
 def _finish(

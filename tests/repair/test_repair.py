@@ -246,6 +246,30 @@ def test_the_same_key_gives_the_same_draws_whatever_else_is_repaired(wrong):
     np.testing.assert_array_equal(some.groups["posterior"]["z"], again.groups["posterior"]["z"])
 
 
+def test_what_is_computed_of_all_rows_is_left_out():
+    """The tree has it of the guide's draws, and the repair knows a few rows alone."""
+
+    def model(x):
+        mu = numpyro.sample("mu", dist.Normal(0.0, 1.0))
+        with numpyro.plate("data", len(x)):
+            z = numpyro.sample("z", dist.Normal(mu, 1.0))
+            numpyro.deterministic("twice", 2 * z)
+            numpyro.sample("x", dist.Normal(z, 0.5), obs=x)
+        numpyro.deterministic("total", z.sum())
+        numpyro.deterministic("shift", mu + 1)
+
+    x = simulated(conjugate)[:9]
+    posterior = fitted(model, x, 5)
+    tree = posterior.to_datatree(KEY, x, 50)
+    with pytest.warns(UserWarning, match=r"\['total'\] of 'posterior' are not functions of the"):
+        new = posterior.repair(KEY, x, [2, 3], num_samples=50).add_to(tree)
+    assert set(new.posterior) == {"mu", "z", "twice", "shift"}
+    np.testing.assert_array_equal(new.posterior["twice"], 2 * new.posterior["z"])
+    assert (new.posterior["z"] != tree.posterior["z"]).any(("chain", "draw")).values.nonzero()[
+        0
+    ].tolist() == [2, 3]
+
+
 def hierarchical(x):
     mu = numpyro.sample("mu", dist.Normal(0.0, 3.0))
     with numpyro.plate("data", len(x)):
@@ -317,7 +341,9 @@ def test_groups_whose_data_lie_in_another_plate():
     draws = found.groups["posterior"]["z"]
     assert found.dataset["passed"].values.all()
     assert np.abs((draws.mean(0) - mean) * np.sqrt(precision)).max() <= 0.05 * 4
-    new = found.add_to(tree)
+    with pytest.warns(UserWarning, match=r"\['y'\] of 'posterior_predictive' are not functions"):
+        new = found.add_to(tree)
+    assert "y" not in new.posterior_predictive
     np.testing.assert_array_equal(new.posterior["z"][0, :, [1, 4]], draws)
     others = [0, 2, 3, 5]
     np.testing.assert_array_equal(new.posterior["z"][..., others], tree.posterior["z"][..., others])
