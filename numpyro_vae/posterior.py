@@ -378,7 +378,8 @@ class Posterior:
         Returns:
             The groups ``posterior``; ``posterior_predictive``, draws of the observed sites;
             ``log_likelihood``, marginal over the local sites, a value for each draw of the global
-            ones; ``sample_stats`` with the importance weights of the posterior's draws;
+            ones; ``sample_stats`` with the importance weights of the posterior's draws, or, of a
+            guide that draws all rows jointly, ``log_p`` and ``log_q`` of each draw;
             ``observed_data``; and ``constant_data``, the model's other data. A guide without a
             density, of points, has neither log-likelihood nor weights. The slash in the name of
             a site in a ``numpyro.handlers.scope`` becomes a point.

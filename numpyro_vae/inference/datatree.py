@@ -15,6 +15,7 @@ from numpyro_vae.data.arrays import ArrayData
 from numpyro_vae.inference import quantities
 from numpyro_vae.inference.derived import derive_whole, derived_sites
 from numpyro_vae.inference.fingerprint import NAME, of_all
+from numpyro_vae.inference.global_weights import draw_whole
 from numpyro_vae.inference.marginal import redraw
 from numpyro_vae.inference.predictable import names_of, undrawn_sites, warn_of_undrawn
 from numpyro_vae.inference.rows import Rows
@@ -109,13 +110,17 @@ def gather(
         given: draws of the global sites for which the rows' latents are resampled, if any.
     """
     guide, derived = runner.guide, derived_sites(runner, rows)
-    if given is None:
-        draw, globals_ = quantities.draws, runner.draw_globals(rng_key, rows, num_samples)
-    else:
-        draw, globals_ = partial(redraw, particles=num_particles), jax.device_put(given)
-    run = partial(runner.per_draw, num_samples=num_samples)
     if rows.is_unobserved:
         groups = tuple(name for name in groups if name not in OF_OBSERVATIONS)
+    densities, is_whole = {}, not (guide.has_density or guide.local_sites)
+    draw = quantities.draws if given is None else partial(redraw, particles=num_particles)
+    if given is not None:
+        globals_ = jax.device_put(given)
+    elif is_whole and "sample_stats" in groups:
+        globals_, densities = draw_whole(runner, rows, rng_key, num_samples)
+    else:
+        globals_ = runner.draw_globals(rng_key, rows, num_samples)
+    run = partial(runner.per_draw, num_samples=num_samples)
     observed = runner.per_batch(quantities.observed, rows)
     by_row = tuple(derived.by_row.items()) if "posterior" in groups else ()
     found: Groups = {"observed_data": observed}
@@ -134,9 +139,14 @@ def gather(
         if not guide.local_sites:
             quantity = partial(run, quantities.likelihood)
         found["log_likelihood"] = {name: quantity(rows, rng_key, globals_)["log_evidence"]}
-    rowwise = {name for group in found.values() for name in group} - set(whole)
+    if densities:
+        found["sample_stats"] = densities
+    rowwise = {name for group in found.values() for name in group} - {*whole, *densities}
+    per_draw: dict[str, list[str]] = {name: [] for name in densities}
     dims = rows_first(site_dims(guide.sites), rowwise, (guide.plate.name, *guide.segments))
-    return {group: found[group] for group in groups if group in found}, dims | derived.dims
+    return {
+        group: found[group] for group in groups if group in found
+    }, dims | derived.dims | per_draw
 
 
 def _draws(

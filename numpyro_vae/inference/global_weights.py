@@ -9,7 +9,14 @@ import jax
 import numpy as np
 from jaxtyping import Array
 
-from numpyro_vae.inference.marginal import Globals, LogDensity, precise_log_density
+from numpyro_vae.guides.global_sites import NoDensityError
+from numpyro_vae.inference.marginal import (
+    PARTICLES,
+    Globals,
+    LogDensity,
+    log_density,
+    precise_log_density,
+)
 from numpyro_vae.inference.psis import smooth
 from numpyro_vae.inference.rows import Rows
 from numpyro_vae.inference.runner import Runner
@@ -126,3 +133,26 @@ def weigh_globals(runner: Runner, rows: Rows, rng_key: Array, num_samples: int) 
     log_q = np.asarray(log_q, float)
     density = precise_log_density(runner, rows, density_key, draws, log_q)
     return GlobalWeights.of(draws, density, log_q, density_key)
+
+
+def draw_whole(
+    runner: Runner, rows: Rows, rng_key: Array, num_samples: int
+) -> tuple[Globals, dict[str, np.ndarray]]:
+    """Draw all latents as `Runner.draw_globals` does, where rows have none of their own.
+
+    Args:
+        runner: the trained guide.
+        rows: the data.
+        rng_key: the random key.
+        num_samples: how many draws.
+
+    Returns:
+        The draws, and ``log_p`` and ``log_q``, the log-densities of each under the model, its data
+        included, and under the guide, ``(num_samples,)``; none if it has no density.
+    """
+    try:
+        draws, log_q = runner.weigh_globals(rng_key, rows, num_samples)
+    except NoDensityError:
+        return runner.draw_globals(rng_key, rows, num_samples), {}
+    log_p = log_density(runner, rows, rng_key, draws, PARTICLES[0]).values
+    return draws, {"log_p": log_p, "log_q": np.asarray(log_q, float)}

@@ -21,6 +21,8 @@ from numpyro.infer.autoguide import (
     AutoNormal,
     AutoSemiDAIS,
 )
+from numpyro.infer.util import log_density
+from scipy.stats import norm
 
 from numpyro_vae import Posterior
 from tests.models import NOISE, hierarchical_model
@@ -84,6 +86,23 @@ class TestWithoutLatentsOfRows:
         assert tree.log_likelihood["y"].dims == ("chain", "draw", dim)
         assert set(tree.constant_data) == {"design"}
         assert np.isfinite(elpd(tree))
+
+    def test_arviz_corrects_for_a_wrong_guide(self, model):
+        """Leave-one-out with `log_p` and `log_q` is that of the exact posterior."""
+        loc, covariance, _ = exact(*DATA)
+        wide, moved = 1.4 * np.linalg.cholesky(covariance), loc + np.sqrt(np.diag(covariance))
+        wrong = exact_posterior(model, auto_scale_tril=wide, auto_loc=moved)
+        tree = wrong.to_datatree(KEY, DATA, 4000)
+        stats = tree.sample_stats
+        found = az.loo_approximate_posterior(tree, stats["log_p"], stats["log_q"])
+        expected = 0.0
+        for row in range(len(Y)):
+            others = np.arange(len(Y)) != row
+            loc, covariance, _ = exact(DESIGN[others], Y[others])
+            sd = np.sqrt(0.25 + DESIGN[row] @ covariance @ DESIGN[row])
+            expected += norm.logpdf(Y[row], DESIGN[row] @ loc, sd)
+        assert found.elpd == pytest.approx(expected, abs=0.15)
+        assert abs(elpd(tree) - expected) > 0.5
 
     def test_predictions(self, model):
         predicted = exact_posterior(model).predict(KEY, DATA, 4000)["y"]
@@ -169,7 +188,19 @@ class TestRowsDrawnJointly:
         z = tree.posterior["z"].values[0]
         expected = dist.Normal(z, NOISE).log_prob(X)
         np.testing.assert_allclose(tree.log_likelihood["x"].values[0], expected, atol=1e-4)
-        assert "sample_stats" not in tree
+
+    def test_the_densities_of_the_draws_are_numpyros(self, posterior):
+        tree = posterior.to_datatree(KEY, X, 20)
+        for number in (0, 7):
+            draw = tree.posterior.isel(chain=0, draw=number)
+            values = {name: jnp.asarray(draw[name].values) for name in ("mu", "z")}
+            log_p, _ = log_density(hierarchical_model, (X,), {}, values)
+            loc, covariance = exact_rows()
+            latents = np.append(values["mu"], values["z"])
+            log_q = dist.MultivariateNormal(loc, covariance).log_prob(latents)
+            found = tree.sample_stats.isel(chain=0, draw=number)
+            np.testing.assert_allclose(found["log_p"], log_p, atol=1e-3)
+            np.testing.assert_allclose(found["log_q"], log_q, atol=1e-3)
 
     def test_other_rows_are_refused(self, posterior):
         for other in (X[:9], np.concatenate([X, X])):
