@@ -169,11 +169,18 @@ class TracedGuide(AbstractGuide):
         """Return whether the guide can only be run on all rows at once."""
         if self.joint:
             return any(self.plate.name in site.plates for site in self.sites.latent())
+        sizes = set()
+
+        def run() -> None:  # a trace is no pytree of arrays
+            trace = self._trace(params, first(), static_kwargs, {})
+            shapes = (trace[site.name]["fn"].batch_shape for site in self.local_sites)
+            sizes.update(shape[self.plate.dim] for shape in shapes)
+
         try:
-            jax.eval_shape(lambda: self._trace(params, first(), static_kwargs, {}))
+            jax.eval_shape(run)
         except Exception:  # of any kind, as the guide's own code raises it
             return True
-        return False
+        return sizes != {1}
 
     def encode_batch(
         self, params: dict[str, Any], batch: Batch, static_kwargs: dict[str, Any]

@@ -161,6 +161,10 @@ class TestOtherDistributions:
         with pytest.raises(ValueError, match="are no Normals"):
             posterior.encode(COUNTS)
 
+    def test_it_is_run_on_batches_of_rows(self):
+        posterior = Posterior(gamma_guide, {}, model=gamma_poisson)
+        assert not posterior._runner.read(COUNTS).data.is_whole
+
     def test_draws_do_not_depend_on_batches(self):
         posterior = Posterior(gamma_guide, {}, model=gamma_poisson)
         many = np.tile(COUNTS, (20, 1))
