@@ -21,6 +21,7 @@ from numpyro_vae.repair.global_sites import GlobalRepair, repair_globals
 from numpyro_vae.repair.result import Repair
 from numpyro_vae.repair.run import run_repair
 from numpyro_vae.saving.save import load_posterior, save_posterior
+from numpyro_vae.serving.export import export_posterior
 
 if TYPE_CHECKING:
     from xarray import DataTree
@@ -102,7 +103,7 @@ class Posterior:
         num_data = getattr(params, "num_data", None)
         self._runner = Runner(trained, self.params, self.static_kwargs, batch_axes, num_data)
 
-    save, load = save_posterior, classmethod(load_posterior)
+    save, load, export = save_posterior, classmethod(load_posterior), export_posterior
 
     def encode(self, data: Any) -> dict[str, SiteEncoding]:
         """Return ``loc`` and ``scale`` of every local site's unconstrained values.

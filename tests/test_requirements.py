@@ -11,6 +11,7 @@ FOR_WORK_ON_THE_LIBRARY = {"benchmarks", "docs", "lint", "tests"}  # extras that
 IMPORTED_AS = {"orbax_checkpoint": "orbax", "scikit_learn": "sklearn"}
 # Not imported here, but by another package when it is asked for something.
 INDIRECT = {
+    "flatbuffers": "jax.export",
     "funsor": "NumPyro's TraceEnum_ELBO",
     "h5netcdf": "xarray's to_netcdf",
     "h5py": "h5netcdf",

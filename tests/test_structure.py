@@ -30,6 +30,7 @@ FOLDERS = (
     "checks",
     "repair",
     "saving",
+    "serving",
     "posterior",
     "comparison",
     "amortization",
@@ -127,6 +128,7 @@ ORDER = {
         "global_sites",
     ),
     "saving": ("registry", "codec", "arrays", "manifest", "models", "guides", "save"),
+    "serving": ("leaves", "inputs", "programs", "refusals", "describe", "export"),
     "plots": ("figures", "images"),
     # Folders of plug-ins: each knows `base` and none of its siblings.
     "encoders": ("base", PLUG_INS),

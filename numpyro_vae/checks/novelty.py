@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -65,10 +65,12 @@ class Novelty(AbstractCheck):
         """
         subject.require_amortized()
         subject.require_features()
-        reference = self._read_reference(subject)
+        reference = NoveltyReference.read(subject, self._read_reference(subject))
+        rows, neighbours = subject.rows, reference.neighbours
+        new = neighbours.distances(subject.runner.per_batch(row_features, rows))
         scores = {
-            "features": _distances(subject, reference),
-            "evidence": _negative_log_evidence(subject, reference),
+            "features": (new, neighbours.calibrating),
+            "evidence": (_negative_log_evidence(subject, rows), reference.evidence),
         }
         shares = [_share_above(new, known) for new, known in scores.values()]
         plate = [subject.plate]
@@ -105,42 +107,82 @@ class Novelty(AbstractCheck):
                 "preferably held out from it"
             )
         rows = subject.runner.read(self.reference)
-        if rows.num_rows < MIN_REFERENCE:
-            raise ValueError(
-                f"The novelty check needs at least {MIN_REFERENCE} rows of reference to tell one "
-                f"row in {1 / LEVEL:.0f}, found {rows.num_rows}. Pass more, or leave it out."
-            )
+        require_reference(rows)
         return rows
 
 
-def _distances(subject: Subject, reference: Rows) -> tuple[np.ndarray, np.ndarray]:
-    """Return the distances of new rows, and of every second of reference, from the others."""
-    known = subject.runner.per_batch(_features, reference)
-    new = subject.runner.per_batch(_features, subject.rows)
-    spread = known.std(0)
-    kept = spread > 1e-6 * (1 + np.abs(known).max(0))
-    fitted, calibrating = known[::2], known[1::2]
-    tree = KDTree(fitted[:, kept] / spread[kept])
-    near = [tree.query(x[:, kept] / spread[kept], NEIGHBOURS)[0] for x in (new, calibrating)]
-    return near[0].mean(1), near[1].mean(1)
+def require_reference(rows: Rows) -> None:
+    """Raise ValueError if there are too few rows of reference."""
+    if rows.num_rows < MIN_REFERENCE:
+        raise ValueError(
+            f"The novelty check needs at least {MIN_REFERENCE} rows of reference to tell one "
+            f"row in {1 / LEVEL:.0f}, found {rows.num_rows}. Pass more, or leave it out."
+        )
 
 
-def _features(batch: EncodedBatch) -> Array:
+class Neighbours(NamedTuple):
+    """Rows of reference by their features, which are brought to one scale.
+
+    Attributes:
+        kept: which features differ between the rows, ``(size,)``.
+        mean: of these, ``(kept,)``.
+        spread: their standard deviations.
+        fitted: half of the rows, less the mean and over the spread, ``(rows, kept)``.
+        calibrating: the distances of the other half from these.
+    """
+
+    kept: np.ndarray
+    mean: np.ndarray
+    spread: np.ndarray
+    fitted: np.ndarray
+    calibrating: np.ndarray
+
+    @classmethod
+    def fit(cls, known: np.ndarray) -> Neighbours:
+        """Return the neighbours that rows with features ``(rows, size)`` may have."""
+        spread = known.std(0)
+        kept = spread > 1e-6 * (1 + np.abs(known).max(0))
+        mean, spread = known[:, kept].mean(0), spread[kept]
+        fitted = (known[::2, kept] - mean) / spread
+        found = cls(kept, mean, spread, fitted, np.empty(0))
+        return found._replace(calibrating=found.distances(known[1::2]))
+
+    def distances(self, features: np.ndarray) -> np.ndarray:
+        """Return the mean distance of each row from its nearest neighbours."""
+        rows = (features[:, self.kept] - self.mean) / self.spread
+        return KDTree(self.fitted).query(rows, NEIGHBOURS)[0].mean(1)
+
+
+class NoveltyReference(NamedTuple):
+    """What new rows are compared with: neighbours, and the negative log evidence of each row."""
+
+    neighbours: Neighbours
+    evidence: np.ndarray
+
+    @classmethod
+    def read(cls, subject: Subject, rows: Rows) -> NoveltyReference:
+        """Return what there is to know of rows of reference.
+
+        Args:
+            subject: whose posterior and key are used.
+            rows: of reference.
+        """
+        neighbours = Neighbours.fit(subject.runner.per_batch(row_features, rows))
+        return cls(neighbours, _negative_log_evidence(subject, rows))
+
+
+def row_features(batch: EncodedBatch) -> Array:
     """Return the encoder's features of each row, as one vector."""
     leaves = [x.reshape(x.shape[0], -1) for x in jax.tree.leaves(features_of(batch))]
     return jnp.concatenate(leaves, axis=1)
 
 
-def _negative_log_evidence(subject: Subject, reference: Rows) -> tuple[np.ndarray, np.ndarray]:
-    """Return the negative log evidence of new rows and of the reference."""
+def _negative_log_evidence(subject: Subject, rows: Rows) -> np.ndarray:
+    """Return the negative log evidence of rows, given one draw of the global sites."""
     runner, key = subject.runner, subject.rng_key
     globals_ = runner.draw_globals(key, subject.rows, 1)
     sizes = {"num_samples": 1, "particles": PARTICLES, "row_axis": 1, "num_draws": PARTICLES}
-    found = [
-        -runner.per_batch(evidence, rows, key, globals_, **sizes)["log_evidence"][0]
-        for rows in (subject.rows, reference)
-    ]
-    return found[0], found[1]
+    return -runner.per_batch(evidence, rows, key, globals_, **sizes)["log_evidence"][0]
 
 
 def _share_above(new: np.ndarray, known: np.ndarray) -> np.ndarray:

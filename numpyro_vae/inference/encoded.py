@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -55,6 +55,7 @@ class EncodedBatch:
         args: the model's arguments.
         kwargs: its keyword arguments.
         encoding: what the guide says of them.
+        pairs: of a row and a draw, how many pass through the model at once.
     """
 
     guide: AbstractGuide
@@ -64,6 +65,7 @@ class EncodedBatch:
     args: tuple
     kwargs: dict[str, Any]
     encoding: AbstractEncoding
+    pairs: int = field(default_factory=lambda: PAIRS)
 
     @classmethod
     def encode(
@@ -103,14 +105,14 @@ class EncodedBatch:
         return Enumeration.read(self.encoding.run)
 
     def over_draws(self, fn: Callable[..., Any], *draws: Any, per_draw: int = 1) -> Any:
-        """Map a function over the leading axis of draws, in chunks of at most ``PAIRS`` pairs.
+        """Map a function over the leading axis of draws, in chunks of at most ``pairs`` pairs.
 
         Chunks are of one size, as the function would be compiled a second time for a smaller one:
         some draws are computed twice instead.
         """
         pairs = len(self.indices) * per_draw * self.enumeration.num_combinations
         number = len(jax.tree.leaves(draws)[0])
-        num_chunks = -(-number // max(1, PAIRS // pairs))
+        num_chunks = -(-number // max(1, self.pairs // pairs))
         size = -(-number // num_chunks)
         if size * num_chunks > number:
             places = jnp.arange(size * num_chunks).clip(max=number - 1)

@@ -109,10 +109,9 @@ class Runner:
         with HANDLERS:
             self.guide.set_up_globals(self.params, rows.args, rows.kwargs, rows.held)
         draw = getattr(self.guide, method)
-        fn = partial(_of_globals, draw, self.static_kwargs, num_samples)
+        fn = partial(draws_of_globals, draw, self.static_kwargs, num_samples)
         compiled = self._compiled((method, num_samples), fn)
-        key = jax.random.fold_in(rng_key, 2**32 - 1)  # of no row
-        args = (self.params, rows.everything(), key)
+        args = (self.params, rows.everything(), globals_key(rng_key))
         if self.guide.global_names:
             require_memory(size_of(compiled.shapes(*args)))
         return compiled(*args)
@@ -292,7 +291,12 @@ class Runner:
         return compiled[key]
 
 
-def _of_globals(
+def globals_key(rng_key: Array) -> Array:
+    """Return the key of the draws of the global sites, which is of no row."""
+    return jax.random.fold_in(rng_key, 2**32 - 1)
+
+
+def draws_of_globals(
     draw: Callable[..., Any],
     static_kwargs: dict[str, Any],
     num_samples: int,
@@ -300,6 +304,7 @@ def _of_globals(
     batch: Batch,
     rng_key: Array,
 ) -> Any:
+    """Return so many draws of the global sites, made by a method of the guide."""
     args, kwargs = batch.arguments()
     return draw(rng_key, params, (num_samples,), args, {**kwargs, **static_kwargs})
 

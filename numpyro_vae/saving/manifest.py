@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import uuid
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ class SavedPosteriorError(ValueError):
 
 
 def write_folder(path: Path, content: dict[str, Json], arrays: dict[str, np.ndarray]) -> None:
-    """Write a folder that does not exist yet.
+    """Write a folder that does not exist yet, with one file of arrays.
 
     Args:
         path: the folder; those above it are made.
@@ -40,18 +41,35 @@ def write_folder(path: Path, content: dict[str, Json], arrays: dict[str, np.ndar
         FileExistsError: if it exists.
         PermissionError: if it may not be written.
     """
-    if path.exists():
-        raise FileExistsError(
-            f"{path} exists, and nothing is overwritten. Save into another folder, or remove it."
-        )
+    write_files(path, {"kind": KIND, "format": FORMAT, **content}, {ARRAYS: save_arrays(arrays)})
+
+
+def write_files(
+    path: Path, content: dict[str, Json], files: Mapping[str, bytes]
+) -> dict[str, Json]:
+    """Write files into a folder that does not exist yet, and a manifest with their fingerprints.
+
+    Args:
+        path: the folder; those above it are made.
+        content: of the manifest.
+        files: what is in the others, by name.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        FileExistsError: if it exists.
+        PermissionError: if it may not be written.
+    """
+    require_new(path)
     part = path.with_name(f".{path.name}.{uuid.uuid4().hex}")  # renamed when it is complete
-    data = save_arrays(arrays)
-    manifest = {"kind": KIND, "format": FORMAT, **content, "fingerprints": {ARRAYS: _hash(data)}}
+    manifest = {**content, "fingerprints": {name: _hash(data) for name, data in files.items()}}
     manifest["fingerprints"][MANIFEST] = _hash_of_manifest(manifest)
     text = json.dumps(manifest, indent=1, allow_nan=False)
     try:
         part.mkdir(parents=True)
-        _write(part / ARRAYS, data)
+        for name, data in files.items():
+            _write(part / name, data)
         _write(part / MANIFEST, text.encode())
         os.rename(part, path)
     except PermissionError as error:
@@ -60,6 +78,15 @@ def write_folder(path: Path, content: dict[str, Json], arrays: dict[str, np.ndar
         ) from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
+    return manifest
+
+
+def require_new(path: Path) -> None:
+    """Raise FileExistsError if a folder exists."""
+    if path.exists():
+        raise FileExistsError(
+            f"{path} exists, and nothing is overwritten. Save into another folder, or remove it."
+        )
 
 
 def _write(path: Path, data: bytes) -> None:

@@ -88,7 +88,7 @@ def describe_model(guide: AmortizedGuide, static_names: Collection[str]) -> Json
             f"The supports of global sites, among {list(guide.plan.globals)}, depend on the data, "
             "which are not saved. Give the model their bounds as static keyword arguments."
         )
-    return content | {"supports": _told(supports), "arguments": arguments}
+    return content | {"supports": told_supports(supports), "arguments": arguments}
 
 
 def read_saved(guide: AmortizedGuide, saved: SavedModel, static_kwargs: Mapping[str, Any]) -> None:
@@ -114,7 +114,7 @@ def read_saved(guide: AmortizedGuide, saved: SavedModel, static_kwargs: Mapping[
     saved.compare("site", saved.content["sites"], describe_sites(plans[-1]))
     guide.adopt(plans[-1], given)
     supports = _supports(guide)
-    saved.compare("support", saved.content["supports"], _told(supports))
+    saved.compare("support", saved.content["supports"], told_supports(supports))
     known = {"unlike": saved.content["unlike"], "bounds": _bounds(guide, supports)}
     guide.plan = replace(plans[-1], **known)  # what cannot be told without values
 
@@ -183,7 +183,7 @@ def _supports(guide: AmortizedGuide) -> dict[str, Any]:
     return dict(sorted({**fixed, **computed}.items()))
 
 
-def _told(supports: dict[str, Any]) -> dict[str, str]:
+def told_supports(supports: dict[str, Any]) -> dict[str, str]:
     """Return supports in words, with bounds as they are on any machine."""
     rounded = np.vectorize(lambda bound: float(f"{bound:.5g}"))
     return {

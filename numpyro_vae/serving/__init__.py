@@ -1,0 +1,1 @@
+"""A trained posterior as compiled programs, which are run without this library."""
