@@ -26,6 +26,7 @@ WITHOUT_DATA = (
     "sampling.py",
     "objectives.py",
     "quality.py",
+    "serving.py",
     "global_sites.py",
 )
 OPTIONAL_DATA = ("convolution.py",)

@@ -148,6 +148,15 @@ def test_parameterizations(runs):
             assert re.search(rf"^\| {optimizer} \| {name} \|.*\d", table, re.MULTILINE)
 
 
+@pytest.mark.slow
+@pytest.mark.examples
+def test_serve_digits(runs):
+    printed = runs["serve_digits"].finish()
+    assert "/sample: 200, the draws of the posterior: True" in printed
+    assert re.findall(r"/encode of [\w ]+: (\d+), ", printed) == ["422", "422", "422", "400"]
+    assert (runs["serve_digits"].folder / "served_digits" / "manifest.json").is_file()
+
+
 # What each of the others prints that it could not print had it failed.
 PRINTED = {
     "amortize_check_repair": r"repaired by importance +\d+[^$]*chosen, repaired +\d+\.\d+",
@@ -168,7 +177,7 @@ PRINTED = {
     [
         name if name in IN_SUITE else pytest.param(name, marks=pytest.mark.examples)
         for name in EXAMPLES
-        if name not in ("digits_vae", "parameterizations")
+        if name not in ("digits_vae", "parameterizations", "serve_digits")
     ],
 )
 def test_the_others_end_in_a_picture_and_a_datatree(runs, name):
