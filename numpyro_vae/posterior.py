@@ -7,10 +7,12 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array
 
 from numpyro_vae.checks.report import Report
 from numpyro_vae.checks.run import Checks, run_checks
+from numpyro_vae.data.devices import Devices
 from numpyro_vae.inference import quantities as compiled
 from numpyro_vae.inference.datatree import make_datatree
 from numpyro_vae.inference.draws import sample_sites, site_probabilities
@@ -58,6 +60,9 @@ class Posterior:
         static_kwargs: keyword arguments of the model that are the same in every call; by default
             those of the fit.
         batch_axes: the datum axis of each argument, as for `fit`; by default those of the fit.
+        mesh: the devices of a `jax.sharding.Mesh` of one axis, among which the rows of each batch
+            are divided; results are those of one device. Of devices of several processes each
+            uses its own, for its own rows.
 
     Raises:
         TypeError: if the guide is none, has no model, or the parameters are none.
@@ -91,6 +96,7 @@ class Posterior:
         segments: Mapping[str, Callable[..., Any]] | None = None,
         static_kwargs: Mapping[str, Any] | None = None,
         batch_axes: Any = OF_FIT,
+        mesh: Mesh | None = None,
     ):
         trained = require_trained(guide, params, model, plate, segments)
         if static_kwargs is None:
@@ -100,8 +106,8 @@ class Posterior:
         self.guide, self.batch_axes = trained, batch_axes
         self.static_kwargs = dict(static_kwargs)
         self.params = with_state(params)
-        num_data = getattr(params, "num_data", None)
-        self._runner = Runner(trained, self.params, self.static_kwargs, batch_axes, num_data)
+        known = (self.static_kwargs, batch_axes, getattr(params, "num_data", None))
+        self._runner = Runner(trained, self.params, *known, Devices.of(mesh).own)
 
     save, load, export = save_posterior, classmethod(load_posterior), export_posterior
 

@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array
 
 from numpyro_vae.data.arguments import is_typed_key
+from numpyro_vae.data.devices import Devices
 
 Data = Any
 
@@ -73,11 +74,13 @@ class Layout:
             that never changes.
         axes: for each array its datum axis, or None.
         treedef: the structure of ``(args, kwargs)``.
+        devices: those among which the rows of a batch are divided.
     """
 
     static: tuple[Any, ...]
     axes: tuple[int | None, ...]
     treedef: Any
+    devices: Devices = Devices()
 
     @classmethod
     def of(cls, args: tuple, kwargs: dict[str, Any]) -> tuple[list[Any], Layout]:
@@ -105,7 +108,7 @@ class Layout:
     def take(self, arrays: Sequence[Array], indices: Array) -> tuple[Array, ...]:
         """Return the given rows of each batched array."""
         return tuple(
-            array if axis is None else jnp.take(array, indices, axis=axis, mode="clip")
+            array if axis is None else self.devices.take(array, indices, axis)
             for array, axis in zip(arrays, self.axes, strict=True)
         )
 
@@ -185,6 +188,14 @@ class ArrayData:
             if jnp.issubdtype(array.dtype, jnp.floating) and not jnp.isfinite(array).all()
         )
         return cls(arrays, Layout(static, array_axes, treedef), num_data, found)
+
+    def on(self, devices: Devices) -> ArrayData:
+        """Return the rows of all hosts, each with those of its host."""
+        pairs = zip(self.arrays, self.layout.axes, strict=True)
+        arrays = tuple(devices.hold(array, axis) for array, axis in pairs)
+        layout = replace(self.layout, devices=devices)
+        num_data = self.num_data * devices.num_hosts
+        return replace(self, arrays=arrays, layout=layout, num_data=num_data)
 
     def with_constants(self) -> ArrayData:
         """Return the same data where arrays without a datum axis are constants of compiled code."""

@@ -78,7 +78,7 @@ class Batch:
         return self.layout.whole(self.arrays)
 
 
-def padded_batches(num_data: int, batch_size: int) -> Iterator[tuple[Array, Array]]:
+def padded_batches(num_data: int, batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yield ``(indices, weights)`` of every row in order, the last batch filled up.
 
     The weights of a batch add up to ``batch_size``; those of rows that fill up are zero.
@@ -91,7 +91,7 @@ def padded_batches(num_data: int, batch_size: int) -> Iterator[tuple[Array, Arra
         indices = np.arange(start, start + batch_size)
         real = indices < num_data
         weights = real * np.float32(batch_size / real.sum())
-        yield jnp.asarray(np.where(real, indices, start)), jnp.asarray(weights)
+        yield np.where(real, indices, start), weights
 
 
 def prefetch(batches: Iterable[Any], size: int = 2) -> Iterator[Any]:

@@ -15,6 +15,7 @@ from jaxtyping import Array
 
 from numpyro_vae.data.arrays import ArrayData
 from numpyro_vae.data.batch import Batch, padded_batches, prefetch
+from numpyro_vae.data.devices import ONE_DEVICE, Devices
 from numpyro_vae.data.shapes import explained, require_rows
 from numpyro_vae.guides.abstract import AbstractGuide
 from numpyro_vae.inference.fingerprint import Fingerprint, fingerprint_rows
@@ -41,6 +42,7 @@ class Rows:
         chosen: the numbers of the rows that results are wanted of, in that order.
         args: the model's arguments with all rows.
         kwargs: its keyword arguments, those that never change among them.
+        devices: those among which the rows of a batch are divided; all have a copy of the data.
     """
 
     data: ArrayData
@@ -53,10 +55,16 @@ class Rows:
     chosen: np.ndarray
     args: tuple
     kwargs: dict[str, Any]
+    devices: Devices
 
     @classmethod
     def read(
-        cls, guide: AbstractGuide, static_kwargs: dict[str, Any], data: Any, batch_axes: Any
+        cls,
+        guide: AbstractGuide,
+        static_kwargs: dict[str, Any],
+        data: Any,
+        batch_axes: Any,
+        devices: Devices = ONE_DEVICE,
     ) -> Rows:
         """Read data as the model's arguments, and how its local plate takes them.
 
@@ -65,10 +73,11 @@ class Rows:
                 belongs to no known datum.
         """
         arrays = read_for(guide.reader, data, batch_axes, static_kwargs)
+        arrays = replace(arrays, arrays=devices.put(arrays.arrays))
         args, kwargs = arrays.whole()
         kwargs = {**kwargs, **static_kwargs}
         with HANDLERS:
-            return cls._of_model(guide, arrays, static_kwargs, args, kwargs)
+            return cls._of_model(guide, arrays, static_kwargs, args, kwargs, devices)
 
     @classmethod
     def _of_model(
@@ -78,6 +87,7 @@ class Rows:
         static_kwargs: dict[str, Any],
         args: tuple,
         kwargs: dict[str, Any],
+        devices: Devices,
     ) -> Rows:
         """Return the rows of arrays, as the model takes them."""
         require_rows(guide.argument_shapes, *arrays.whole(), arrays.layout.every_axis)
@@ -102,7 +112,7 @@ class Rows:
         unobserved = guide.is_unobserved(sites)
         declares = cache(partial(_declares, guide.reader, arrays, static_kwargs, name))
         known = (arrays, name, plate.size, subsamples, unobserved, held, declares)
-        return cls(*known, chosen, args, kwargs)
+        return cls(*known, chosen, args, kwargs, devices)
 
     @cached_property
     def fingerprint(self) -> Fingerprint:
@@ -204,16 +214,17 @@ class Rows:
             yield self.whole()
             return
         for places, _ in padded_batches(len(self.chosen), self._at_once(batch_size)):
-            yield self.batch(jnp.asarray(self.chosen[places]))
+            yield self.batch(self.devices.divide(self.chosen[places]))
 
     def num_batches(self, batch_size: int) -> int:
         """Return how many batches there are."""
         return 1 if self.data.is_whole else -(-len(self.chosen) // self._at_once(batch_size))
 
     def _at_once(self, batch_size: int) -> int:
-        """Return how many rows a batch has, if it may have so many."""
+        """Return how many rows a batch has, if it may have so many, for the devices to divide."""
         number = len(self.chosen)
-        return min(batch_size, number if number == self.num_rows else rounded(number))
+        size = min(batch_size, number if number == self.num_rows else rounded(number))
+        return self.devices.rounded(size)
 
 
 def _require_same_events(guide: AbstractGuide, sites: ModelSites) -> None:

@@ -13,6 +13,7 @@ from jaxtyping import Array
 
 from numpyro_vae.data.arguments import require_key
 from numpyro_vae.data.batch import Batch
+from numpyro_vae.data.devices import ONE_DEVICE, Devices
 from numpyro_vae.guides.abstract import AbstractGuide
 from numpyro_vae.inference.compiled import Compiled
 from numpyro_vae.inference.encoded import EncodedBatch
@@ -38,6 +39,7 @@ class Runner:
         static_kwargs: keyword arguments of the model that are the same in every call.
         batch_axes: the datum axis of each of the model's arguments.
         num_data: how many rows the guide was trained on, if that is known.
+        devices: those among which the rows of a batch are divided.
     """
 
     def __init__(
@@ -47,8 +49,9 @@ class Runner:
         static_kwargs: dict[str, Any],
         batch_axes: Any,
         num_data: int | None = None,
+        devices: Devices = ONE_DEVICE,
     ):
-        self.guide, self.params = guide, params
+        self.guide, self.params, self.devices = guide, devices.put(params), devices
         self.static_kwargs, self.batch_axes = static_kwargs, batch_axes
         self.num_data = num_data
 
@@ -68,12 +71,13 @@ class Runner:
         Raises:
             ValueError: if there are no observations, and they will not do.
         """
-        rows = Rows.read(self.guide, self.static_kwargs, data, self.batch_axes)
+        read = partial(Rows.read, self.guide, self.static_kwargs, data, devices=self.devices)
+        rows = read(self.batch_axes)
         if not rows.data.is_whole:
             with HANDLERS:
                 first = partial(rows.batch, jnp.arange(1))
                 whole = self.guide.needs_all_rows(self.params, first, self.static_kwargs)
-            rows = Rows.read(self.guide, self.static_kwargs, data, None) if whole else rows
+            rows = read(None) if whole else rows
         if rows.is_unobserved and not of_prior:
             raise ValueError(
                 f"Nothing is observed in plate {rows.plate!r}, so there is no posterior. Pass the "
@@ -255,9 +259,10 @@ class Runner:
             static: its keyword arguments.
         """
         size = len(rows.chosen)
-        places = np.minimum(np.arange(rounded(size)), size - 1)
-        by_row = jax.tree.map(lambda x: x[places], by_row)
-        chosen = jnp.asarray(rows.chosen[places])
+        devices = self.devices
+        places = np.minimum(np.arange(devices.rounded(rounded(size))), size - 1)
+        by_row = jax.tree.map(lambda x: devices.divide(x[places]), by_row)
+        chosen = devices.divide(rows.chosen[places])
         compiled = self._compiled_quantity(_of_rows, quantity, static)
         found = compiled(self.params, rows.whole(), chosen, by_row, *args)
         return jax.tree.map(lambda x: np.asarray(x)[:size], found)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jax.sharding import Mesh
 
 from numpyro_vae.guides.base import AmortizedGuide
 from numpyro_vae.numpyro_internals import HANDLERS
@@ -77,6 +78,7 @@ def load_posterior[P](  # noqa: D417 - a method
     encoder: Any = None,
     *,
     static_kwargs: Mapping[str, Any] | None = None,
+    mesh: Mesh | None = None,
     **options: Any,
 ) -> P:
     """Load a posterior that `Posterior.save` has saved: without data, ready for any rows.
@@ -91,6 +93,7 @@ def load_posterior[P](  # noqa: D417 - a method
         encoder: the encoder, if it is your own; those of this library need not be passed.
         static_kwargs: keyword arguments of the model that are the same in every call, if they are
             no plain values; others are known.
+        mesh: the devices to run on, as for `Posterior`.
         options: options of the guide that are functions or classes of your own, as ``inputs``;
             see `GuideOptions`.
 
@@ -130,7 +133,7 @@ def load_posterior[P](  # noqa: D417 - a method
             "version of numpyro_vae? Upgrade, or save the posterior once more."
         ) from error
     guide, params, kwargs, batch_axes = loaded
-    return cls(guide, params, static_kwargs=kwargs, batch_axes=batch_axes)
+    return cls(guide, params, static_kwargs=kwargs, batch_axes=batch_axes, mesh=mesh)
 
 
 def _restore(

@@ -17,6 +17,7 @@ from numpyro.infer.svi import SVIState
 
 from numpyro_vae.data.arrays import ArrayData, count_rows, datum_axes, take_rows
 from numpyro_vae.data.batch import Batch, prefetch
+from numpyro_vae.data.devices import ONE_DEVICE, Devices
 from numpyro_vae.model.missing import require_finite_observations
 from numpyro_vae.training.guarded import guarded_steps
 from numpyro_vae.training.sources import IterableSource, require_batch_size
@@ -61,10 +62,11 @@ class ChunkSource:
         batch_axes: as in `ArrayData.read`.
         plate: the local plate's name, or None to read it off the model.
         read_bytes: how much is read at once; a whole number of the store's own chunks.
+        devices: those among which the rows of a batch are divided.
 
     Raises:
         ValueError: if arrays disagree in length, or the batch size does not fit them or the
-            model's plate.
+            model's plate or the devices, or hosts have different numbers of rows.
     """
 
     def __init__(
@@ -75,19 +77,25 @@ class ChunkSource:
         batch_axes: Any,
         plate: str | None,
         read_bytes: int = READ_BYTES,
+        devices: Devices = ONE_DEVICE,
     ):
-        self.trainer, self.batch_axes = trainer, batch_axes
+        self.trainer, self.batch_axes, self.devices = trainer, batch_axes, devices
         # A slice of a JAX array is compiled for every length.
         self.stored = jax.tree.map(lambda x: np.asarray(x) if isinstance(x, jax.Array) else x, data)
         self.axes = datum_axes(batch_axes, data)
-        self.num_data, self.batch_size = count_rows(data, batch_axes), batch_size
-        require_batch_size(batch_size, self.num_data)
+        self.num_data, hosts = count_rows(data, batch_axes), devices.num_hosts
+        devices.require_same("rows", self.num_data)
+        require_batch_size(batch_size, self.num_data * hosts)
+        devices.require_divides(batch_size)
+        self.batch_size = batch_size // hosts  # of which each host has as many
         self.read_rows = self._rows_of(read_bytes)
-        num_steps = -(-self.num_data // batch_size)
-        most = max(1, READS * self.read_rows // batch_size)
+        num_steps = -(-self.num_data // self.batch_size)
+        most = max(1, READS * self.read_rows // self.batch_size)
         self.window_steps = -(-num_steps // -(-num_steps // most))  # of windows of like size
         # What else is asked of a source is that of an iterable which begins with these rows.
-        self.like = IterableSource(trainer, [self._sample()], self.num_data, batch_axes, plate)
+        devices.require_same("rows read at once", self.window_steps)
+        sample, number = [self._sample()], self.num_data * hosts
+        self.like = IterableSource(trainer, sample, number, batch_axes, plate, devices)
         self.data, self.sites, self.num_steps = self.like.data, self.like.sites, num_steps
         self._run: Callable[..., Any] | None = None
 
@@ -160,19 +168,22 @@ class ChunkSource:
         The thread only reads, as JAX's settings may be those of the main one; it ends with the
         iterator.
         """
-        bits = jax.random.bits(jax.random.fold_in(rng_key, epoch), (4,), "uint32")
+        key = self.devices.own_key(jax.random.fold_in(rng_key, epoch))
+        bits = jax.random.bits(key, (4,), "uint32")
         plan = self.plan(np.random.default_rng(np.asarray(bits)))
         with ThreadPoolExecutor(1, THREAD) as thread:
             reads = ((thread.submit(self._read, spans), spans, order) for spans, order in plan)
             for read, spans, order in prefetch(reads, 1):
-                yield self._window(read.result(), spans), jnp.asarray(order)
+                devices, number = self.devices, order.size
+                numbers = devices.divide(devices.numbers(order, number), axis=1)
+                yield self._window(read.result(), spans), numbers
 
     def _window(self, rows: Any, spans: Spans) -> Batch:
         data = ArrayData.read(rows, self.batch_axes)
         if data.not_finite:
             self._require_finite(data, spans)
         like = self.like.first()
-        return replace(like, arrays=data.arrays, weights=None, cuts=True)
+        return replace(like, arrays=data.on(self.devices).arrays, weights=None, cuts=True)
 
     def _require_finite(self, data: ArrayData, spans: Spans) -> None:
         """Raise if the model observes what is not finite, naming the place in the store."""

@@ -10,12 +10,14 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array
 from numpyro.infer import SVI
 from numpyro.infer.svi import SVIState
 
 from numpyro_vae.data.arguments import require_count, require_key
 from numpyro_vae.data.arrays import count_rows, is_in_memory
+from numpyro_vae.data.devices import Devices
 from numpyro_vae.model.missing import require_finite_observations
 from numpyro_vae.numpyro_internals import param_transforms, set_param_transforms
 from numpyro_vae.training.callbacks import (
@@ -94,6 +96,7 @@ def fit(
     init_params: dict[str, Any] | None = None,
     freeze: Freeze = (),
     checkpoint: str | os.PathLike[str] | Checkpoints | None = None,
+    mesh: Mesh | None = None,
     callbacks: Iterable[Callback] = (),
     progress_bar: bool = True,
 ) -> FitResult:
@@ -131,6 +134,11 @@ def fit(
         checkpoint: a folder in which progress is kept, once a minute, or `Checkpoints` for another
             interval. If it has checkpoints, training goes on from the last of them, and ends with
             the very result of a fit that was not interrupted.
+        mesh: the devices of a `jax.sharding.Mesh` of one axis, among which the rows of each batch
+            are divided; parameters are copied to all. They must divide the batch size. Losses are
+            those of one device, but for the order of sums. Where the devices belong to several
+            processes, ``data`` and ``validation`` are each one's own part; see the page on
+            devices.
         callbacks: each is called after every epoch with its number, the SVI state and the losses,
             and may stop training; see `numpyro_vae.training.callbacks.Callback`.
         progress_bar: whether to show one, updated once an epoch.
@@ -160,13 +168,13 @@ def fit(
     check_stopping(patience, validation)
     check_start(init_state, init_params)
     freeze = freeze if isinstance(freeze, str) else tuple(freeze)
-    trainer = trainer_of(svi, freeze)
+    trainer, devices = trainer_of(svi, freeze), Devices.of(mesh)
     plate = plate or getattr(svi.guide, "plate_name", None)
     check_passes(data, num_epochs)
-    source = _source(trainer, data, batch_size, num_data, batch_axes, plate)
+    source = _source(trainer, data, batch_size, num_data, batch_axes, plate, devices)
     check_objective(svi, source.sites)
     init_key, order_key, validation_key = jax.random.split(rng_key, 3)
-    state = _start(svi, trainer, source, init_key, init_state, init_params)
+    state = devices.put(_start(svi, trainer, source, init_key, init_state, init_params))
     check_supports(trainer, source.first())
     check_guide(trainer, source.first(), source.sites, state)
     if isinstance(source, SimulationSource):
@@ -180,6 +188,7 @@ def fit(
         start = {"rng_key": rng_key, "init_params": init_params, "init_state": init_state}
         identity = identify(trainer, source, state, options, start | {"validation": validation})
         folder = open_checkpoints(checkpoint, identity, progress, num_epochs)
+        progress.state = devices.put(progress.state)
     with folder, ProgressBar(num_epochs, progress.num_epochs, is_shown=progress_bar) as bar:
         own = (UndeclaredScale(trainer, source.first()),)
         own = own if progress.stopping is None else (*own, progress.stopping)
@@ -190,7 +199,7 @@ def fit(
             bar.write("Interrupted: returning the state after the last complete epoch.")
     if reason is StopReason.EPOCHS_DONE:
         warn_of_losses(np.concatenate(progress.losses), svi, source.sites)
-    state = progress.best_state()
+    state = devices.leave(progress.best_state())
     return FitResult(
         trainer.params(state),
         state,
@@ -263,6 +272,7 @@ def _source(
     num_data: int | None,
     batch_axes: Any,
     plate: str | None,
+    devices: Devices,
 ) -> Source:
     if isinstance(data, Simulations):
         if not is_in_memory(data.like) or is_stored(data.like, batch_axes):
@@ -270,23 +280,27 @@ def _source(
                 "Simulations(like=) takes data in memory, not on disk or an iterable of batches. "
                 "Pass some of the rows, as an array."
             )
-        like = _source(trainer, data.like, batch_size, num_data, batch_axes, plate)
+        if devices.num_hosts > 1:
+            _require_one(devices, "simulations are drawn by one process")
+        like = _source(trainer, data.like, batch_size, num_data, batch_axes, plate, devices)
         return SimulationSource(trainer, like, data)
     if is_in_memory(data):
         if num_data is not None:
             raise ValueError("num_data= is for iterables; arrays say how many data there are.")
         if is_stored(data, batch_axes):
-            size = _size(batch_size, count_rows(data, batch_axes))
-            return ChunkSource(trainer, data, size, batch_axes, plate)
+            size = _size(batch_size, count_rows(data, batch_axes) * devices.num_hosts)
+            return ChunkSource(trainer, data, size, batch_axes, plate, devices=devices)
         arrays = trainer.read(data, batch_axes)
         if arrays.is_whole:
+            _require_one(devices, "with batch_axes=None the model takes all data at once")
             if batch_size is not None:
                 raise ValueError(
                     f"batch_size is {batch_size}, but with batch_axes=None the model takes all "
                     "data at once. Leave one of them out."
                 )
             return WholeSource(trainer, arrays, plate)
-        return ArraySource(trainer, arrays, _size(batch_size, arrays.num_data), plate)
+        size = _size(batch_size, arrays.num_data * devices.num_hosts)
+        return ArraySource(trainer, arrays, size, plate, devices)
     if num_data is None or batch_size is not None:
         raise ValueError(
             f"data is an iterable of batches ({type(data).__name__}): say with num_data= how many "
@@ -294,7 +308,15 @@ def _source(
             "array, not a list."
         )
     num_data = require_count("num_data", num_data)
-    return IterableSource(trainer, data, num_data, batch_axes, plate)
+    return IterableSource(trainer, data, num_data, batch_axes, plate, devices)
+
+
+def _require_one(devices: Devices, reason: str) -> None:
+    if devices.mesh is not None:
+        raise ValueError(
+            f"mesh has {devices.number} devices of {devices.num_hosts} processes to divide rows "
+            f"among, but {reason}. Leave mesh= out, or pass one of this process's devices."
+        )
 
 
 def _size(batch_size: int | None, num_data: int) -> int:

@@ -13,6 +13,7 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr
 from numpyro.infer.svi import SVIState
 
+from numpyro_vae.data.devices import ONE_DEVICE
 from numpyro_vae.training.simulations import SimulationSource
 from numpyro_vae.training.sources import Source
 from numpyro_vae.training.step import Trainer, inner_jaxprs
@@ -47,6 +48,7 @@ def identify(
     if isinstance(source, SimulationSource):
         known["simulations"] = replace(source.simulations, like=None, to_data=None)
         like = source.shapes(state)
+    like = replace(like, layout=replace(like.layout, devices=ONE_DEVICE))  # whichever they are
     params = jax.tree.leaves_with_path(jax.eval_shape(trainer.params, state))
     shapes = {jax.tree_util.keystr(path): f"{x.dtype}{list(x.shape)}" for path, x in params}
     form = [f"{leaf.dtype}{leaf.shape}" for leaf in jax.tree.leaves(state)]

@@ -197,16 +197,18 @@ def check_supports(trainer: Trainer, batch: Batch) -> None:
     if trainer not in _CHECKS:
         found = partial(_outside, trainer.reader, trainer.svi.static_kwargs)
         _CHECKS[trainer] = jax.jit(found)
+    devices = batch.layout.devices
     order = jnp.asarray(batch.indices)[None]
     if batch.cuts or batch.fills_plate:
-        size, num_data = len(batch.indices), batch.num_data
+        size, num_data = (x // devices.num_hosts for x in (len(batch.indices), batch.num_data))
         steps = -(-num_data // size)
-        order = jnp.minimum(jnp.arange(steps * size), num_data - 1).reshape(steps, size)
+        rows = np.minimum(np.arange(steps * size), num_data - 1).reshape(steps, size)
+        order = devices.divide(devices.numbers(rows, num_data), axis=1)
     for name, outside in _CHECKS[trainer](batch, order).items():
-        bad = np.asarray(outside.values)
+        bad = devices.fetch(outside.values)
         if bad.any():
             local = bad.shape == order.shape
-            rows = np.unique(np.asarray(order)[bad]) if local else None
+            rows = np.unique(devices.fetch(order)[bad]) if local else None
             raise ValueError(_message(name, outside, batch.plate, rows))
 
 

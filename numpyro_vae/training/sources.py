@@ -17,6 +17,7 @@ from numpyro.infer.svi import SVIState
 
 from numpyro_vae.data.arrays import ArrayData
 from numpyro_vae.data.batch import Batch, padded_batches, prefetch
+from numpyro_vae.data.devices import ONE_DEVICE, Devices
 from numpyro_vae.model.missing import require_finite_observations
 from numpyro_vae.model.sites import ModelSites, choose_plate
 from numpyro_vae.model.trace import Rows
@@ -31,7 +32,7 @@ class Source(Protocol):
     """What `fit` asks of a source of data: this, and no more.
 
     Attributes:
-        data: data in memory, of which `validation` data have the layout.
+        data: data in memory, of which `validation` data have the layout; those of this host.
         sites: what the model holds, given a batch.
         num_steps: the steps of an epoch, of an iterable those that its rows make.
     """
@@ -68,46 +69,65 @@ class ArraySource:
     Args:
         trainer: takes the steps.
         data: the training data.
-        batch_size: rows in a batch.
+        batch_size: rows in a batch, of all hosts.
         plate: the local plate's name, or None to read it off the model.
+        devices: those among which the rows of a batch are divided.
 
     Raises:
-        ValueError: if the batch size does not fit the data or the model's plate.
+        ValueError: if the batch size does not fit the data, the devices or the model's plate, or
+            hosts have different numbers of rows.
     """
 
-    def __init__(self, trainer: Trainer, data: ArrayData, batch_size: int, plate: str | None):
-        require_batch_size(batch_size, data.num_data)
-        self.trainer, self.data, self.batch_size = trainer, data, batch_size
-        self.num_steps = -(-data.num_data // batch_size)
+    def __init__(
+        self,
+        trainer: Trainer,
+        data: ArrayData,
+        batch_size: int,
+        plate: str | None,
+        devices: Devices = ONE_DEVICE,
+    ):
+        devices.require_same("rows", data.num_data)
+        require_batch_size(batch_size, data.num_data * devices.num_hosts)
+        devices.require_divides(batch_size)
+        self.trainer, self.data, self.devices = trainer, data, devices
+        self.batch_size, self.part = batch_size, batch_size // devices.num_hosts
+        self.num_steps = -(-data.num_data // self.part)
+        self.held = data.on(devices)
         self.taking = self._read(plate)
         self.sites, self.plate = self.taking.sites, self.taking.plate.name
         # Not the first ones, as encoders take the scale of the data from them, and rows may be
         # in the order of their values.
-        chosen = np.random.default_rng(0).choice(data.num_data, batch_size, replace=False)
-        self._first = self._batch(data, jnp.asarray(chosen), None)
+        chosen = np.random.default_rng(0).choice(data.num_data, self.part, replace=False)
+        self._first = self._batch(self.held, chosen, None)
         rows = self._first.every(data.num_data)
         require_finite_observations(trainer.reader, data, trainer.svi.static_kwargs, rows)
         self._run: Callable[..., Any] | None = None
 
     def _read(self, plate: str | None) -> Taking:
         """Return how the model takes the rows of a batch."""
-        rows = self.data.rows(jnp.arange(self.batch_size))
-        given = {True: rows, False: self.data.whole()}
+        rows = self.held.rows(self._numbers(np.arange(self.part)))
+        given = {True: rows, False: self.held.whole()}
         read = partial(_read_given, self.trainer, given)
         met = partial(plates_met, self.trainer, *rows)
-        sizes = (self.batch_size, self.data.num_data)
+        sizes = (self.batch_size, self.held.num_data)
         taking = Taking.find(read, met, plate, sizes)
         require_rowwise(taking.sites, taking.plate, *sizes)
         return taking
 
-    def _batch(self, data: ArrayData, indices: Array, weights: Array | None) -> Batch:
+    def _numbers(self, rows: np.ndarray, num_rows: int | None = None, axis: int = 0) -> Array:
+        """Return the numbers of rows of this host, by default of the training data's."""
+        num_rows = self.data.num_data if num_rows is None else num_rows
+        return self.devices.divide(self.devices.numbers(rows, num_rows), axis)
+
+    def _batch(self, data: ArrayData, rows: np.ndarray, weights: np.ndarray | None) -> Batch:
+        own = data.num_data // self.devices.num_hosts
         return Batch(
             data.arrays,
-            indices,
-            weights,
+            self._numbers(rows, own),
+            None if weights is None else self.devices.divide(weights),
             layout=data.layout,
             plate=self.plate,
-            num_data=self.data.num_data,
+            num_data=self.held.num_data,
             cuts=self.taking.cuts,
             fills_plate=self.taking.fills_plate,
         )
@@ -118,14 +138,18 @@ class ArraySource:
 
     def batches(self, data: ArrayData) -> list[tuple[Batch, int]]:
         """Return all rows of data like these in batches, and how many of them are in each."""
+        self.devices.require_same("rows of validation data", data.num_data)
+        held = data.on(self.devices)
         return [
-            (self._batch(data, indices, weights), count)
-            for indices, weights, count in _padded(data, self.batch_size, self.trainer)
+            (self._batch(held, rows, weights), count)
+            for rows, weights, count in _padded(data, self.part, self.trainer)
         ]
 
     def order(self, rng_key: Array, epoch: int) -> Int[Array, "num_steps batch"]:
         """Return the rows of each step of an epoch."""
-        return _permuted(rng_key, epoch, self.data.num_data, self.num_steps, self.batch_size)
+        key = self.devices.own_key(rng_key)
+        order = _permuted(key, epoch, self.data.num_data, self.num_steps, self.part)
+        return self._numbers(order, axis=1)
 
     def run(self, state: SVIState, rng_key: Array, epoch: int) -> tuple[SVIState, np.ndarray]:
         """Run an epoch; where a step is not finite, once more, with each step guarded."""
@@ -203,15 +227,24 @@ class IterableSource:
         num_data: how many data there are in all.
         batch_axes: as in `ArrayData.read`.
         plate: the local plate's name, or None to read it off the model.
+        devices: those among which the rows of a batch are divided.
 
     Raises:
-        ValueError: if there is no batch.
+        ValueError: if there is no batch, or the devices do not divide it, or hosts have different
+            numbers of its rows.
     """
 
     def __init__(
-        self, trainer: Trainer, batches: Iterable, num_data: int, batch_axes: Any, plate: str | None
+        self,
+        trainer: Trainer,
+        batches: Iterable,
+        num_data: int,
+        batch_axes: Any,
+        plate: str | None,
+        devices: Devices = ONE_DEVICE,
     ):
         self.trainer, self.num_data, self.batch_axes = trainer, num_data, batch_axes
+        self.devices = devices
         self.iterable, self.num_seen = batches, 0
         first = next(iter(batches), None)
         if first is None:
@@ -219,7 +252,10 @@ class IterableSource:
         if isinstance(batches, Iterator):  # it does not yield the first one again
             self.iterable = chain([first], batches)
         self.data = ArrayData.read(first, batch_axes, "the first batch")
-        self.batch_size = self.data.num_data
+        self.part = self.data.num_data
+        self.batch_size = self.part * devices.num_hosts
+        devices.require_same("rows in a batch", self.part)
+        devices.require_divides(self.batch_size, "the number of rows in the first batch")
         self.num_steps = -(-num_data // self.batch_size)
         self.taking = self._take(plate)
         self.sites, self.plate = self.taking.sites, self.taking.plate.name
@@ -227,7 +263,7 @@ class IterableSource:
 
     def _take(self, plate: str | None) -> Taking:
         """Return how the model takes the rows of a batch."""
-        given = self.data.whole()
+        given = self.data.layout.whole(self._divided(self.data))
         read = partial(_read_given, self.trainer, {True: given, False: given})
         sizes = (self.batch_size, self.num_data)
         taking = Taking.find(read, partial(plates_met, self.trainer, *given), plate, sizes)
@@ -235,7 +271,10 @@ class IterableSource:
         return taking
 
     def _require_finite(self, data: ArrayData) -> None:
-        rows, static = self._pad(data).every(data.num_data), self.trainer.svi.static_kwargs
+        rows: Rows = {}
+        if self.taking.fills_plate:
+            rows = {self.plate: (data.num_data, jnp.arange(data.num_data))}
+        static = self.trainer.svi.static_kwargs
         require_finite_observations(self.trainer.reader, data, static, rows)
 
     def first(self) -> Batch:
@@ -245,17 +284,36 @@ class IterableSource:
     def batches(self, data: ArrayData) -> list[tuple[Batch, int]]:
         """Return all rows of data like these in batches, and how many of them are in each."""
         found = []
-        for indices, weights, count in _padded(data, self.batch_size, self.trainer):
-            rows = data.layout.take(data.arrays, indices)
-            batch = _given_batch(rows, indices, weights, data.layout, self.plate, self.num_data)
-            found.append((replace(batch, fills_plate=self.taking.fills_plate), count))
+        for indices, weights, count in _padded(data, self.part, self.trainer):
+            arrays = data.layout.take(data.arrays, jnp.asarray(indices))
+            rows = replace(data, arrays=arrays, num_data=len(indices))
+            found.append((self._batch(rows, weights), count))
         return found
+
+    def _batch(self, data: ArrayData, weights: np.ndarray | None) -> Batch:
+        """Return the batch of these rows and those of other hosts."""
+        devices, number = self.devices, data.num_data
+        return Batch(
+            self._divided(data),
+            devices.divide(devices.numbers(np.arange(number), number)),
+            None if weights is None else devices.divide(weights),
+            layout=replace(data.layout, devices=devices),
+            plate=self.plate,
+            num_data=self.num_data,
+            cuts=False,
+            fills_plate=self.taking.fills_plate,
+        )
+
+    def _divided(self, data: ArrayData) -> tuple[Array, ...]:
+        pairs = zip(data.arrays, data.layout.axes, strict=True)
+        devices = self.devices
+        return tuple(devices.put(x) if axis is None else devices.divide(x, axis) for x, axis in pairs)
 
     def _pad(self, data: ArrayData) -> Batch:
         """Fill a short batch up with copies of its first row, which weigh nothing."""
-        if data.num_data > self.batch_size or data.layout != self.data.layout:
+        if data.num_data > self.part or data.layout != self.data.layout:
             raise ValueError(
-                f"A batch of {data.num_data} rows follows a first one of {self.batch_size}. Yield "
+                f"A batch of {data.num_data} rows follows a first one of {self.part}. Yield "
                 "batches of one size and structure; only the last may be shorter."
             )
         return self.batches(data)[0][0]
@@ -263,7 +321,7 @@ class IterableSource:
     def _epoch(self) -> Iterator[Batch]:
         for number, batch in enumerate(self.iterable):
             data = self._read(batch, f"batch {number}")
-            self.num_seen += data.num_data
+            self.num_seen += data.num_data * self.devices.num_hosts
             yield self._pad(data)
 
     def _read(self, batch: Any, name: str) -> ArrayData:
@@ -338,20 +396,13 @@ def plates_met(trainer: Trainer, args: tuple, kwargs: dict[str, Any]) -> tuple[s
 
 
 def _whole_batch(data: ArrayData, plate: str, size: int) -> Batch:
-    return _given_batch(data.arrays, jnp.arange(size), None, data.layout, plate, size)
-
-
-def _given_batch(
-    arrays: tuple, indices: Array, weights: Array | None, layout: Any, plate: str, num_data: int
-) -> Batch:
-    """Return a batch whose arrays have its rows, and no others."""
     return Batch(
-        arrays,
-        jnp.arange(len(indices)),
-        weights,
-        layout=layout,
+        data.arrays,
+        jnp.arange(size),
+        None,
+        layout=data.layout,
         plate=plate,
-        num_data=num_data,
+        num_data=size,
         cuts=False,
         fills_plate=False,
     )
@@ -359,7 +410,7 @@ def _given_batch(
 
 def _padded(
     data: ArrayData, batch_size: int, trainer: Trainer
-) -> Iterator[tuple[Array, Array | None, int]]:
+) -> Iterator[tuple[np.ndarray, np.ndarray | None, int]]:
     """Yield the rows of each batch, their weights, and how many there are without the padding."""
     pads = takes_row_weights(trainer.svi.loss)
     for indices, weights in padded_batches(data.num_data, batch_size):

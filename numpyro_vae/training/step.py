@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -214,7 +215,10 @@ class Trainer:
         def one(key_and_rows: tuple[Array, Array]) -> Batch:
             rng_key, like = key_and_rows[0], batch.at(key_and_rows[1])
             svi = self._bind(like, transforms)
-            return draw_batch(svi, _params(svi, state), rng_key, like, plan)
+            drawn = draw_batch(svi, _params(svi, state), rng_key, like, plan)
+            pairs = zip(drawn.arrays, drawn.layout.axes, strict=True)
+            arrays = (drawn.layout.devices.split(array, axis) for array, axis in pairs)
+            return replace(drawn, arrays=tuple(arrays))
 
         return jax.lax.map(one, (rng_keys, order))
 
@@ -228,7 +232,7 @@ class Trainer:
             new, loss = self._update(svi, state, args, kwargs)
         if self.frozen:
             new = keep(new, state, svi.optim.get_params(state.optim_state), self.frozen)
-        return new, loss / batch.num_data
+        return batch.layout.devices.keep((new, loss / batch.num_data))
 
     @staticmethod
     def _update(svi: SVI, state: SVIState, args: tuple, kwargs: dict[str, Any]) -> Step:
