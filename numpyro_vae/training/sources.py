@@ -218,7 +218,7 @@ class IterableSource:
             raise ValueError("data yields no batch. Pass an iterable that can be iterated anew.")
         if isinstance(batches, Iterator):  # it does not yield the first one again
             self.iterable = chain([first], batches)
-        self.data = ArrayData.read(first, batch_axes, "the first batch")
+        self.data = ArrayData.read(_arguments(first), batch_axes, "the first batch")
         self.batch_size = self.data.num_data
         self.num_steps = -(-num_data // self.batch_size)
         self.taking = self._take(plate)
@@ -267,7 +267,7 @@ class IterableSource:
             yield self._pad(data)
 
     def _read(self, batch: Any, name: str) -> ArrayData:
-        data = ArrayData.read(batch, self.batch_axes, name)
+        data = ArrayData.read(_arguments(batch), self.batch_axes, name)
         self._require_finite(data)
         return data
 
@@ -304,6 +304,11 @@ class IterableSource:
                 " right if an epoch is a sample of the data; else pass the number of its rows.",
                 stacklevel=4,
             )
+
+
+def _arguments(batch: Any) -> Any:
+    """Return a batch as a tuple of arguments, where a loader has made a list of one."""
+    return tuple(batch) if isinstance(batch, list) else batch
 
 
 def require_batch_size(batch_size: int, num_data: int) -> None:
