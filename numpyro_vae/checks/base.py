@@ -146,9 +146,9 @@ class Subject:
 
     def choose(self, at_most: int) -> np.ndarray:
         """Return the numbers of ``at_most`` rows, evenly spread over the data."""
-        size = len(self.rows.chosen)
+        size = self.rows.num_chosen
         places = np.linspace(0, size - 1, min(size, at_most)).round().astype(int)
-        return self.rows.chosen[places]
+        return self.rows.numbers(places)
 
     def spread(self, rows: np.ndarray, values: Any) -> np.ndarray:
         """Return values of some rows as a column for all, NaN elsewhere."""

@@ -61,7 +61,7 @@ class Columns:
             found = np.dtype(kind.to_pandas_dtype())
         except NotImplementedError:
             found = np.dtype(object)
-        if found != bool and not np.issubdtype(found, np.number):
+        if found.kind != "b" and not np.issubdtype(found, np.number):
             raise TypeError(
                 f"Column {name!r} is of type {kind}, expected numbers or booleans. Choose others "
                 "with names=, or write it as numbers."

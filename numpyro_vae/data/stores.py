@@ -32,6 +32,10 @@ def _is_stored(leaf: Any) -> bool:
     return isinstance(leaf, np.memmap) or has_chunks
 
 
+def _of_memory(leaf: Any) -> Any:
+    return np.asarray(leaf) if isinstance(leaf, np.memmap) else leaf
+
+
 def in_memory(data: Any) -> Any:
     """Return data whose arrays are all in memory, and dense."""
     return jax.tree.map(lambda leaf: np.asarray(leaf) if _is_stored(leaf) else leaf, as_rows(data))
@@ -84,7 +88,7 @@ class Store:
         Raises:
             ValueError: if an array no longer has them.
         """
-        part = take_rows(self.data, self.batch_axes, span)
+        part = jax.tree.map(_of_memory, take_rows(self.data, self.batch_axes, span))
         for leaf, axis, path in self._leaves(part):
             place = f"{path}[{span.start}:{span.stop}]"
             self._require_length(leaf.shape[axis], span.stop - span.start, place)
