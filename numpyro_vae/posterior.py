@@ -269,6 +269,7 @@ class Posterior:
         *,
         progress_bar: bool = True,
         coords: Mapping[str, Any] | None = None,
+        store: str | os.PathLike[str] | None = None,
     ) -> Report:
         """Check the posterior of every row, without a refit; see the page on checks.
 
@@ -285,15 +286,18 @@ class Posterior:
                 one or several. By default the quick ones, ``importance``, ``collapse`` and
                 ``predictive``; ``"all"`` runs all that apply, and says why others do not.
             progress_bar: whether to show one, with the check that runs.
-            coords: coordinates by dimension, as ArviZ takes them.
+            coords: coordinates by dimension, as ArviZ takes them; by default those of pandas and
+                xarray data.
+            store: a path at which what is computed is written as Zarr, part by part, and from where
+                the report reads it. A run that was killed goes on where it stopped.
 
         Raises:
             ValueError: if a check is unknown, is there twice, or was asked for and does not apply;
-                if there is none; if ``coords`` names no dimension; or no row has finite weights.
+                if there is none; if ``coords`` names no dimension; no row has finite weights; or at
+                ``store`` there is something else than these results.
         """
-        return run_checks(
-            self._runner, rng_key, data, checks, progress_bar=progress_bar, coords=coords
-        )
+        options: dict[str, Any] = {"progress_bar": progress_bar, "coords": coords, "store": store}
+        return run_checks(self._runner, rng_key, data, checks, **options)
 
     def repair(
         self,

@@ -221,6 +221,12 @@ class Regions:
                 )
 
 
+def read_notes(path: Path) -> Notes | None:
+    """Return what was noted of complete results, or None if there are none."""
+    found = _read_attribute(path) if path.exists() else None
+    return found["notes"] if isinstance(found, dict) and "notes" in found else None
+
+
 def _read_attribute(path: Path) -> Any:
     """Return what a folder says of itself, or None if it is none of ours."""
     import zarr

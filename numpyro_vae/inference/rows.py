@@ -172,16 +172,20 @@ class Rows:
     @property
     def fingerprint_of_chosen(self) -> Fingerprint:
         """The fingerprint of the chosen rows."""
+        if self.picked is None:
+            return self.fingerprint
         if self.data.is_whole:
-            return self.fingerprint[self.chosen]
+            return self.fingerprint[self.picked]
         return fingerprint_rows(self.cut(self.chosen).data, self.num_chosen)
 
     def _fingerprints(self) -> Iterator[Fingerprint]:
-        if self.stored is None:
-            yield fingerprint_rows(self.data, self.num_rows)
-            return
-        for data in self.stored.blocks():
-            yield fingerprint_rows(data, data.num_data)
+        for data in self.blocks():
+            number = self.num_rows if self.stored is None else data.num_data
+            yield fingerprint_rows(data, number)
+
+    def blocks(self) -> Iterator[ArrayData]:
+        """Yield all rows in order: as many at once as are read at once, or else all."""
+        return iter([self.data]) if self.stored is None else self.stored.blocks()
 
     def choose(self, rows: Any) -> Rows:
         """Return the same data, with results wanted of some rows only.
@@ -212,6 +216,14 @@ class Rows:
     def part(self, start: int, stop: int, size: int) -> Rows:
         """Return some consecutive ones of the chosen rows, in batches as of ``size`` rows."""
         return replace(self, picked=self.numbers(np.arange(start, stop)), part_of=size)
+
+    def parts(self, size: int) -> Iterator[Rows]:
+        """Yield the chosen rows in parts of ``size``; of data that the model takes whole in one."""
+        if self.data.is_whole:
+            yield self
+            return
+        for start in range(0, self.num_chosen, size):
+            yield self.part(start, min(start + size, self.num_chosen), size)
 
     def cut(self, rows: np.ndarray) -> Rows:
         """Return data of some rows only, in memory; a model that selects rows itself needs all."""

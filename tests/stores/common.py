@@ -1,15 +1,19 @@
 """A small posterior, and its data on disk."""
 
+import itertools
+
 import h5py
 import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
+import pytest
 import scipy.sparse
 import zarr
 
 from numpyro_vae import Posterior, fit
+from numpyro_vae.inference.regions import Regions
 from tests.helpers import make_svi
 
 KEY = jax.random.key(0)
@@ -59,3 +63,26 @@ def to_csr(array, folder):
 
 
 STORES = {"memmap": to_memmap, "zarr": to_zarr, "hdf5": to_hdf5, "csr": to_csr}
+
+
+class Killed(BaseException):
+    """As when a process ends."""
+
+
+def kill(run, parts):
+    """Let a run end when it has written so many parts, and another one of which it tells no one."""
+    count, writers = itertools.count(), {"_create": Regions._create, "_fill": Regions._fill}
+
+    def breaks(write):
+        def written(*args):
+            write(*args)
+            if next(count) >= parts:
+                raise Killed
+
+        return written
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name, write in writers.items():
+            patch.setattr(Regions, name, breaks(write))
+        with pytest.raises(Killed):
+            run()

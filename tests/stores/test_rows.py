@@ -59,5 +59,7 @@ def test_checks_and_repairs_are_those_of_data_in_memory(posterior, stored, small
         for data in (stored, DATA)
     )
     np.testing.assert_array_equal(made["cells"], flagged)
-    same(dict(made.data_vars), dict(known.data_vars), rtol=1e-2, atol=1e-3)
-    posterior.repair(KEY, stored, report)  # which is of the same rows
+    np.testing.assert_allclose(made["log_evidence"], known["log_evidence"], rtol=1e-2)
+    posterior.repair(
+        KEY, stored, report, method="importance", num_samples=50
+    )  # which is of the same rows

@@ -1,7 +1,4 @@
-"""A tree written to Zarr in parts: that in memory, also if it was killed; nothing else is touched."""
-
-import itertools
-import shutil
+"""A tree written to Zarr in parts: that in memory, also if a run was killed."""
 
 import jax
 import numpy as np
@@ -12,7 +9,7 @@ import xarray as xr
 import zarr
 
 from numpyro_vae.inference import regions
-from tests.stores.common import KEY, ROWS, drawn, fitted, to_zarr
+from tests.stores.common import KEY, ROWS, drawn, fitted, kill, to_zarr
 
 DATA = drawn()
 PARTS = 5  # of eight rows, and a last one
@@ -29,22 +26,6 @@ def small(monkeypatch):
     monkeypatch.setattr(regions, "PART_ROWS", 8)
     monkeypatch.setattr("numpyro_vae.inference.runner.ROWS", 4)
     monkeypatch.setattr(regions, "CHUNK_BYTES", 4 * 6 * 3 * 4)
-
-
-class Killed(BaseException):
-    """As when a process ends."""
-
-
-def kill_after(parts, monkeypatch):
-    """Let the next run end before it writes another part."""
-    count, fill = itertools.count(1), regions.Regions._fill
-
-    def killed(self, *args):
-        if next(count) >= parts:
-            raise Killed
-        fill(self, *args)
-
-    monkeypatch.setattr(regions.Regions, "_fill", killed)
 
 
 def require_same(tree, known):
@@ -84,9 +65,7 @@ def test_rows_that_are_on_disk_themselves(posterior, tmp_path):
 @pytest.mark.parametrize("parts", [1, 3])
 def test_a_run_that_was_killed_goes_on_where_it_stopped(posterior, tmp_path, parts, monkeypatch):
     path = tmp_path / "tree.zarr"
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        kill_after(parts, patch)
-        posterior.to_datatree(KEY, DATA, 6, store=path)
+    kill(lambda: posterior.to_datatree(KEY, DATA, 6, store=path), parts)
     assert not path.exists()
     made = []
     part = type(posterior._runner.read(DATA)).part
@@ -99,16 +78,9 @@ def test_a_run_that_was_killed_goes_on_where_it_stopped(posterior, tmp_path, par
     require_same(tree, posterior.to_datatree(KEY, DATA, 6))
 
 
-def test_a_run_that_was_killed_in_its_first_part_begins_anew(posterior, tmp_path, monkeypatch):
+def test_a_run_that_was_killed_in_its_first_part_begins_anew(posterior, tmp_path):
     path = tmp_path / "tree.zarr"
-
-    def killed(*args, **kwargs):
-        (args[0].folder / "posterior").mkdir(parents=True)
-        raise Killed
-
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(regions.Regions, "_create", killed)
-        posterior.to_datatree(KEY, DATA, 6, store=path)
+    kill(lambda: posterior.to_datatree(KEY, DATA, 6, store=path), 0)
     tree = posterior.to_datatree(KEY, DATA, 6, store=path)
     require_same(tree, posterior.to_datatree(KEY, DATA, 6))
 
@@ -121,14 +93,12 @@ def test_a_tree_that_is_complete_is_not_computed_again(posterior, tmp_path, monk
 
 
 @pytest.mark.parametrize("is_complete", [True, False])
-def test_other_results_are_refused_by_what_differs(posterior, tmp_path, is_complete, monkeypatch):
+def test_other_results_are_refused_by_what_differs(posterior, tmp_path, is_complete):
     path = tmp_path / "tree.zarr"
     if is_complete:
         posterior.to_datatree(KEY, DATA, 6, store=path)
     else:
-        with monkeypatch.context() as patch, pytest.raises(Killed):
-            kill_after(2, patch)
-            posterior.to_datatree(KEY, DATA, 6, store=path)
+        kill(lambda: posterior.to_datatree(KEY, DATA, 6, store=path), 2)
     other = {**DATA, "y": DATA["y"] + 1}
     trained = fitted(other)
     for run, message in (
@@ -137,8 +107,12 @@ def test_other_results_are_refused_by_what_differs(posterior, tmp_path, is_compl
         (lambda **x: posterior.to_datatree(jax.random.key(1), DATA, 6, **x), "of the rng_key was"),
         (lambda **x: posterior.to_datatree(KEY, DATA, 6, marginal=True, **x), "marginal was False"),
         (lambda **x: trained.to_datatree(KEY, DATA, 6, **x), "of the parameters of the posterior"),
-        (lambda **x: posterior.to_datatree(KEY, DATA, 6, coords={"cells": np.arange(1, 38)}, **x),
-         "coords was"),
+        (
+            lambda **x: posterior.to_datatree(
+                KEY, DATA, 6, coords={"cells": np.arange(1, 38)}, **x
+            ),
+            "coords was",
+        ),
     ):
         with pytest.raises(ValueError, match=f"has other results: .*{message}"):
             run(store=path)
