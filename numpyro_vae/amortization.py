@@ -16,6 +16,7 @@ from numpyro.infer.elbo import ELBO
 
 from numpyro_vae.data.arguments import require_count
 from numpyro_vae.data.arrays import ArrayData, is_in_memory, take_rows
+from numpyro_vae.data.stores import in_memory
 from numpyro_vae.encoders import MLP, RNN, ConvNet
 from numpyro_vae.guides.auto import (
     AutoAmortizedLowRankMultivariateNormal,
@@ -96,6 +97,7 @@ def amortize(
         (100,)
     """
     num_steps = require_count("num_steps", num_steps)
+    data, validation = in_memory(data), in_memory(validation)
     if not is_in_memory(data):
         raise ValueError(
             f"data is a {type(data).__name__}, expected an array, or a tuple or dict of arrays. "

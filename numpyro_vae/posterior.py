@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -14,8 +15,8 @@ from numpyro_vae.checks.report import Report
 from numpyro_vae.checks.run import Checks, run_checks
 from numpyro_vae.data.devices import Devices
 from numpyro_vae.inference import quantities as compiled
-from numpyro_vae.inference.datatree import make_datatree
 from numpyro_vae.inference.draws import sample_sites, site_probabilities
+from numpyro_vae.inference.make_datatree import make_datatree
 from numpyro_vae.inference.predictable import predict
 from numpyro_vae.inference.runner import Runner, choose_names
 from numpyro_vae.inference.trained import require_trained, with_state
@@ -275,6 +276,7 @@ class Posterior:
         *,
         progress_bar: bool = True,
         coords: Mapping[str, Any] | None = None,
+        store: str | os.PathLike[str] | None = None,
     ) -> Report:
         """Check the posterior of every row, without a refit; see the page on checks.
 
@@ -291,15 +293,18 @@ class Posterior:
                 one or several. By default the quick ones, ``importance``, ``collapse`` and
                 ``predictive``; ``"all"`` runs all that apply, and says why others do not.
             progress_bar: whether to show one, with the check that runs.
-            coords: coordinates by dimension, as ArviZ takes them.
+            coords: coordinates by dimension, as ArviZ takes them; by default those of pandas and
+                xarray data.
+            store: a path at which what is computed is written as Zarr, part by part, and from where
+                the report reads it. A run that was killed goes on where it stopped.
 
         Raises:
             ValueError: if a check is unknown, is there twice, or was asked for and does not apply;
-                if there is none; if ``coords`` names no dimension; or no row has finite weights.
+                if there is none; if ``coords`` names no dimension; no row has finite weights; or at
+                ``store`` there is something else than these results.
         """
-        return run_checks(
-            self._runner, rng_key, data, checks, progress_bar=progress_bar, coords=coords
-        )
+        options: dict[str, Any] = {"progress_bar": progress_bar, "coords": coords, "store": store}
+        return run_checks(self._runner, rng_key, data, checks, **options)
 
     def repair(
         self,
@@ -363,6 +368,7 @@ class Posterior:
         groups: Iterable[str] | None = None,
         var_names: Iterable[str] | None = None,
         coords: Mapping[str, Any] | None = None,
+        store: str | os.PathLike[str] | None = None,
     ) -> DataTree:
         """Return everything ArviZ reads, for every row.
 
@@ -376,11 +382,14 @@ class Posterior:
             groups: the groups to return, of those below; by default all. Without
                 ``posterior_predictive`` nothing is predicted.
             var_names: the latent sites to return; by default all.
-            coords: coordinates by dimension.
+            coords: coordinates by dimension; by default those of pandas and xarray data.
+            store: a path at which the tree is written as Zarr, part by part, so that it may be
+                larger than memory. A run that was killed goes on where it stopped.
 
         Raises:
             ValueError: if a group, a site or a dimension of ``coords`` does not exist, or a site
-                has the name of a dimension.
+                has the name of a dimension; or if at ``store`` there is something else than this
+                tree.
 
         Returns:
             The groups ``posterior``; ``posterior_predictive``, draws of the observed sites;
@@ -392,4 +401,4 @@ class Posterior:
             a site in a ``numpyro.handlers.scope`` becomes a point.
         """
         given = (self._runner, rng_key, data, num_samples, num_particles)
-        return make_datatree(*given, marginal, groups, var_names, coords)
+        return make_datatree(*given, marginal, groups, var_names, coords, store=store)

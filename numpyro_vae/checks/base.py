@@ -7,6 +7,9 @@ A **check** is a frozen dataclass of its options, with a name and three methods:
   person should know, also where all is well.
 * `AbstractCheck.draw` pictures the same dataset.
 
+A check that looks at each row by itself is a `RowwiseCheck`, and has `RowwiseCheck.of_rows` in the
+place of the first.
+
 Only the first needs the posterior; a dataset that was saved can be judged and drawn again. To add
 a check to the library, write one file beside this one, and add its class to ``CHECKS`` in
 ``run.py``. A check of your own needs neither: `Posterior.check` takes its instance.
@@ -31,8 +34,9 @@ from numpyro_vae.model.redraw import explain_undrawn, undrawn
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["AbstractCheck", "Finding", "NotApplicableError", "Subject"]
+__all__ = ["AbstractCheck", "Finding", "NotApplicableError", "RowwiseCheck", "Subject"]
 
+SLICE = 2**16  # rows that are read at once
 COLOURS = ("#0072B2", "#E69F00", "#D55E00")  # of Okabe and Ito, for colour-blind readers too
 
 
@@ -108,6 +112,41 @@ class AbstractCheck(ABC):
         """
 
 
+class RowwiseCheck(AbstractCheck):
+    """A check that looks at each row by itself, so that a store can be written part by part.
+
+    In the place of `compute` it has `of_rows`, and `of_all` if it says something of all rows
+    together.
+    """
+
+    @abstractmethod
+    def of_rows(self, subject: Subject) -> xr.Dataset:
+        """Return the variables that lie along `Subject.plate`, and attributes.
+
+        Args:
+            subject: the posterior, some of the rows, and the random key of this check.
+
+        Raises:
+            NotApplicableError: as in `compute`.
+        """
+
+    def of_all(self, subject: Subject, dataset: xr.Dataset) -> xr.Dataset:
+        """Return what else the check measures.
+
+        Args:
+            subject: the posterior, all rows, and the random key of this check.
+            dataset: what `of_rows` returned of all rows; it may be on disk, so that columns of
+                several values a row should be read by `slices_of`.
+        """
+        return xr.Dataset()
+
+    def compute(self, subject: Subject) -> xr.Dataset:
+        """Return what the check measures; see `AbstractCheck.compute`."""
+        found = self.of_rows(subject)
+        rest = self.of_all(subject, found)
+        return found.assign(rest.variables).assign_attrs(rest.attrs)
+
+
 @dataclass(frozen=True)
 class Subject:
     """What is checked: a posterior, and the rows of data.
@@ -146,9 +185,13 @@ class Subject:
 
     def choose(self, at_most: int) -> np.ndarray:
         """Return the numbers of ``at_most`` rows, evenly spread over the data."""
-        size = len(self.rows.chosen)
+        size = self.rows.num_chosen
         places = np.linspace(0, size - 1, min(size, at_most)).round().astype(int)
-        return self.rows.chosen[places]
+        return self.rows.numbers(places)
+
+    def part(self, start: int, stop: int, size: int) -> Subject:
+        """Return the same subject with some of the rows; see `Rows.part`."""
+        return replace(self, rows=self.rows.part(start, stop, size))
 
     def spread(self, rows: np.ndarray, values: Any) -> np.ndarray:
         """Return values of some rows as a column for all, NaN elsewhere."""
@@ -156,6 +199,13 @@ class Subject:
         column = np.full((self.rows.num_rows, *values.shape[1:]), np.nan)
         column[rows] = values
         return column
+
+
+def slices_of(column: xr.DataArray) -> Iterator[np.ndarray]:
+    """Yield the values of a variable in slices of rows, as those of a store may be too many."""
+    dim, number = column.dims[0], len(column)
+    for start in range(0, number, SLICE):
+        yield column.isel({dim: slice(start, start + SLICE)}).values
 
 
 def require_drawn(trace: dict[str, Any]) -> dict[str, Any]:

@@ -157,7 +157,7 @@ def _simulate_and_sample(
     replicates = REPLICATES if runner.guide.global_names else 1
     rows = _templates(subject, -(-num_simulations // replicates))
     seen = {name: np.asarray(x) for name, x in runner.per_batch(observed, rows).items()}
-    repeats = max(replicates, -(-num_simulations // len(rows.chosen)))
+    repeats = max(replicates, -(-num_simulations // rows.num_chosen))
     keys = [jax.random.fold_in(subject.rng_key, number) for number in range(repeats)]
     parts = [_replicate(subject, key, rows, seen, to_data) for key in keys]
     names = parts[0][0]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax
@@ -15,11 +15,13 @@ from jaxtyping import Array
 
 from numpyro_vae.checks.base import (
     COLOURS,
-    AbstractCheck,
+    SLICE,
     Finding,
     Findings,
+    RowwiseCheck,
     Subject,
     require_variable,
+    slices_of,
 )
 from numpyro_vae.inference.encoded import EncodedBatch
 from numpyro_vae.inference.quantities import diverge
@@ -35,7 +37,7 @@ MAX_PAIRED = 1024  # rows whose guides are compared with one another
 
 
 @dataclass(frozen=True)
-class Collapse(AbstractCheck):
+class Collapse(RowwiseCheck):
     r"""Which latent dimensions have collapsed to the prior, whatever the data.
 
     ``kl_<site>`` is the divergence from the prior by row and dimension; ``activity_<site>`` the
@@ -49,24 +51,25 @@ class Collapse(AbstractCheck):
 
     name: ClassVar[str] = "collapse"
 
-    def compute(self, subject: Subject) -> xr.Dataset:
-        """Return how far each row's guide is from the prior, and from the other rows'."""
-        runner, rows, key = subject.runner, subject.rows, subject.rng_key
-        globals_ = runner.draw_globals(key, rows, NUM_SAMPLES)
-        sizes = {"num_samples": NUM_SAMPLES, "num_draws": NUM_SAMPLES}
-        divergences = runner.per_batch(diverge, rows, key, globals_, **sizes)
+    def of_rows(self, subject: Subject) -> xr.Dataset:
+        """Return how far each row's guide is from the prior."""
+        divergences = _run(subject, diverge)
+        return xr.Dataset(
+            {
+                f"kl_{name}": ([subject.plate, *_dims(name, kl)], kl)
+                for name, kl in divergences.items()
+            }
+        )
+
+    def of_all(self, subject: Subject, dataset: xr.Dataset) -> xr.Dataset:
+        """Return how far the rows' guides are from one another."""
         found: dict[str, Any] = {}
-        for name, kl in divergences.items():
-            found[f"kl_{name}"] = ([subject.plate, *_dims(name, kl)], kl)
-        for name, (mean, variance) in runner.per_batch(
-            _moments, rows, key, globals_, **sizes
-        ).items():
-            between, within = mean.var(0), variance.mean(0)
-            found[f"activity_{name}"] = (_dims(name, mean), between / (between + within))
+        for name, (between, within) in _variances(subject).items():
+            found[f"activity_{name}"] = (_dims(name, between[None]), between / (between + within))
         information = _mutual_information(subject)
-        total = sum(np.nansum(kl.reshape(len(kl), -1), 1) for kl in divergences.values())
+        total = sum(np.nansum(kl, dtype=float) for kl in _divergences(dataset))
         found["mutual_information"] = information
-        found["aggregate_divergence"] = float(np.mean(total) - information)
+        found["aggregate_divergence"] = float(total / subject.rows.num_chosen - information)
         return xr.Dataset(found)
 
     def find(self, dataset: xr.Dataset) -> Findings:
@@ -107,10 +110,12 @@ def mean_divergences(dataset: xr.Dataset) -> Iterator[tuple[str, np.ndarray]]:
     """
     for key, kl in dataset.data_vars.items():
         if (name := str(key)).startswith("kl_"):
-            there = np.isfinite(kl.values)
-            number = there.sum(0)
-            mean = np.where(there, kl.values, 0).sum(0) / np.maximum(number, 1)
-            yield name[3:], np.where(number, mean, np.nan)
+            number, total = np.zeros(kl.shape[1:], int), np.zeros(kl.shape[1:])
+            for values in slices_of(kl):
+                there = np.isfinite(values)
+                number = number + there.sum(0)
+                total = total + np.where(there, values, 0).sum(0, dtype=float)
+            yield name[3:], np.where(number, total / np.maximum(number, 1), np.nan)
 
 
 def count_collapsed(dataset: xr.Dataset) -> dict[str, tuple[int, int]]:
@@ -123,6 +128,36 @@ def count_collapsed(dataset: xr.Dataset) -> dict[str, tuple[int, int]]:
 
 def _dims(name: str, rows: np.ndarray) -> list[str]:
     return [f"{name}_dim_{axis}" for axis in range(rows.ndim - 1)]
+
+
+def _divergences(dataset: xr.Dataset) -> Iterator[np.ndarray]:
+    """Yield the divergences of all sites, in slices of rows."""
+    for key, kl in dataset.data_vars.items():
+        if str(key).startswith("kl_"):
+            yield from slices_of(kl)
+
+
+def _run(subject: Subject, quantity: Any) -> Any:
+    """Run a quantity of draws of each row."""
+    runner, rows, key = subject.runner, subject.rows, subject.rng_key
+    globals_ = runner.draw_globals(key, rows, NUM_SAMPLES)
+    sizes = {"num_samples": NUM_SAMPLES, "num_draws": NUM_SAMPLES}
+    return runner.per_batch(quantity, rows, key, globals_, **sizes)
+
+
+def _variances(subject: Subject) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Return by site the variance of the rows' means, and the mean of their variances."""
+    first, sums, number = {}, {}, subject.rows.num_chosen
+    for rows in subject.rows.parts(SLICE):
+        for name, (means, variances) in _run(replace(subject, rows=rows), _moments).items():
+            shift = first.setdefault(name, means.mean(0, dtype=float))
+            off = means - shift
+            added = off.sum(0), (off**2).sum(0), variances.sum(0, dtype=float)
+            sums[name] = [x + y for x, y in zip(sums.get(name, (0, 0, 0)), added, strict=True)]
+    return {
+        name: (np.asarray(squares / number - (total / number) ** 2), np.asarray(within / number))
+        for name, (total, squares, within) in sums.items()
+    }
 
 
 def _moments(batch: EncodedBatch, rng_key: Array, globals_: dict, *, num_samples: int) -> dict:

@@ -12,7 +12,7 @@ from scipy.stats import norm
 
 from numpyro_vae.checks.base import AbstractCheck, Finding, Findings, NotApplicableError, Subject
 from numpyro_vae.guides.global_sites import NoDensityError
-from numpyro_vae.inference.datatree import site_dims
+from numpyro_vae.inference.gathering import site_dims
 from numpyro_vae.inference.global_weights import Change, GlobalWeights, weigh_globals
 from numpyro_vae.inference.marginal import MAX_NOISE
 from numpyro_vae.inference.psis import khat_threshold, require_draws

@@ -13,11 +13,12 @@ from jaxtyping import Array, Float
 
 from numpyro_vae.checks.base import (
     COLOURS,
-    AbstractCheck,
     Finding,
     Findings,
+    RowwiseCheck,
     Subject,
     require_variable,
+    slices_of,
 )
 from numpyro_vae.inference.encoded import EncodedBatch
 from numpyro_vae.inference.psis import (
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 __all__ = ["Importance"]
 
 CHUNK = 1000  # draws at once, so that any number of them fits in memory
+LOOKED = 256  # rows that an error is about, where no row has finite weights
 LOWEST = -1e30  # stands for minus infinity, which has no weight, but times which it is NaN
 VERDICTS = ("fine", "reweight", "borderline", "not to be trusted")
 VERDICT_COLOURS = (COLOURS[0], "#56B4E9", *COLOURS[1:])
@@ -46,7 +48,7 @@ ADVICE = "call numpyro.enable_x64() at the start of the program"
 
 
 @dataclass(frozen=True)
-class Importance(AbstractCheck):
+class Importance(RowwiseCheck):
     r"""The ELBO, log evidence, divergence, k-hat and effective sample size of each row.
 
     They come from the importance weights :math:`w_s = p(x, z_s) / q(z_s \mid x)` of a row's draws.
@@ -78,23 +80,31 @@ class Importance(AbstractCheck):
     def __post_init__(self) -> None:
         require_draws(self.num_samples)
 
-    def compute(self, subject: Subject) -> xr.Dataset:
-        """Return the summaries of each row's weights, and their rounding error if it was measured.
+    def of_rows(self, subject: Subject) -> xr.Dataset:
+        """Return the summaries of each row's weights.
 
         A row with weights that are not finite has an infinite k-hat, and its other summaries are
         NaN.
-
-        Raises:
-            ValueError: if no row has finite weights.
         """
         found = summarize(_sums_of_all(subject, self.num_samples))
         threshold = khat_threshold(self.num_samples)
         attrs = {"num_samples": self.num_samples, "khat_threshold": threshold}
         attrs |= {"max_divergence": MAX_DIVERGENCE}
-        dataset = xr.Dataset({name: ([subject.plate], x) for name, x in found.items()}, attrs=attrs)
+        return xr.Dataset({name: ([subject.plate], x) for name, x in found.items()}, attrs=attrs)
+
+    def of_all(self, subject: Subject, dataset: xr.Dataset) -> xr.Dataset:
+        """Return the rounding error of the weights, if it was measured.
+
+        Raises:
+            ValueError: if no row has finite weights.
+        """
         runner, rows, key = subject.runner, subject.rows, subject.rng_key
-        error = rounding_error(runner, rows, key, found["log_evidence"])
-        return dataset if error is None else dataset.assign(rounding_error=error)
+        if all(np.isnan(values).all() for values in slices_of(dataset["elbo"])):
+            number = min(LOOKED, rows.num_chosen)
+            sums = _sums_of_all(subject.part(0, number, number), self.num_samples)
+            require_finite(np.asarray(sums.num_bad), np.asarray(sums.reference), np.arange(number))
+        error = rounding_error(runner, rows, key, dataset["log_evidence"])
+        return xr.Dataset() if error is None else xr.Dataset({"rounding_error": error})
 
     def find(self, dataset: xr.Dataset) -> Findings:
         """Yield how many rows are not fine, and whether rounding errors are large."""
@@ -221,7 +231,7 @@ def _accumulate(
 def _sums_of_all(subject: Subject, num_samples: int) -> Sums:
     """Return the sums of all draws of every row, which are added up chunk by chunk."""
     runner, rows = subject.runner, subject.rows
-    start = Sums.start(len(rows.chosen), tail_length(num_samples) + 1)
+    start = Sums.start(rows.num_chosen, tail_length(num_samples) + 1)
     sums = jax.tree.map(np.asarray, start)
     at_once = min(CHUNK, runner.draws_at_once(rows))
     for number, done in enumerate(range(0, num_samples, at_once)):
@@ -233,14 +243,8 @@ def _sums_of_all(subject: Subject, num_samples: int) -> Sums:
 
 
 def summarize(sums: Sums) -> dict[str, np.ndarray]:
-    """Return what is reported of each row, from the sums over all its draws.
-
-    Raises:
-        ValueError: if no row's weights are finite.
-    """
-    bad, first = np.asarray(sums.num_bad), np.asarray(sums.reference)
-    if bad.all():
-        require_finite(bad, first, np.arange(len(bad)))
+    """Return what is reported of each row, from the sums over all its draws."""
+    bad = np.asarray(sums.num_bad)
     with np.errstate(invalid="ignore"):  # of the other rows
         found = _summaries(sums)
     blank = dict.fromkeys(found, np.nan) | {"khat": np.inf}

@@ -13,6 +13,7 @@ from jaxtyping import Array
 
 from numpyro_vae.data.arguments import is_typed_key
 from numpyro_vae.data.devices import Devices
+from numpyro_vae.data.sparse import as_rows
 
 Data = Any
 
@@ -167,6 +168,7 @@ class ArrayData:
             >>> ArrayData.read((np.zeros((5, 2)), 3.0), batch_axes=(0, None)).num_data
             5
         """
+        data = as_rows(data)
         axes = datum_axes(batch_axes, data)
         paths = [name + jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(data)]
         leaves, treedef = jax.tree.flatten(as_arguments(data))
@@ -178,14 +180,15 @@ class ArrayData:
             if array
         )
         array_axes = tuple(axis for axis, array in zip(axes, is_array, strict=True) if array)
+        given = [leaf for leaf, array in zip(leaves, is_array, strict=True) if array]
         array_paths = [path for path, array in zip(paths, is_array, strict=True) if array]
         static = tuple(
             None if array else leaf for leaf, array in zip(leaves, is_array, strict=True)
         )
         found = ", ".join(
             _not_finite(array, axis, path)
-            for array, axis, path in zip(arrays, array_axes, array_paths, strict=True)
-            if jnp.issubdtype(array.dtype, jnp.floating) and not jnp.isfinite(array).all()
+            for array, axis, path, leaf in zip(arrays, array_axes, array_paths, given, strict=True)
+            if jnp.issubdtype(array.dtype, jnp.floating) and not _is_finite(array, leaf)
         )
         return cls(arrays, Layout(static, array_axes, treedef), num_data, found)
 
@@ -328,6 +331,11 @@ def _to_device(leaf: Any, axis: int | None, path: str) -> Array:
             f"{array.dtype}{row}. Rescale the data, or call numpyro.enable_x64()."
         )
     return array
+
+
+def _is_finite(array: Array, leaf: Any) -> bool:
+    """Return whether all values are finite, by those in memory where the device is busy."""
+    return bool(np.isfinite(leaf).all() if type(leaf) is np.ndarray else jnp.isfinite(array).all())
 
 
 def _not_finite(array: Array, axis: int | None, path: str) -> str:

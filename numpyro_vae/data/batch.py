@@ -18,7 +18,7 @@ from numpyro_vae.data.arrays import Layout
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=("arrays", "indices", "weights", "latents"),
+    data_fields=("arrays", "indices", "weights", "latents", "numbers"),
     meta_fields=("layout", "plate", "num_data", "cuts", "fills_plate"),
 )
 @dataclass(frozen=True, eq=False)
@@ -30,7 +30,7 @@ class Batch:
 
     Attributes:
         arrays: the arrays among the model's arguments, a tuple, of all rows or of these.
-        indices: the numbers of the rows, integers ``(batch,)``.
+        indices: where in the arrays the rows are, integers ``(batch,)``.
         weights: a factor for each row in the objective, ``(batch,)``; None if all count once.
         layout: how the arrays become the model's arguments.
         plate: the name of the local plate.
@@ -39,6 +39,8 @@ class Batch:
         fills_plate: whether the model's plate is told which rows it holds, as it selects some, or
             declares another number of them than there are.
         latents: the values of latent sites that the rows were simulated with; None of real data.
+        numbers: those of the arrays' rows among all, where the arrays have some of them; None where
+            they have all.
     """
 
     arrays: Any  # unchecked, as JAX puts what it likes into the place of arrays
@@ -50,10 +52,16 @@ class Batch:
     cuts: bool
     fills_plate: bool
     latents: Any = None
+    numbers: Any = None
 
     def at(self, indices: Int[Array, "batch"]) -> Batch:
         """Return the batch of other rows of the same data."""
         return replace(self, indices=indices)
+
+    @property
+    def row_numbers(self) -> Int[Array, "batch"]:
+        """The numbers of the rows among all, of which their random keys are made."""
+        return self.indices if self.numbers is None else self.numbers[self.indices]
 
     @property
     def held(self) -> Int[Array, "batch"] | None:

@@ -166,7 +166,7 @@ class Devices:
         return self._on(rows, HOST, axis % np.ndim(rows))
 
     def _on(self, rows: Any, names: Any, axis: int = 0) -> Array:
-        assert self.mesh is not None  # noqa: S101 - for the type checker
+        assert self.mesh is not None
         sharding = NamedSharding(self.mesh, _along(names, axis))
         if self.num_hosts == 1:
             return jax.device_put(rows, sharding)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax.interpreters import partial_eval
 
 from numpyro_vae.numpyro_internals import HANDLERS
 
@@ -29,7 +30,23 @@ class Compiled:
         with HANDLERS:
             return self._fn(*args)
 
+    def used(self, *args: Any) -> Any:
+        """Return for each array of the arguments whether what it returns depends on it."""
+        with HANDLERS:
+            jaxpr = jax.make_jaxpr(self._fn)(*args).jaxpr
+        _, used = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+        return jax.tree.unflatten(jax.tree.structure(args), used)
+
     def shapes(self, *args: Any) -> Any:
         """Return the shapes of what it returns, for which nothing is computed."""
         with HANDLERS:
             return jax.eval_shape(self._fn, *args)
+
+
+def identity_of(value: Any) -> Any:
+    """Return what tells a static argument from others: its value, or itself if it has no hash."""
+    try:
+        hash(value)
+    except TypeError:
+        return id(value)  # of an object that the compiled function keeps alive
+    return value

@@ -92,7 +92,7 @@ class EncodedBatch:
     @property
     def indices(self) -> Array:
         """The numbers of the rows."""
-        return self.batch.indices
+        return self.batch.row_numbers
 
     def draw(self, rng_key: Array, num_samples: int, globals_: dict[str, Array]) -> Array:
         """Draw packed latents, ``(num_samples, batch, size)``, each given a draw of the globals."""

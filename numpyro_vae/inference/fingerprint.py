@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from xarray import DataTree
 
 NAME = "fingerprint"  # of the coordinate and of the attribute that carry it
+DIGEST = 8  # bytes of the fingerprint of all rows
 
 Fingerprint = UInt32[np.ndarray, "rows"]
 
@@ -52,7 +53,7 @@ def _words(rows: np.ndarray) -> np.ndarray:
 
 
 def _digest(arrays: Iterable[Array | np.ndarray]) -> str:
-    digest = hashlib.blake2b(digest_size=8)
+    digest = hashlib.blake2b(digest_size=DIGEST)
     for array in arrays:
         digest.update(_words(np.asarray(array).reshape(1, -1)))
     return digest.hexdigest()
@@ -60,7 +61,16 @@ def _digest(arrays: Iterable[Array | np.ndarray]) -> str:
 
 def of_all(fingerprint: Fingerprint) -> str:
     """Return the number of rows and one fingerprint for all of them, in their order."""
-    return f"{len(fingerprint)} rows {_digest([fingerprint])}"
+    return of_parts([fingerprint])
+
+
+def of_parts(fingerprints: Iterable[Fingerprint]) -> str:
+    """Return what `of_all` does of the fingerprints of parts, one after another."""
+    digest, number = hashlib.blake2b(digest_size=DIGEST), 0
+    for part in fingerprints:
+        digest.update(np.ascontiguousarray(part))
+        number += len(part)
+    return f"{number} rows {digest.hexdigest()}"
 
 
 def require_same_rows(name: str, known: Any, given: Fingerprint, remedy: str) -> None:

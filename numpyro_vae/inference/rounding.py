@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from numpyro_vae.data.arrays import ArrayData
 from numpyro_vae.inference.encoded import EncodedBatch
 from numpyro_vae.inference.quantities import observed
 from numpyro_vae.inference.rows import Rows
@@ -20,9 +21,7 @@ NUM_ROWS = 8  # that are looked at, spread over the data, and as many with the l
 NUM_SAMPLES = 8  # draws of each
 
 
-def rounding_error(
-    runner: Runner, rows: Rows, rng_key: Array, log_evidence: np.ndarray
-) -> float | None:
+def rounding_error(runner: Runner, rows: Rows, rng_key: Array, log_evidence: Any) -> float | None:
     """Return the rounding error of log weights in nats, or None if float32 is surely enough.
 
     Only values or log densities that are large are a reason to look: then the log weights of a
@@ -33,27 +32,41 @@ def rounding_error(
         runner: the trained guide.
         rows: the data.
         rng_key: the random key.
-        log_evidence: that of each row.
+        log_evidence: that of each row, an array or what is read in slices.
     """
     if jnp.result_type(float) == jnp.float64:
         return None
-    values = _largest_values(rows)
-    densities = np.where(np.isfinite(log_evidence), np.abs(log_evidence), 0.0)
-    if values.max() < LARGE_VALUE and densities.max() < LARGE_DENSITY:
+    numbers, largest, highest = _largest_rows(rows, log_evidence)
+    if largest < LARGE_VALUE and highest < LARGE_DENSITY:
         return None
     spread = np.linspace(0, rows.num_rows - 1, NUM_ROWS).round().astype(int)
-    largest = np.argsort(values + densities)[-NUM_ROWS:]
-    some = rows.choose(np.unique([*spread, *largest]))
+    some = rows.choose(np.unique([*spread, *numbers]))
     try:
-        return _measured(runner, some, rng_key)
+        return _measured(runner, some.in_memory(), rng_key)
     except Exception:  # whatever the model's code cannot do in float64
-        return _bound(runner, some, densities[some.chosen])
+        return _bound(runner, some, highest)
 
 
-def _largest_values(rows: Rows) -> np.ndarray:
+def _largest_rows(rows: Rows, log_evidence: Any) -> tuple[np.ndarray, float, float]:
+    """Return the rows with the largest values and densities, the largest value and density."""
+    start, numbers, sums, largest, highest = 0, np.empty(0, int), np.empty(0), 0.0, 0.0
+    for data in rows.blocks():
+        size = rows.num_rows if rows.stored is None else data.num_data
+        values = _largest_values(data, size)
+        densities = np.abs(np.asarray(log_evidence[start : start + size], float))
+        densities = np.where(np.isfinite(densities), densities, 0.0)
+        largest, highest = max(largest, values.max()), max(highest, densities.max())
+        sums = np.concatenate([sums, values + densities])
+        kept = np.argsort(sums)[-NUM_ROWS:]
+        numbers = np.concatenate([numbers, np.arange(start, start + size)])[kept]
+        sums, start = sums[kept], start + size
+    return numbers, largest, highest
+
+
+def _largest_values(data: ArrayData, num_rows: int) -> np.ndarray:
     """Return the largest absolute value of each row, of all that is given to the model."""
-    largest = np.zeros(rows.num_rows)
-    for array, axis in zip(rows.data.arrays, rows.data.layout.axes, strict=True):
+    largest = np.zeros(num_rows)
+    for array, axis in zip(data.arrays, data.layout.axes, strict=True):
         if jnp.issubdtype(array.dtype, jnp.floating) or jnp.issubdtype(array.dtype, jnp.integer):
             values = np.asarray(array)
             others = None if axis is None else tuple(np.delete(np.arange(values.ndim), axis))
@@ -71,7 +84,9 @@ def _measured(runner: Runner, rows: Rows, rng_key: Array) -> float:
         params, arrays, packed, globals_ = jax.tree.map(
             _in_float64, (runner.params, rows.data.arrays, found["packed"], globals_)
         )
-        double = Runner(runner.guide, params, runner.static_kwargs, runner.batch_axes, devices=runner.devices)
+        double = Runner(
+            runner.guide, params, runner.static_kwargs, runner.batch_axes, devices=runner.devices
+        )
         same = rows.with_arrays(arrays).choose(rows.chosen)
         exact = double.per_batch(_weigh, same, globals_, rng_key, by_row=packed)
     errors = found["log_weights"].astype(float) - exact
@@ -99,8 +114,8 @@ def _weigh(batch: EncodedBatch, packed: Array, globals_: dict, rng_key: Array) -
     return batch.over_draws(weigh, jnp.moveaxis(packed, 0, 1), globals_).T
 
 
-def _bound(runner: Runner, rows: Rows, densities: np.ndarray) -> float:
+def _bound(runner: Runner, rows: Rows, highest: float) -> float:
     """Return the rounding error of a number as large as the density, or the values, of a row."""
     values = jax.tree.leaves(runner.per_batch(observed, rows))
     largest = max((np.abs(x[np.isfinite(x)]).max(initial=0) for x in values), default=0)
-    return float(max(largest, densities.max()) * np.finfo(np.float32).eps / 2)
+    return float(max(largest, highest) * np.finfo(np.float32).eps / 2)

@@ -17,12 +17,21 @@ from numpyro_vae.data.arrays import ArrayData
 from numpyro_vae.data.batch import Batch, padded_batches, prefetch
 from numpyro_vae.data.devices import ONE_DEVICE, Devices
 from numpyro_vae.data.shapes import explained, require_rows
+from numpyro_vae.data.sparse import as_rows
+from numpyro_vae.data.stores import Store, in_memory, is_stored
 from numpyro_vae.guides.abstract import AbstractGuide
-from numpyro_vae.inference.fingerprint import Fingerprint, fingerprint_rows
+from numpyro_vae.guides.base import AmortizedGuide
+from numpyro_vae.inference.fingerprint import Fingerprint, fingerprint_rows, of_parts
+from numpyro_vae.inference.plate_rows import (
+    declares_rows,
+    held_rows,
+    require_finite,
+    require_same_events,
+)
+from numpyro_vae.inference.stored import SOME, StoredRows
 from numpyro_vae.model.missing import require_finite_observations
 from numpyro_vae.model.plan import check_observed
-from numpyro_vae.model.reading import ModelReader, read_for
-from numpyro_vae.model.sites import ModelSites
+from numpyro_vae.model.reading import read_for
 from numpyro_vae.numpyro_internals import HANDLERS
 
 
@@ -31,7 +40,7 @@ class Rows:
     """Data, how many rows they are, and how these are taken out of them.
 
     Attributes:
-        data: the data.
+        data: the data; some of the rows, if they are read where they are wanted.
         plate: the name of the local plate.
         num_rows: how many rows it has.
         subsamples: whether the model selects rows in its own plate.
@@ -39,10 +48,12 @@ class Rows:
         held: by plate its size and the rows that it is told to hold, where the model declares
             another number of them than the data have.
         declares: whether the model declares a plate of as many rows as it is given, so many.
-        chosen: the numbers of the rows that results are wanted of, in that order.
-        args: the model's arguments with all rows.
+        picked: the numbers of the rows that results are wanted of, in that order; None for all.
+        args: the model's arguments with all rows of ``data``.
         kwargs: its keyword arguments, those that never change among them.
         devices: those among which the rows of a batch are divided; all have a copy of the data.
+        stored: reads the rows, if they are not in memory.
+        part_of: as many rows as batches are cut for, where these are the last ones of a part.
     """
 
     data: ArrayData
@@ -52,10 +63,12 @@ class Rows:
     is_unobserved: bool
     held: dict[str, tuple[int, Any]]
     declares: Callable[[int], bool]
-    chosen: np.ndarray
+    picked: np.ndarray | None
     args: tuple
     kwargs: dict[str, Any]
     devices: Devices
+    stored: StoredRows | None = None
+    part_of: int | None = None
 
     @classmethod
     def read(
@@ -72,12 +85,40 @@ class Rows:
             ValueError: if the plate has another number of rows than the data, or an observation
                 belongs to no known datum.
         """
+        data = as_rows(data)
+        if is_stored(data, batch_axes):
+            return cls._read_stored(guide, static_kwargs, data, batch_axes, devices)
         arrays = read_for(guide.reader, data, batch_axes, static_kwargs)
         arrays = replace(arrays, arrays=devices.put(arrays.arrays))
         args, kwargs = arrays.whole()
         kwargs = {**kwargs, **static_kwargs}
         with HANDLERS:
             return cls._of_model(guide, arrays, static_kwargs, args, kwargs, devices)
+
+    @classmethod
+    def _read_stored(
+        cls,
+        guide: AbstractGuide,
+        static_kwargs: dict[str, Any],
+        data: Any,
+        batch_axes: Any,
+        devices: Devices,
+    ) -> Rows:
+        """Return rows that are read where they are wanted, or all if the guide knows its rows."""
+        store = Store(data, batch_axes)
+        read = partial(cls.read, guide, static_kwargs, batch_axes=batch_axes, devices=devices)
+        some = store.read(slice(0, min(SOME, store.num_rows)))
+        try:
+            rows = read(data=some)
+        except ValueError:  # which a guide raises that knows how many rows it was trained with
+            if isinstance(guide, AmortizedGuide):
+                raise
+            return read(data=in_memory(data))
+        if guide.not_amortized:
+            return read(data=in_memory(data))
+        known = (guide.reader, static_kwargs, rows.plate, rows.declares)
+        stored = StoredRows(store, rows.data, partial(require_finite, *known))
+        return replace(rows, num_rows=store.num_rows, subsamples=False, stored=stored)
 
     @classmethod
     def _of_model(
@@ -92,9 +133,9 @@ class Rows:
         """Return the rows of arrays, as the model takes them."""
         require_rows(guide.argument_shapes, *arrays.whole(), arrays.layout.every_axis)
         with explained(guide.argument_shapes, *arrays.whole(), arrays.layout.every_axis):
-            held = _held(guide, arrays, args, kwargs)
+            held = held_rows(guide, arrays, args, kwargs)
             sites = guide.reader.sites(args, kwargs, held)
-            _require_same_events(guide, sites)
+            require_same_events(guide, sites)
             require_finite_observations(guide.reader, arrays, static_kwargs, held)
         guide.read_model(args, kwargs, held)
         name = guide.plate.name
@@ -108,16 +149,59 @@ class Rows:
                 "argument has a row for each of the plate's, pass batch_axes=None."
             )
         check_observed(sites, plate, guide.segments)
-        subsamples, chosen = plate.length < plate.size, np.arange(plate.size)
+        subsamples = plate.length < plate.size
         unobserved = guide.is_unobserved(sites)
-        declares = cache(partial(_declares, guide.reader, arrays, static_kwargs, name))
+        declares = cache(partial(declares_rows, guide.reader, arrays, static_kwargs, name))
         known = (arrays, name, plate.size, subsamples, unobserved, held, declares)
-        return cls(*known, chosen, args, kwargs, devices)
+        return cls(*known, None, args, kwargs, devices)
+
+    @property
+    def chosen(self) -> np.ndarray:
+        """The numbers of the rows that results are wanted of, in that order."""
+        return np.arange(self.num_rows) if self.picked is None else self.picked
+
+    @property
+    def num_chosen(self) -> int:
+        """How many rows results are wanted of."""
+        return self.num_rows if self.picked is None else len(self.picked)
+
+    def numbers(self, places: np.ndarray) -> np.ndarray:
+        """Return the numbers of rows, from their places among the chosen ones."""
+        return places if self.picked is None else self.picked[places]
+
+    def places(self, numbers: np.ndarray) -> np.ndarray:
+        """Return the places of rows among the chosen ones, which are in order."""
+        if self.picked is None:
+            return numbers
+        return np.searchsorted(self.picked, numbers).clip(0, len(self.picked) - 1)
 
     @cached_property
     def fingerprint(self) -> Fingerprint:
         """A number for each row, by which a result is known to be on it."""
-        return fingerprint_rows(self.data, self.num_rows)
+        return np.concatenate(list(self._fingerprints()))
+
+    @cached_property
+    def fingerprint_of_all(self) -> str:
+        """One fingerprint of all rows; see `of_all`."""
+        return of_parts(self._fingerprints())
+
+    @property
+    def fingerprint_of_chosen(self) -> Fingerprint:
+        """The fingerprint of the chosen rows."""
+        if self.picked is None:
+            return self.fingerprint
+        if self.data.is_whole:
+            return self.fingerprint[self.picked]
+        return fingerprint_rows(self.cut(self.chosen).data, self.num_chosen)
+
+    def _fingerprints(self) -> Iterator[Fingerprint]:
+        for data in self.blocks():
+            number = self.num_rows if self.stored is None else data.num_data
+            yield fingerprint_rows(data, number)
+
+    def blocks(self) -> Iterator[ArrayData]:
+        """Yield all rows in order: as many at once as are read at once, or else all."""
+        return iter([self.data]) if self.stored is None else self.stored.blocks()
 
     def choose(self, rows: Any) -> Rows:
         """Return the same data, with results wanted of some rows only.
@@ -143,11 +227,29 @@ class Rows:
                 f"There is no row {wrong[0]}: the data have {self.num_rows} rows, 0 to "
                 f"{self.num_rows - 1} ({wrong.size} of {chosen.size} do not exist)."
             )
-        return replace(self, chosen=chosen.astype(int))
+        return replace(self, picked=chosen.astype(int), part_of=None)
+
+    def part(self, start: int, stop: int, size: int) -> Rows:
+        """Return some consecutive ones of the chosen rows, in batches as of ``size`` rows."""
+        return replace(self, picked=self.numbers(np.arange(start, stop)), part_of=size)
+
+    def parts(self, size: int) -> Iterator[Rows]:
+        """Yield the chosen rows in parts of ``size``; of data that the model takes whole in one."""
+        if self.data.is_whole:
+            yield self
+            return
+        for start in range(0, self.num_chosen, size):
+            yield self.part(start, min(start + size, self.num_chosen), size)
 
     def cut(self, rows: np.ndarray) -> Rows:
-        """Return data of some rows only; a model that selects rows itself needs all."""
+        """Return data of some rows only, in memory; a model that selects rows itself needs all."""
+        if self.stored is not None:
+            return self.with_arrays(self.stored.read(rows).arrays)
         return self.with_arrays(self.data.layout.take(self.data.arrays, jnp.asarray(rows)))
+
+    def in_memory(self) -> Rows:
+        """Return the chosen rows as data of their own, if they are not in memory."""
+        return self if self.stored is None else self.cut(self.chosen)
 
     def with_arrays(self, arrays: tuple[Array, ...]) -> Rows:
         """Return rows of other data for the same model, as many as the arrays have."""
@@ -156,16 +258,25 @@ class Rows:
         static = {name: value for name, value in self.kwargs.items() if name not in kwargs}
         number = self.num_rows if data.is_whole else data.layout.num_data(arrays)
         data = replace(data, num_data=1 if data.is_whole else number)
-        chosen = np.arange(number)
-        return replace(
-            self, data=data, num_rows=number, chosen=chosen, args=args, kwargs=kwargs | static
-        )
+        rows = replace(self, data=data, num_rows=number, picked=None, stored=None, part_of=None)
+        return replace(rows, args=args, kwargs=kwargs | static)
+
+    @property
+    def some(self) -> Rows:
+        """Those of the rows that are in memory, which stand for all where only shapes count."""
+        if self.stored is None:
+            return self
+        return replace(self, num_rows=self.data.num_data, picked=None, stored=None)
 
     def batch(self, indices: Array) -> Batch:
         """Return the rows of these numbers, as compiled functions take them."""
-        cuts = not (self.data.is_whole or self.subsamples)
+        cuts, arrays, numbers = not (self.data.is_whole or self.subsamples), self.data.arrays, None
+        if self.stored is not None:
+            arrays, numbers = self.stored.read(np.asarray(indices)).arrays, indices
+            arrays = self.devices.put(arrays)
+            indices = self.devices.divide(np.arange(len(indices)))
         return Batch(
-            self.data.arrays,
+            arrays,
             indices,
             None,
             layout=self.data.layout,
@@ -173,15 +284,22 @@ class Rows:
             num_data=self.num_rows,
             cuts=cuts,
             fills_plate=not self.data.is_whole and not (cuts and self.declares(len(indices))),
+            numbers=numbers,
         )
 
     def whole(self) -> Batch:
         """Return all rows in one batch, or the first where one is enough for what all share."""
-        return self.batch(jnp.arange(self.num_rows if self.data.is_whole else 1))
+        return self.some.batch(jnp.arange(self.num_rows if self.data.is_whole else 1))
+
+    def pool(self) -> tuple[Batch, np.ndarray]:
+        """Return a batch out of whose arrays the chosen rows can be taken, and where they are."""
+        if self.stored is None:
+            return self.whole(), self.chosen
+        return self.batch(jnp.asarray(self.chosen)), np.arange(self.num_chosen)
 
     def everything(self) -> Batch:
-        """Return all rows in one batch."""
-        return replace(self.batch(jnp.arange(self.num_rows)), cuts=False)
+        """Return all rows in one batch, or of those that are not in memory some."""
+        return replace(self.some.batch(jnp.arange(self.some.num_rows)), cuts=False)
 
     def collect(self, fn: Callable[[Batch], Any], batch_size: int, row_axis: int = 0) -> Any:
         """Apply a compiled function to batches of the chosen rows, and join what it returns.
@@ -196,10 +314,10 @@ class Rows:
         """
         if self.data.is_whole:
             found = jax.tree.map(np.asarray, fn(self.whole()))
-            if len(self.chosen) == self.num_rows:
+            if self.num_chosen == self.num_rows:
                 return found  # in which the rows of other plates are whole, too
             return jax.tree.map(partial(np.take, indices=self.chosen, axis=row_axis), found)
-        num_rows = len(self.chosen)
+        num_rows = self.num_chosen
         results = prefetch(map(fn, self.batches(batch_size)))
         first = next(results)
         out = jax.tree.map(partial(_room, num_rows, row_axis), first)
@@ -213,75 +331,21 @@ class Rows:
         if self.data.is_whole:
             yield self.whole()
             return
-        for places, _ in padded_batches(len(self.chosen), self._at_once(batch_size)):
-            yield self.batch(self.devices.divide(self.chosen[places]))
+        for places, _ in padded_batches(self.num_chosen, self._at_once(batch_size)):
+            yield self.batch(self.devices.divide(self.numbers(places)))
 
     def num_batches(self, batch_size: int) -> int:
         """Return how many batches there are."""
-        return 1 if self.data.is_whole else -(-len(self.chosen) // self._at_once(batch_size))
+        return 1 if self.data.is_whole else -(-self.num_chosen // self._at_once(batch_size))
 
     def _at_once(self, batch_size: int) -> int:
         """Return how many rows a batch has, if it may have so many, for the devices to divide."""
-        number = len(self.chosen)
-        size = min(batch_size, number if number == self.num_rows else rounded(number))
+        number = self.num_chosen
+        if self.part_of is not None:
+            size = min(batch_size, self.part_of)
+        else:
+            size = min(batch_size, number if number == self.num_rows else rounded(number))
         return self.devices.rounded(size)
-
-
-def _require_same_events(guide: AbstractGuide, sites: ModelSites) -> None:
-    """Raise ValueError if data would be broadcast to a distribution that they once fitted."""
-    known = {} if guide.plan is None else guide.plan.sites.sites
-    for name, site in sites.sites.items():
-        if site.is_broadcast and name in known and not known[name].is_broadcast:
-            raise ValueError(
-                f"Site {name!r} observes values of event shape {site.event_shape}, to which its "
-                "distribution would be broadcast."
-            )
-
-
-def _held(guide: AbstractGuide, data: ArrayData, args: tuple, kwargs: dict) -> dict:
-    """Return the rows that the local plate must be told to hold, as it declares another number.
-
-    Raises:
-        Exception: whatever the model raises, if it can take the data in no way.
-    """
-    failed: Exception | None = None
-    name = guide.plate_name if guide.plan is None else guide.plan.plate.name
-    try:
-        sites = guide.reader.sites(args, kwargs)
-        name = name or guide.choose_plate(sites).name
-        plate = sites.plates.get(name)
-        if data.is_whole or plate is None or plate.size == data.num_data:
-            return {}
-    except Exception as error:  # of any kind, as the model's own code raises it
-        if name is None or data.is_whole:
-            raise
-        failed = error
-    held = {name: (data.num_data, jnp.arange(data.num_data))}
-    try:
-        guide.reader.sites(args, kwargs, held)
-    except Exception:
-        if failed is None:
-            return {}
-        raise failed from None
-    return held
-
-
-def _declares(
-    reader: ModelReader, data: ArrayData, static_kwargs: dict[str, Any], plate: str, number: int
-) -> bool:
-    """Return whether the model, given so many rows of data, declares a plate of that number.
-
-    Compiled functions read the model for the same shapes, so that it is run no more often.
-    """
-    args, kwargs = data.layout.whole(
-        jax.eval_shape(data.layout.take, data.arrays, jnp.arange(number))
-    )
-    try:
-        with HANDLERS:
-            found = reader.sites(args, {**kwargs, **static_kwargs}).plates[plate]
-    except Exception:  # of any kind, as the model's own code raises it
-        return False
-    return found.length == found.size == number
 
 
 def rounded(number: int) -> int:

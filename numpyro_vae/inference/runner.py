@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -15,7 +16,7 @@ from numpyro_vae.data.arguments import require_key
 from numpyro_vae.data.batch import Batch
 from numpyro_vae.data.devices import ONE_DEVICE, Devices
 from numpyro_vae.guides.abstract import AbstractGuide
-from numpyro_vae.inference.compiled import Compiled
+from numpyro_vae.inference.compiled import Compiled, identity_of
 from numpyro_vae.inference.encoded import EncodedBatch
 from numpyro_vae.inference.memory import require_memory, size_of
 from numpyro_vae.inference.rows import Rows, rounded
@@ -115,7 +116,7 @@ class Runner:
         draw = getattr(self.guide, method)
         fn = partial(draws_of_globals, draw, self.static_kwargs, num_samples)
         compiled = self._compiled((method, num_samples), fn)
-        args = (self.params, rows.everything(), globals_key(rng_key))
+        args = self._of_all(compiled, rows, globals_key(rng_key))
         if self.guide.global_names:
             require_memory(size_of(compiled.shapes(*args)))
         return compiled(*args)
@@ -207,7 +208,8 @@ class Runner:
         """
         parts = -(-num_samples // self.draws_at_once(rows))
         size = -(-num_samples // parts)
-        sizes = {"batch_size": _batch_size(size * self.width(observed=observed)), "times": parts}
+        batch_size = self.rows_at_once(rows, num_samples, observed=observed)
+        sizes = {"batch_size": batch_size, "times": parts}
         run = partial(self.per_batch, quantity, rows, num_samples=size, row_axis=1, **sizes)
         run = partial(run, **static)
         if parts == 1:
@@ -240,8 +242,18 @@ class Runner:
     def once(self, quantity: Quantity, rows: Rows, *args: Any, **static: Any) -> Any:
         """Run a quantity of all rows at once; see `per_batch`."""
         compiled = self._compiled_quantity(_of_batch, quantity, static)
-        found = compiled(self.params, rows.everything(), *args)
+        found = compiled(*self._of_all(compiled, rows, *args))
         return jax.tree.map(np.asarray, found)
+
+    def _of_all(self, compiled: Compiled, rows: Rows, *args: Any) -> tuple:
+        """Return the arguments of a quantity of all rows, read only if it depends on them."""
+        given = (self.params, rows.everything(), *args)
+        if rows.stored is None:
+            return given
+        used = zip(compiled.used(*given)[1].arrays, rows.data.layout.axes, strict=True)
+        if not any(is_used for is_used, axis in used if axis is not None):
+            return given
+        return (self.params, replace(rows, picked=None).in_memory().everything(), *args)
 
     def per_row(
         self, quantity: Quantity, rows: Rows, by_row: Any, *args: Any, **static: Any
@@ -258,13 +270,13 @@ class Runner:
             args: its further arguments.
             static: its keyword arguments.
         """
-        size = len(rows.chosen)
+        size, (pool, where) = rows.num_chosen, rows.pool()
         devices = self.devices
         places = np.minimum(np.arange(devices.rounded(rounded(size))), size - 1)
         by_row = jax.tree.map(lambda x: devices.divide(x[places]), by_row)
-        chosen = devices.divide(rows.chosen[places])
+        chosen = devices.divide(where[places])
         compiled = self._compiled_quantity(_of_rows, quantity, static)
-        found = compiled(self.params, rows.whole(), chosen, by_row, *args)
+        found = compiled(self.params, pool, chosen, by_row, *args)
         return jax.tree.map(lambda x: np.asarray(x)[:size], found)
 
     def width(self, *, observed: bool = False) -> int:
@@ -272,6 +284,11 @@ class Runner:
         plate = self.guide.plate
         seen = self.guide.sites.observed(plate.name) if observed else ()
         return sum(site.datum_size(plate) for site in (*self.guide.local_sites, *seen))
+
+    def rows_at_once(self, rows: Rows, num_samples: int, *, observed: bool) -> int:
+        """Return how many rows are drawn at once, where each has so many draws: a power of two."""
+        parts = -(-num_samples // self.draws_at_once(rows))
+        return _batch_size(-(-num_samples // parts) * self.width(observed=observed))
 
     def draws_at_once(self, rows: Rows) -> int:
         """Return how many draws of a row fit the device, the same for all that is computed of them.
@@ -288,7 +305,7 @@ class Runner:
 
     def _compiled(self, key: tuple, fn: Callable[..., Any]) -> Compiled:
         """Return a compiled function, the same for all runners with these static arguments."""
-        kwargs = ((name, _identity(value)) for name, value in self.static_kwargs.items())
+        kwargs = ((name, identity_of(value)) for name, value in self.static_kwargs.items())
         compiled: dict[Any, Any] = self.guide.compiled
         key = (*key, *kwargs)
         if key not in compiled:
@@ -344,8 +361,11 @@ def _of_rows(
 
 
 def _batch_size(values: int) -> int:
-    """Return how many rows fit in memory, with so many values of each."""
-    return int(np.clip(DRAWS // max(values, 1), 1, ROWS))
+    """Return how many rows fit in memory, with so many values of each: a power of two.
+
+    So parts of the data, which are powers of two as well, are whole batches.
+    """
+    return 1 << (int(np.clip(DRAWS // max(values, 1), 1, ROWS)).bit_length() - 1)
 
 
 def _largest(by_row: Any) -> int:
@@ -355,7 +375,7 @@ def _largest(by_row: Any) -> int:
 
 def _cut(by_row: Any, rows: Rows, batch: Batch) -> Any:
     """Return what belongs to the rows of a batch, of arrays that have a value for chosen rows."""
-    places = np.searchsorted(rows.chosen, batch.indices).clip(0, len(rows.chosen) - 1)
+    places = rows.places(np.asarray(batch.row_numbers))
     return jax.tree.map(lambda x: x[places], by_row)
 
 
@@ -367,15 +387,6 @@ def _room(num_samples: int, part: np.ndarray) -> np.ndarray:
 def _write(start: int, room: np.ndarray, part: np.ndarray) -> None:
     """Copy a part of the draws to its place, without what is too many."""
     room[start : start + len(part)] = part[: len(room) - start]
-
-
-def _identity(value: Any) -> Any:
-    """Return what tells a static argument from others: its value, or itself if it has no hash."""
-    try:
-        hash(value)
-    except TypeError:
-        return id(value)  # of an object that the compiled function keeps alive
-    return value
 
 
 def choose_names(var_names: Iterable[str] | None, known: Iterable[str]) -> list[str]:

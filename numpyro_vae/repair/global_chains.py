@@ -63,7 +63,7 @@ def run_chains(
         particles: local draws of each row.
         near: a distribution near the posterior.
     """
-    parts, scale = _parts(rows, particles), global_scale(runner, rows)
+    parts, scale = _parts(rows.in_memory(), particles), global_scale(runner, rows)
     frame = tuple(jnp.asarray(x, float) for x in near)
     start_key, first, *keys = jax.random.split(rng_key, 2 + sum(ROUNDS))
     z = jax.random.normal(start_key, (NUM_CHAINS, len(near.loc)))

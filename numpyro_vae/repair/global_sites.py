@@ -12,9 +12,9 @@ import numpy as np
 from jaxtyping import Array
 
 from numpyro_vae.guides.global_sites import NoDensityError
-from numpyro_vae.inference.datatree import make_datatree
 from numpyro_vae.inference.global_space import flatten, unflatten_all
 from numpyro_vae.inference.global_weights import weigh_globals
+from numpyro_vae.inference.make_datatree import make_datatree
 from numpyro_vae.inference.marginal import PARTICLES, LogDensity, can_double, log_density
 from numpyro_vae.inference.rows import Rows
 from numpyro_vae.inference.runner import Runner

@@ -11,7 +11,7 @@ from jax import export
 
 from numpyro_vae.checks.importance import MAX_DIVERGENCE
 from numpyro_vae.checks.novelty import LEVEL, NEIGHBOURS, PARTICLES, NoveltyReference
-from numpyro_vae.inference.datatree import site_dims
+from numpyro_vae.inference.gathering import site_dims
 from numpyro_vae.inference.psis import MIN_SAMPLES, khat_threshold
 from numpyro_vae.numpyro_internals import HANDLERS
 from numpyro_vae.saving.codec import Json

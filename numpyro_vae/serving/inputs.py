@@ -12,7 +12,7 @@ from jaxtyping import Array
 
 from numpyro_vae.data.arrays import Layout
 from numpyro_vae.data.batch import Batch
-from numpyro_vae.inference.datatree import arguments_by_name
+from numpyro_vae.inference.gathering import arguments_by_name
 from numpyro_vae.inference.rows import Rows
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -10,41 +9,23 @@ from dataclasses import replace
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 from numpyro.infer.svi import SVIState
 
-from numpyro_vae.data.arrays import ArrayData, count_rows, datum_axes, take_rows
+from numpyro_vae.data.arrays import ArrayData, take_rows
 from numpyro_vae.data.batch import Batch, prefetch
 from numpyro_vae.data.devices import ONE_DEVICE, Devices
+from numpyro_vae.data.stores import READ_BYTES, Store
 from numpyro_vae.model.missing import require_finite_observations
 from numpyro_vae.training.guarded import guarded_steps
 from numpyro_vae.training.sources import IterableSource, require_batch_size
 from numpyro_vae.training.step import Trainer
 
-READ_BYTES = 2**23  # of a contiguous read, after which seeking costs next to nothing
 READS = 8  # in a window, so that a batch has rows from as many places
 THREAD = "numpyro_vae-read"
 
 Spans = list[slice]
-
-
-def is_stored(data: Any, batch_axes: Any = 0) -> bool:
-    """Return whether some rows of data are on disk: in a memmap, or in Zarr's or HDF5's arrays.
-
-    Example:
-        >>> is_stored((np.zeros(3), np.zeros(3)))
-        False
-    """
-    leaves = zip(jax.tree.leaves(data), datum_axes(batch_axes, data), strict=True)
-    return any(axis is not None and _is_on_disk(leaf) for leaf, axis in leaves)
-
-
-def _is_on_disk(leaf: Any) -> bool:
-    # Arrays of dask and xarray have chunks too, but compute as NumPy's do.
-    has_chunks = hasattr(leaf, "chunks") and not hasattr(leaf, "__array_ufunc__")
-    return isinstance(leaf, np.memmap) or has_chunks
 
 
 class ChunkSource:
@@ -80,15 +61,13 @@ class ChunkSource:
         devices: Devices = ONE_DEVICE,
     ):
         self.trainer, self.batch_axes, self.devices = trainer, batch_axes, devices
-        # A slice of a JAX array is compiled for every length.
-        self.stored = jax.tree.map(lambda x: np.asarray(x) if isinstance(x, jax.Array) else x, data)
-        self.axes = datum_axes(batch_axes, data)
-        self.num_data, hosts = count_rows(data, batch_axes), devices.num_hosts
+        self.store = Store(data, batch_axes, read_bytes=read_bytes)
+        self.num_data, hosts = self.store.num_rows, devices.num_hosts
         devices.require_same("rows", self.num_data)
         require_batch_size(batch_size, self.num_data * hosts)
         devices.require_divides(batch_size)
         self.batch_size = batch_size // hosts  # of which each host has as many
-        self.read_rows = self._rows_of(read_bytes)
+        self.read_rows = self.store.read_rows
         num_steps = -(-self.num_data // self.batch_size)
         most = max(1, READS * self.read_rows // self.batch_size)
         self.window_steps = -(-num_steps // -(-num_steps // most))  # of windows of like size
@@ -98,15 +77,6 @@ class ChunkSource:
         self.like = IterableSource(trainer, sample, number, batch_axes, plate, devices)
         self.data, self.sites, self.num_steps = self.like.data, self.like.sites, num_steps
         self._run: Callable[..., Any] | None = None
-
-    def _rows_of(self, read_bytes: int) -> int:
-        """Return the rows of a read: about so many bytes, and whole chunks of the stores."""
-        leaves = zip(jax.tree.leaves(self.stored), self.axes, strict=True)
-        batched = [(leaf, axis) for leaf, axis in leaves if axis is not None]
-        row_bytes = sum(math.prod(x.shape) * x.dtype.itemsize for x, _ in batched) / self.num_data
-        chunks = [x.chunks[axis] for x, axis in batched if getattr(x, "chunks", None)]
-        chunk = max(chunks, default=1)
-        return chunk * max(1, round(read_bytes / max(row_bytes, 1) / chunk))
 
     def _sample(self) -> Any:
         """Return rows to initialize with, from several places, as rows may be in an order."""
@@ -141,7 +111,7 @@ class ChunkSource:
 
     def run(self, state: SVIState, rng_key: Array, epoch: int) -> tuple[SVIState, np.ndarray]:
         """Run an epoch; where a step is not finite, once more, with each step guarded."""
-        self._require_length(count_rows(self.stored, self.batch_axes), self.num_data, "data")
+        self.store.require_length()
         new_state, losses, oks = state, [], []
         with closing(self._windows(rng_key, epoch)) as windows:
             for batch, order in windows:
@@ -194,39 +164,14 @@ class ChunkSource:
         except ValueError:
             for span in spans:
                 name = f"data[{span.start}:{span.stop}]"
-                part = ArrayData.read(self._read([span]), self.batch_axes, name)
+                part = ArrayData.read(self.store.read(span), self.batch_axes, name)
                 every = like.every(part.num_data)
                 require_finite_observations(trainer.reader, part, static, every)
             raise
 
-    # -- reading ----------------------------------------------------------------------------------
-
     def _read(self, spans: Spans) -> Any:
         """Return the rows of spans, in memory."""
-        parts = [self._read_span(span) for span in spans]
-        leaves, treedef = jax.tree.flatten(parts[0])
-        columns = zip(*map(jax.tree.leaves, parts), strict=True)
-        joined = [
-            leaf if axis is None else np.concatenate(column, axis)
-            for leaf, axis, column in zip(leaves, self.axes, columns, strict=True)
-        ]
-        return jax.tree.unflatten(treedef, joined)
-
-    def _read_span(self, span: slice) -> Any:
-        part = take_rows(self.stored, self.batch_axes, span)
-        for leaf, axis in zip(jax.tree.leaves(part), self.axes, strict=True):
-            if axis is not None:
-                name = f"data[{span.start}:{span.stop}]"
-                self._require_length(leaf.shape[axis], _length([span]), name)
-        return part
-
-    @staticmethod
-    def _require_length(found: int, expected: int, name: str) -> None:
-        if found != expected:
-            raise ValueError(
-                f"{name} has {found} rows, and had {expected} when training began. A store may not "
-                "change its length while it is trained on: train on a copy, or on a slice of it."
-            )
+        return self.store.join([self.store.read(span) for span in spans])
 
 
 def _length(spans: Spans) -> int:

@@ -18,6 +18,8 @@ from numpyro.infer.svi import SVIState
 from numpyro_vae.data.arguments import require_count, require_key
 from numpyro_vae.data.arrays import count_rows, is_in_memory
 from numpyro_vae.data.devices import Devices
+from numpyro_vae.data.sparse import as_rows
+from numpyro_vae.data.stores import is_stored
 from numpyro_vae.model.missing import require_finite_observations
 from numpyro_vae.numpyro_internals import param_transforms, set_param_transforms
 from numpyro_vae.training.callbacks import (
@@ -28,7 +30,7 @@ from numpyro_vae.training.callbacks import (
     UndeclaredScale,
 )
 from numpyro_vae.training.checkpoints import Checkpoints, open_checkpoints
-from numpyro_vae.training.chunks import ChunkSource, is_stored
+from numpyro_vae.training.chunks import ChunkSource
 from numpyro_vae.training.convergence import warn_of_losses
 from numpyro_vae.training.freezing import Freeze
 from numpyro_vae.training.identity import identify
@@ -114,8 +116,9 @@ def fit(
         svi: model, guide, optimizer and objective.
         rng_key: the same key gives the same result, bit for bit.
         data: an array, a tuple of positional arguments of the model, or a dict of keyword
-            arguments, the data along axis 0, in memory or on disk, as a memmap or an array of Zarr
-            or HDF5; or an iterable of such batches; or `Simulations`.
+            arguments, the data along axis 0, in memory; or read in chunks, as a memmap, an array
+            of Zarr or HDF5, `Columns` of Parquet, or a sparse matrix in CSR; or an iterable of such
+            batches; or `Simulations`.
         batch_size: rows in a batch of in-memory data; by default 128, or all if they are fewer.
         num_epochs: passes over the data.
         num_data: for an iterable, how many data there are in all.
@@ -274,8 +277,10 @@ def _source(
     plate: str | None,
     devices: Devices,
 ) -> Source:
+    data = as_rows(data)
     if isinstance(data, Simulations):
-        if not is_in_memory(data.like) or is_stored(data.like, batch_axes):
+        like = as_rows(data.like)
+        if not is_in_memory(like) or is_stored(like, batch_axes):
             raise ValueError(
                 "Simulations(like=) takes data in memory, not on disk or an iterable of batches. "
                 "Pass some of the rows, as an array."

@@ -251,7 +251,7 @@ class IterableSource:
             raise ValueError("data yields no batch. Pass an iterable that can be iterated anew.")
         if isinstance(batches, Iterator):  # it does not yield the first one again
             self.iterable = chain([first], batches)
-        self.data = ArrayData.read(first, batch_axes, "the first batch")
+        self.data = ArrayData.read(_arguments(first), batch_axes, "the first batch")
         self.part = self.data.num_data
         self.batch_size = self.part * devices.num_hosts
         devices.require_same("rows in a batch", self.part)
@@ -307,7 +307,9 @@ class IterableSource:
     def _divided(self, data: ArrayData) -> tuple[Array, ...]:
         pairs = zip(data.arrays, data.layout.axes, strict=True)
         devices = self.devices
-        return tuple(devices.put(x) if axis is None else devices.divide(x, axis) for x, axis in pairs)
+        return tuple(
+            devices.put(x) if axis is None else devices.divide(x, axis) for x, axis in pairs
+        )
 
     def _pad(self, data: ArrayData) -> Batch:
         """Fill a short batch up with copies of its first row, which weigh nothing."""
@@ -325,7 +327,7 @@ class IterableSource:
             yield self._pad(data)
 
     def _read(self, batch: Any, name: str) -> ArrayData:
-        data = ArrayData.read(batch, self.batch_axes, name)
+        data = ArrayData.read(_arguments(batch), self.batch_axes, name)
         self._require_finite(data)
         return data
 
@@ -362,6 +364,11 @@ class IterableSource:
                 " right if an epoch is a sample of the data; else pass the number of its rows.",
                 stacklevel=4,
             )
+
+
+def _arguments(batch: Any) -> Any:
+    """Return a batch as a tuple of arguments, where a loader has made a list of one."""
+    return tuple(batch) if isinstance(batch, list) else batch
 
 
 def require_batch_size(batch_size: int, num_data: int) -> None:

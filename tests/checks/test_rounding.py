@@ -169,7 +169,7 @@ def test_the_largest_values_are_those_of_all_arguments_by_row():
     data = x, np.array([4, 5, 6]), np.array([True, False, True]), np.float32(0.25)
     guide = make_svi(model, inputs=lambda x, y, there, scale: y[:, None]).guide
     rows = Posterior(guide, {}, batch_axes=(1, 0, 0, None))._runner.read(data)
-    np.testing.assert_array_equal(rounding._largest_values(rows), [4, 5, 7])
+    np.testing.assert_array_equal(rounding._largest_values(rows.data, rows.num_rows), [4, 5, 7])
 
 
 def test_a_model_that_cannot_run_in_float64_is_bounded():

@@ -13,8 +13,9 @@ import pytest
 import zarr
 
 from numpyro_vae import Simulations, fit
+from numpyro_vae.data.stores import is_stored
 from numpyro_vae.training.checkpoints import Checkpoints
-from numpyro_vae.training.chunks import THREAD, ChunkSource, is_stored
+from numpyro_vae.training.chunks import THREAD, ChunkSource
 from numpyro_vae.training.sources import ArraySource
 from numpyro_vae.training.step import trainer_of
 from tests.helpers import make_svi
@@ -128,7 +129,7 @@ def test_windows_hold_a_few_reads_and_batches_rows_from_several(tmp_path):
 def test_reads_are_whole_chunks_of_the_store(tmp_path):
     source = source_of(to_zarr(numbered(), tmp_path), read_bytes=200)  # 25 rows
     assert source.read_rows == 20
-    assert source_of(source.stored, read_bytes=1).read_rows == 10
+    assert source_of(source.store.data, read_bytes=1).read_rows == 10
 
 
 def test_the_same_key_gives_the_same_batches_and_another_epoch_others(to_store):
@@ -262,7 +263,7 @@ def test_a_store_that_changes_its_length_is_an_error(tmp_path):
     def grow(epoch, state, metrics):
         stored.resize(301, axis=0)
 
-    with pytest.raises(ValueError, match="data has 301 rows, and had 300 when training began"):
+    with pytest.raises(ValueError, match="data has 301 rows, and had 300 when it was first read"):
         quick(stored, callbacks=[grow])
 
 
@@ -306,7 +307,7 @@ def test_no_thread_is_left_where_training_ends_or_fails(to_store):
 
 def test_a_value_that_is_not_finite_is_named_by_its_place(to_store):
     source = source_of(to_store(drawn()))
-    source.stored[250] = np.nan
+    source.store.data[250] = np.nan
     state = source.trainer.init(KEY, source.first(), None)
     message = r"data\[(\d+):\d+\] has 2 values .* the first in row (\d+), .* at \['x'\]"
     with pytest.raises(ValueError, match=message) as raised:

@@ -1,0 +1,86 @@
+"""How a model's local plate takes rows of data: as many as there are, or those it is told."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from numpyro_vae.data.arrays import ArrayData
+from numpyro_vae.guides.abstract import AbstractGuide
+from numpyro_vae.model.missing import require_finite_observations
+from numpyro_vae.model.reading import ModelReader
+from numpyro_vae.model.sites import ModelSites
+from numpyro_vae.numpyro_internals import HANDLERS
+
+
+def held_rows(guide: AbstractGuide, data: ArrayData, args: tuple, kwargs: dict) -> dict:
+    """Return the rows that the local plate must be told to hold, as it declares another number.
+
+    Raises:
+        Exception: whatever the model raises, if it can take the data in no way.
+    """
+    failed: Exception | None = None
+    name = guide.plate_name if guide.plan is None else guide.plan.plate.name
+    try:
+        sites = guide.reader.sites(args, kwargs)
+        name = name or guide.choose_plate(sites).name
+        plate = sites.plates.get(name)
+        if data.is_whole or plate is None or plate.size == data.num_data:
+            return {}
+    except Exception as error:  # of any kind, as the model's own code raises it
+        if name is None or data.is_whole:
+            raise
+        failed = error
+    held = {name: (data.num_data, jnp.arange(data.num_data))}
+    try:
+        guide.reader.sites(args, kwargs, held)
+    except Exception:
+        if failed is None:
+            return {}
+        raise failed from None
+    return held
+
+
+def declares_rows(
+    reader: ModelReader, data: ArrayData, static_kwargs: dict[str, Any], plate: str, number: int
+) -> bool:
+    """Return whether the model, given so many rows of data, declares a plate of that number.
+
+    Compiled functions read the model for the same shapes, so that it is run no more often.
+    """
+    args, kwargs = data.layout.whole(
+        jax.eval_shape(data.layout.take, data.arrays, jnp.arange(number))
+    )
+    try:
+        with HANDLERS:
+            found = reader.sites(args, {**kwargs, **static_kwargs}).plates[plate]
+    except Exception:  # of any kind, as the model's own code raises it
+        return False
+    return found.length == found.size == number
+
+
+def require_same_events(guide: AbstractGuide, sites: ModelSites) -> None:
+    """Raise ValueError if data would be broadcast to a distribution that they once fitted."""
+    known = {} if guide.plan is None else guide.plan.sites.sites
+    for name, site in sites.sites.items():
+        if site.is_broadcast and name in known and not known[name].is_broadcast:
+            raise ValueError(
+                f"Site {name!r} observes values of event shape {site.event_shape}, to which its "
+                "distribution would be broadcast."
+            )
+
+
+def require_finite(
+    reader: ModelReader,
+    static_kwargs: dict[str, Any],
+    plate: str,
+    declares: Callable[[int], bool],
+    data: ArrayData,
+) -> None:
+    """Raise ValueError if a model observes what is not finite in rows that were read."""
+    number = data.num_data
+    held = {} if declares(number) else {plate: (number, jnp.arange(number))}
+    require_finite_observations(reader, data, static_kwargs, held)

@@ -1,0 +1,169 @@
+"""A tree written to Zarr in parts: that in memory, also if a run was killed."""
+
+import jax
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import pytest
+import xarray as xr
+import zarr
+
+from numpyro_vae.inference import regions
+from tests.stores.common import KEY, ROWS, drawn, fitted, kill, to_zarr
+
+DATA = drawn()
+PARTS = 5  # of eight rows, and a last one
+
+
+@pytest.fixture(scope="module")
+def posterior():
+    return fitted(DATA)
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    """Parts of eight rows, and chunks of four."""
+    monkeypatch.setattr(regions, "PART_ROWS", 8)
+    monkeypatch.setattr("numpyro_vae.inference.runner.ROWS", 4)
+    monkeypatch.setattr(regions, "CHUNK_BYTES", 4 * 6 * 3 * 4)
+
+
+def require_same(tree, known):
+    """Compare values, dimensions, coordinates and attributes, but the times of creation."""
+    assert set(tree.children) == set(known.children)
+    assert tree.attrs == known.attrs
+    for group, expected in known.children.items():
+        found = tree[group].to_dataset().load()
+        for dataset in (found, expected := expected.to_dataset()):
+            del dataset.attrs["created_at"]
+        xr.testing.assert_identical(found, expected)
+
+
+def test_the_tree_on_disk_is_that_in_memory(posterior, tmp_path):
+    path = tmp_path / "tree.zarr"
+    tree = posterior.to_datatree(KEY, DATA, 6, store=path)
+    known = posterior.to_datatree(KEY, DATA, 6)
+    require_same(tree, known)
+    require_same(xr.open_datatree(path, engine="zarr"), known)
+    z = zarr.open_group(path)["posterior"]["z"]
+    assert z.shape == (1, 6, ROWS)
+    assert z.chunks == (1, 6, 8)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_rows_that_are_on_disk_themselves(posterior, tmp_path):
+    stored = {"x": to_zarr(DATA["x"], tmp_path), "y": DATA["y"]}
+    tree = posterior.to_datatree(KEY, stored, 6, store=tmp_path / "tree.zarr")
+    known = posterior.to_datatree(KEY, DATA, 6)
+    assert tree.attrs == known.attrs
+    for group in known.children:
+        xr.testing.assert_allclose(
+            tree[group].to_dataset(), known[group].to_dataset(), rtol=1e-3, atol=1e-4
+        )
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+def test_a_run_that_was_killed_goes_on_where_it_stopped(posterior, tmp_path, parts, monkeypatch):
+    path = tmp_path / "tree.zarr"
+    kill(lambda: posterior.to_datatree(KEY, DATA, 6, store=path), parts)
+    assert not path.exists()
+    made = []
+    part = type(posterior._runner.read(DATA)).part
+    monkeypatch.setattr(
+        "numpyro_vae.inference.rows.Rows.part",
+        lambda self, *args: (made.append(args[0]), part(self, *args))[1],
+    )
+    tree = posterior.to_datatree(KEY, DATA, 6, store=path)
+    assert made == list(range(8 * parts, ROWS, 8))
+    require_same(tree, posterior.to_datatree(KEY, DATA, 6))
+
+
+def test_a_run_that_was_killed_in_its_first_part_begins_anew(posterior, tmp_path):
+    path = tmp_path / "tree.zarr"
+    kill(lambda: posterior.to_datatree(KEY, DATA, 6, store=path), 0)
+    tree = posterior.to_datatree(KEY, DATA, 6, store=path)
+    require_same(tree, posterior.to_datatree(KEY, DATA, 6))
+
+
+def test_a_tree_that_is_complete_is_not_computed_again(posterior, tmp_path, monkeypatch):
+    path = tmp_path / "tree.zarr"
+    first = posterior.to_datatree(KEY, DATA, 6, store=path).load()
+    monkeypatch.delattr("numpyro_vae.inference.gathering.Gathering.of_rows")
+    xr.testing.assert_identical(posterior.to_datatree(KEY, DATA, 6, store=path).load(), first)
+
+
+@pytest.mark.parametrize("is_complete", [True, False])
+def test_other_results_are_refused_by_what_differs(posterior, tmp_path, is_complete):
+    path = tmp_path / "tree.zarr"
+    if is_complete:
+        posterior.to_datatree(KEY, DATA, 6, store=path)
+    else:
+        kill(lambda: posterior.to_datatree(KEY, DATA, 6, store=path), 2)
+    other = {**DATA, "y": DATA["y"] + 1}
+    trained = fitted(other)
+    for run, message in (
+        (lambda **x: posterior.to_datatree(KEY, other, 6, **x), "the data was 37 rows"),
+        (lambda **x: posterior.to_datatree(KEY, DATA, 7, **x), "num_samples was 6, and now is 7"),
+        (lambda **x: posterior.to_datatree(jax.random.key(1), DATA, 6, **x), "of the rng_key was"),
+        (lambda **x: posterior.to_datatree(KEY, DATA, 6, marginal=True, **x), "marginal was False"),
+        (lambda **x: trained.to_datatree(KEY, DATA, 6, **x), "of the parameters of the posterior"),
+        (
+            lambda **x: posterior.to_datatree(
+                KEY, DATA, 6, coords={"cells": np.arange(1, 38)}, **x
+            ),
+            "coords was",
+        ),
+    ):
+        with pytest.raises(ValueError, match=f"has other results: .*{message}"):
+            run(store=path)
+
+
+def test_what_is_no_such_store_is_left_alone(posterior, tmp_path):
+    folder, file, other = tmp_path / "folder", tmp_path / "file", tmp_path / "other.zarr"
+    folder.mkdir()
+    file.write_text("mine")
+    zarr.open_group(other, mode="w").attrs["mine"] = True
+    (tmp_path / "new.partial").mkdir()
+    (tmp_path / "new.partial" / "mine").touch()
+    for path in (folder, file, other, tmp_path / "new"):
+        with pytest.raises(ValueError, match=r"exists and was not written by store="):
+            posterior.to_datatree(KEY, DATA, 6, store=path)
+    assert file.read_text() == "mine"
+    assert (tmp_path / "new.partial" / "mine").exists()
+
+
+def test_coordinates_groups_and_sites_are_those_asked_for(posterior, tmp_path):
+    options = {
+        "coords": {"cells": [f"cell {n}" for n in range(ROWS)], "x_dim_0": ["a", "b", "c"]},
+        "groups": ("posterior", "observed_data"),
+        "var_names": ["z", "mu"],
+    }
+    path = tmp_path / "tree.zarr"
+    tree = posterior.to_datatree(KEY, DATA, 6, store=path, **options)
+    known = posterior.to_datatree(KEY, DATA, 6, **options)
+    assert set(tree.children) == {"posterior", "observed_data"}
+    assert set(tree.posterior.data_vars) == {"z", "mu"}
+    for group in known.children:
+        xr.testing.assert_equal(tree[group].to_dataset(), known[group].to_dataset())
+    with pytest.raises(ValueError, match=r"coords\['cells'\] has 3 values, and the data have 37"):
+        posterior.to_datatree(KEY, DATA, 6, store=tmp_path / "b", coords={"cells": [1, 2, 3]})
+
+
+def test_a_site_of_all_rows_at_once_is_refused_by_name(tmp_path):
+    def model(x, y):
+        with numpyro.plate("cells", len(x)):
+            z = numpyro.sample("z", dist.Normal(0.0, 1.0))
+            numpyro.sample("x", dist.Normal(z, 0.5), obs=x[:, 0])
+        numpyro.deterministic("total", z.sum())
+
+    posterior = fitted(DATA, model)
+    with pytest.raises(ValueError, match=r"\['total'\] are computed of all rows at once"):
+        posterior.to_datatree(KEY, DATA, 6, store=tmp_path / "tree.zarr")
+    tree = posterior.to_datatree(KEY, DATA, 6, store=tmp_path / "tree.zarr", var_names=["z"])
+    assert set(tree.posterior.data_vars) == {"z"}
+
+
+def test_without_zarr_the_error_says_what_to_install(posterior, tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "zarr", None)
+    with pytest.raises(ImportError, match=r"takes the package zarr: pip install"):
+        posterior.to_datatree(KEY, DATA, 6, store=tmp_path / "tree.zarr")
