@@ -114,7 +114,7 @@ class ArraySource:
         require_rowwise(taking.sites, taking.plate, *sizes)
         return taking
 
-    def _numbers(self, rows: np.ndarray, num_rows: int | None = None, axis: int = 0) -> Array:
+    def _numbers(self, rows: Any, num_rows: int | None = None, axis: int = 0) -> Array:
         """Return the numbers of rows of this host, by default of the training data's."""
         num_rows = self.data.num_data if num_rows is None else num_rows
         return self.devices.divide(self.devices.numbers(rows, num_rows), axis)
