@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from jaxtyping import Array
 
+from numpyro_vae.checks.choose import Checks
 from numpyro_vae.checks.report import Report
-from numpyro_vae.checks.run import Checks, run_checks
+from numpyro_vae.checks.run import run_checks
 from numpyro_vae.inference import quantities as compiled
 from numpyro_vae.inference.draws import sample_sites, site_probabilities
 from numpyro_vae.inference.make_datatree import make_datatree

@@ -37,7 +37,7 @@ FOLDERS = (
 )
 # The modules of a folder in order: each imports only those before it.
 ORDER = {
-    "data": ("ragged", "arguments", "shapes", "arrays", "batch"),
+    "data": ("ragged", "arguments", "shapes", "columns", "sparse", "arrays", "stores", "batch"),
     "scales": ("parameterization", "log_scale_normal"),
     "layers": ("convolution",),
     "model": (
@@ -102,6 +102,8 @@ ORDER = {
         "quantities",
         "memory",
         "fingerprint",
+        "plate_rows",
+        "stored",
         "rows",
         "runner",
         "trained",
@@ -112,10 +114,14 @@ ORDER = {
         "rounding",
         "derived",
         "predictable",
+        "gathering",
+        "labels",
+        "regions",
         "datatree",
+        "make_datatree",
         "refine",
     ),
-    "checks": ("base", PLUG_INS, "page", "report", "run"),
+    "checks": ("base", PLUG_INS, "page", "report", "choose", "stored", "run"),
     "repair": (
         "proposals",
         "nuts",

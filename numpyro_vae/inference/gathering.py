@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import jax
@@ -43,7 +43,6 @@ class Gathering:
         draw: the quantity that draws the groups of each row.
         globals_: draws of the global sites.
         derived: how the deterministic sites are computed that are wanted.
-        observes: by argument of the model that is an observed site as it stands, the site.
     """
 
     runner: Runner
@@ -57,7 +56,6 @@ class Gathering:
     draw: Callable[..., Any]
     globals_: dict[str, Any]
     derived: Derived
-    observes: dict[str, str]
 
     @classmethod
     def plan(
@@ -101,8 +99,12 @@ class Gathering:
         if rows.is_unobserved:
             groups = tuple(name for name in groups if name not in OF_OBSERVATIONS)
         sizes = (num_samples, num_particles, marginal, groups, frozenset(names))
-        known = (draw, globals_, derived, observed_arguments(runner, rows))
-        return cls(runner, rows, rng_key, *sizes, *known)
+        return cls(runner, rows, rng_key, *sizes, draw, globals_, derived)
+
+    @cached_property
+    def observes(self) -> dict[str, str]:
+        """By argument of the model that is an observed site as it stands, the site."""
+        return observed_arguments(self.runner, self.rows)
 
     # -- of rows ----------------------------------------------------------------------------------
 
