@@ -11,6 +11,7 @@ from .checks import (
     Report,
 )
 from .comparison import Comparison, compare
+from .data.columns import Columns
 from .data.ragged import Masked, Segments
 from .encoders import (
     MLP,
@@ -66,6 +67,7 @@ __all__ = [
     "Calibration",
     "Checkpoints",
     "Collapse",
+    "Columns",
     "Comparison",
     "Conv",
     "ConvNet",

@@ -11,8 +11,8 @@ import numpy as np
 from jaxtyping import Array
 
 from numpyro_vae.checks.base import NotApplicableError, require_variable
+from numpyro_vae.checks.choose import Checks
 from numpyro_vae.checks.report import Report
-from numpyro_vae.checks.run import Checks
 from numpyro_vae.posterior import Posterior
 
 if TYPE_CHECKING:

@@ -11,8 +11,9 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array
 
+from numpyro_vae.checks.choose import Checks
 from numpyro_vae.checks.report import Report
-from numpyro_vae.checks.run import Checks, run_checks
+from numpyro_vae.checks.run import run_checks
 from numpyro_vae.data.devices import Devices
 from numpyro_vae.inference import quantities as compiled
 from numpyro_vae.inference.draws import sample_sites, site_probabilities

@@ -38,7 +38,7 @@ FOLDERS = (
 )
 # The modules of a folder in order: each imports only those before it.
 ORDER = {
-    "data": ("ragged", "arguments", "shapes", "arrays", "batch"),
+    "data": ("ragged", "arguments", "shapes", "columns", "sparse", "arrays", "stores", "batch"),
     "scales": ("parameterization", "log_scale_normal"),
     "layers": ("convolution",),
     "model": (
@@ -103,6 +103,8 @@ ORDER = {
         "quantities",
         "memory",
         "fingerprint",
+        "plate_rows",
+        "stored",
         "rows",
         "runner",
         "trained",
@@ -113,10 +115,14 @@ ORDER = {
         "rounding",
         "derived",
         "predictable",
+        "gathering",
+        "labels",
+        "regions",
         "datatree",
+        "make_datatree",
         "refine",
     ),
-    "checks": ("base", PLUG_INS, "page", "report", "run"),
+    "checks": ("base", PLUG_INS, "page", "report", "choose", "stored", "run"),
     "repair": (
         "proposals",
         "nuts",

@@ -46,7 +46,7 @@ class Columns:
         self._groups = [
             group for file in source.get_fragments() for group in file.split_by_row_group()
         ]
-        self._ends = np.cumsum([0, *(group.count_rows() for group in self._groups)])
+        self._ends = np.cumsum([0, *(group.row_groups[0].num_rows for group in self._groups)])
         self._last: tuple[int, np.ndarray] = (-1, np.empty(0))
         rows = int(self._ends[-1])
         self.shape = (rows,) if isinstance(names, str) else (rows, len(self.names))

@@ -49,7 +49,7 @@ def _as_rows(leaf: Any) -> Any:
             "numpyro_vae.Columns(dataset, ['a', 'b'])."
         )
     form = getattr(leaf, "format", None)
-    if form not in SPARSE or hasattr(leaf, "__array__"):
+    if not isinstance(form, str) or form not in SPARSE or hasattr(leaf, "__array__"):
         return leaf
     if form != "csr":
         raise TypeError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import jax
@@ -45,7 +45,6 @@ class Gathering:
         globals_: draws of the global sites.
         densities: the log-densities of each of them, where they are all that is drawn.
         derived: how the deterministic sites are computed that are wanted.
-        observes: by argument of the model that is an observed site as it stands, the site.
     """
 
     runner: Runner
@@ -60,7 +59,6 @@ class Gathering:
     globals_: dict[str, Any]
     densities: Variables
     derived: Derived
-    observes: dict[str, str]
 
     @classmethod
     def plan(
@@ -102,8 +100,12 @@ class Gathering:
             of_globals=tuple(name for name in derived.of_globals if name in wanted),
         )
         sizes = (num_samples, num_particles, marginal, groups, frozenset(names))
-        known = (draw, globals_, densities, derived, observed_arguments(runner, rows))
-        return cls(runner, rows, rng_key, *sizes, *known)
+        return cls(runner, rows, rng_key, *sizes, draw, globals_, densities, derived)
+
+    @cached_property
+    def observes(self) -> dict[str, str]:
+        """By argument of the model that is an observed site as it stands, the site."""
+        return observed_arguments(self.runner, self.rows)
 
     # -- of rows ----------------------------------------------------------------------------------
 

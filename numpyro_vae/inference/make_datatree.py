@@ -20,6 +20,7 @@ from numpyro_vae.inference.datatree import (
     tree_name,
 )
 from numpyro_vae.inference.gathering import Gathering
+from numpyro_vae.inference.labels import labels_of
 from numpyro_vae.inference.regions import Regions, identify, rows_of_part
 from numpyro_vae.inference.runner import Runner
 from numpyro_vae.training.identity import digest
@@ -52,7 +53,7 @@ def make_datatree(
         marginal: whether predictions are of local latents from their prior.
         groups: those wanted.
         var_names: the latent sites that are wanted.
-        coords: coordinates by dimension.
+        coords: coordinates by dimension; by default the labels of the data.
         globals_: as many draws of the global sites, given which the rows' latents are resampled by
             importance; by default both are drawn from the guide.
         store: where to write it, part by part; by default it is made in memory.
@@ -71,8 +72,9 @@ def make_datatree(
         given=globals_,
     )
     if store is not None:
-        return write_datatree(gathering, coords or {}, store)
+        return write_datatree(gathering, {**labels_of(gathering, data), **(coords or {})}, store)
     found = gathering.of_rows(rows)
+    coords = {**labels_of(gathering, data), **(coords or {})}
     gathering.warn_of_undrawn(found)
     dims = gathering.dims(found)
     if "posterior" in gathering.groups:
@@ -81,7 +83,7 @@ def make_datatree(
     if gathering.densities:
         found["sample_stats"] = gathering.densities
     found = {group: found[group] for group in gathering.groups if group in found}
-    return build_datatree(found, dims, rows.fingerprint_of_all, runner.guide.sites, coords or {})
+    return build_datatree(found, dims, rows.fingerprint_of_all, runner.guide.sites, coords)
 
 
 def write_datatree(

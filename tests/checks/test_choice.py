@@ -13,7 +13,7 @@ import xarray as xr
 
 from numpyro_vae import Calibration, Collapse, Gap, Importance, Novelty, Predictive
 from numpyro_vae.checks import AbstractCheck, Finding
-from numpyro_vae.checks.run import make_check
+from numpyro_vae.checks.choose import make_check
 
 KEY = jax.random.key(1)
 NAMES = ["importance", "gap", "calibration", "collapse", "novelty", "predictive", "globals"]

@@ -1,0 +1,97 @@
+"""The labels that pandas and xarray data bring with them, as coordinates of results."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import numpy as np
+
+from numpyro_vae.data.arrays import as_arguments, datum_axes
+from numpyro_vae.inference.gathering import arguments_by_name, rows_first, site_dims
+
+if TYPE_CHECKING:
+    from numpyro_vae.inference.gathering import Gathering
+
+Coords = dict[str, np.ndarray]
+
+
+class Leaf(NamedTuple):
+    """An array among a model's arguments, and its datum axis."""
+
+    value: Any
+    axis: int | None
+
+
+def row_labels(data: Any, batch_axes: Any, plate: str) -> Coords:
+    """Return the labels of the rows as coordinates of their plate, if data have some.
+
+    Args:
+        data: as for `fit`.
+        batch_axes: likewise.
+        plate: the name of the plate.
+
+    Raises:
+        ValueError: if arrays have other labels than one another.
+    """
+    found: Coords = {}
+    paths = jax.tree.leaves_with_path(data)
+    for (path, leaf), axis in zip(paths, datum_axes(batch_axes, data), strict=True):
+        index = None if axis is None else _indexes(leaf)[axis]
+        if index is None or _is_numbering(index):
+            continue
+        labels = np.asarray(index)
+        if not np.array_equal(found.setdefault(plate, labels), labels):
+            raise ValueError(
+                f"data{jax.tree_util.keystr(path)} has other labels of rows than what stands "
+                "before it, and rows go together by their places. Align them, as with .loc, or "
+                f"drop the labels, or name the rows with coords={{{plate!r}: ...}}."
+            )
+    return found
+
+
+def labels_of(gathering: Gathering, data: Any) -> Coords:
+    """Return the labels of rows and of other axes of data, by the dimensions of a tree.
+
+    Args:
+        gathering: what the tree has.
+        data: as for `fit`.
+    """
+    runner, plate = gathering.runner, gathering.rows.plate
+    found = row_labels(data, runner.batch_axes, plate)
+    leaves, treedef = jax.tree.flatten(as_arguments(data))
+    pairs = map(Leaf, leaves, datum_axes(runner.batch_axes, data))
+    arguments = arguments_by_name(runner.guide.model, *jax.tree.unflatten(treedef, list(pairs)))
+    named = site_dims(runner.guide.sites)
+    for name, leaf in arguments.items():
+        if not isinstance(leaf, Leaf) or leaf.axis is None:
+            continue
+        is_observed = name in gathering.observes
+        if not is_observed and "constant_data" not in gathering.groups:
+            continue
+        site = gathering.observes.get(name, name)
+        plates = (plate, *runner.guide.segments)
+        _, *dims = rows_first(named, [site], plates)[site]
+        indexes = _indexes(leaf.value)
+        indexes.pop(leaf.axis)
+        dims += [f"{site}_dim_{place}" for place in range(len(indexes) - len(dims))]
+        for dim, index in zip(dims, indexes, strict=False):
+            if index is not None:
+                found.setdefault(dim, np.asarray(index))
+    return found
+
+
+def _indexes(leaf: Any) -> list[Any]:
+    """Return the pandas index of each axis, or None where it has none, or one of several levels."""
+    if hasattr(leaf, "iloc"):  # of pandas
+        found = list(leaf.axes)
+    elif hasattr(leaf, "indexes") and hasattr(leaf, "dims"):  # of xarray
+        found = [leaf.indexes.get(dim) for dim in leaf.dims]
+    else:
+        return [None] * len(np.shape(leaf))
+    return [None if index is None or index.nlevels > 1 else index for index in found]
+
+
+def _is_numbering(index: Any) -> bool:
+    """Return whether labels are the numbers of rows, as results have them anyway."""
+    return index.dtype.kind in "iu" and np.array_equal(index, np.arange(len(index)))
