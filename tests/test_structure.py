@@ -43,7 +43,10 @@ ORDER = {
     "model": (
         "provenance",
         "sites",
+        "stacked",
         "trace",
+        "data_set",
+        "data_sets",
         "supports",
         "contents",
         "reading",

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpyro
-from jax.custom_batching import custom_vmap
+from flax import nnx
 from jaxtyping import Array
-from numpyro.primitives import Messenger
+from numpyro import handlers
 
 from numpyro_vae.data.arrays import count_rows, datum_axes
-from numpyro_vae.model.stacked import Axes, Stacked, peeled, stacked_support
-from numpyro_vae.model.trace import Model, event_shape_of, mask_of, with_event
-from numpyro_vae.numpyro_internals import is_improper, is_switched_off, outwards
+from numpyro_vae.data.ragged import Masked
+from numpyro_vae.encoders import MLP, SetEncoder
+from numpyro_vae.model.data_set import DataSet
+from numpyro_vae.model.trace import Model
+from numpyro_vae.numpyro_internals import draw_improper
 
 __all__ = ["DataSets", "data_sets"]
 
@@ -41,9 +43,7 @@ class DataSets:
     batch_axes: Any = 0
     plate: str = "data_sets"
 
-    def __call__(
-        self, *args: Any, sizes: Mapping[str, Any] | None = None, **kwargs: Any
-    ) -> None:
+    def __call__(self, *args: Any, sizes: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
         """Run the model on all data sets.
 
         Args:
@@ -58,50 +58,107 @@ class DataSets:
                 are not one for each, or of no plate; or if the model has what has no place in a
                 data set.
         """
-        leaves, treedef = jax.tree.flatten((args, kwargs))
-        data = args or kwargs
-        num_sets = count_rows(data, self.batch_axes)
-        axes = datum_axes(self.batch_axes, data) if data else []
-        axes += [None] * (len(leaves) - len(axes))
-        mapped = [leaf for leaf, axis in zip(leaves, axes, strict=True) if axis is not None]
-        lengths = _lengths(sizes or {}, num_sets)
-        numbers = jnp.arange(num_sets)
-        found = numpyro.plate(self.plate, num_sets)
+        self._run(args, kwargs, sizes or {})
 
-        def one_set(number: Array, lengths: dict[str, Array], *arrays: Any) -> None:
-            given = iter(arrays)
-            filled = [
-                leaf if axis is None else next(given)
-                for leaf, axis in zip(leaves, axes, strict=True)
-            ]
-            args, kwargs = jax.tree.unflatten(treedef, filled)
-            handler = _DataSet(found, number, lengths)
-            with handler:
-                self.model(*args, **kwargs)
-            handler.check_lengths()
-
-        in_axes = (0, 0, *[axis for axis in axes if axis is not None])
-        jax.vmap(one_set, in_axes=in_axes)(numbers, lengths, *mapped)
-
-
-    def inputs(
-        self, *args: Any, sizes: Mapping[str, Any] | None = None, **kwargs: Any
-    ) -> Any:
+    def inputs(self, *args: Any, sizes: Mapping[str, Any] | None = None, **kwargs: Any) -> Any:
         """Return what a guide's encoder reads by default: all arguments that have data sets.
 
         Where all observations lie in one plate of the model, and no latent does, they are a set,
         and what each of its elements has is ``(num_sets, elements, k)``, `Masked` if sizes are
-        given. Otherwise, all values of a data set lie side by side, ``(num_sets, k)``: latents of
-        the elements are to be told apart.
+        given. Otherwise arrays are laid side by side by the encoder, as latents of the elements
+        are to be told apart.
 
         Args:
             args: the model's arguments, with an axis of data sets.
             sizes: see `__call__`.
             kwargs: the model's keyword arguments.
         """
-        arrays = [jnp.moveaxis(x, axis, 0) for x, axis in self._arrays(args, kwargs)]
-        names = self._structure(args, {**kwargs, "sizes": sizes})
-        masks = _masks(arrays, names, _lengths(sizes or {}, len(arrays[0])))
+        arguments = self._arguments(args, kwargs)
+        arrays = [
+            jnp.moveaxis(x, axis, 0)
+            for x, axis in zip(*arguments[:2], strict=True)
+            if axis is not None
+        ]
+        lengths = _lengths(sizes or {}, len(arrays[0]))
+        found: list[DataSet] = []
+        draw = handlers.substitute(substitute_fn=draw_improper)
+        with handlers.block(), handlers.seed(rng_seed=0), draw:
+            jax.eval_shape(lambda: found.append(self._run(args, kwargs, lengths)))
+        plates = found[0].plates
+        count = found[0].set_size()
+        if count is not None:
+            return _elements(arrays, count, _mask(plates, lengths, (count,)))
+        masks = [_mask(plates, lengths, x.shape[1:]) for x in arrays]
+        pairs = zip(arrays, masks, strict=True)
+        values = [x if mask is None else Masked(x, mask) for x, mask in pairs]
+        return (*values, *lengths.values())
+
+    def encoder(self, example_inputs: Any, *, rngs: nnx.Rngs) -> nnx.Module:
+        """Return the encoder that a guide has by default: a set encoder of sets, else an MLP."""
+        is_set = not isinstance(example_inputs, tuple)
+        return (SetEncoder if is_set else MLP)(example_inputs, rngs=rngs)
+
+    def _arguments(self, args: tuple, kwargs: dict[str, Any]) -> tuple[list, list, Any, int]:
+        """Return the leaves of the arguments, their axes of data sets, structure, and number."""
+        leaves, treedef = jax.tree.flatten((args, kwargs))
+        data = args or kwargs
+        num_sets = count_rows(data, self.batch_axes)
+        axes = datum_axes(self.batch_axes, data)
+        return leaves, axes + [None] * (len(leaves) - len(axes)), treedef, num_sets
+
+    def _run(self, args: tuple, kwargs: dict[str, Any], sizes: Mapping[str, Any]) -> DataSet:
+        """Run the model, and return what has met its sites."""
+        leaves, axes, treedef, num_sets = self._arguments(args, kwargs)
+        lengths, found = _lengths(sizes, num_sets), []
+        plate = numpyro.plate(self.plate, num_sets)
+
+        def one_set(number: Array, lengths: dict[str, Array], leaves: list[Any]) -> None:
+            args, kwargs = jax.tree.unflatten(treedef, leaves)
+            found.append(DataSet(plate, number, lengths))
+            with found[0]:
+                self.model(*args, **kwargs)
+
+        jax.vmap(one_set, in_axes=(0, 0, axes))(jnp.arange(num_sets), lengths, leaves)
+        found[0].check_lengths()
+        return found[0]
+
+
+def _mask(
+    plates: Mapping[str, int], lengths: Mapping[str, Array], shape: tuple[int, ...]
+) -> Array | None:
+    """Return where an array of a data set is no padding; None if it has none.
+
+    Args:
+        plates: the lengths of the model's plates.
+        lengths: by plate, how many of its rows each data set has.
+        shape: of the array in a data set.
+    """
+    masks = [
+        (jnp.arange(plates[name]) < length[:, None], shape.index(plates[name]))
+        for name, length in lengths.items()
+        if plates[name] in shape
+    ]
+    if not masks:
+        return None
+    ndim = 1 + max(axis for _, axis in masks)
+    spread = [
+        mask.reshape(len(mask), *[1] * axis, -1, *[1] * (ndim - axis - 1)) for mask, axis in masks
+    ]
+    every = jnp.broadcast_shapes(*(mask.shape for mask in spread), (1, *shape[:ndim]))
+    return jnp.broadcast_to(jnp.stack([jnp.broadcast_to(x, every) for x in spread]).all(0), every)
+
+
+def _elements(arrays: list[Array], count: int, mask: Array | None) -> Any:
+    """Return what each element of a data set has, and what all have in common beside it."""
+    parts = []
+    for x in arrays:
+        rows = x.reshape(len(x), -1) if x.shape[1:2] != (count,) else x
+        rows = rows[:, None] if rows is not x else x.reshape(len(x), count, -1)
+        parts.append(jnp.broadcast_to(rows, (len(x), count, rows.shape[-1])))
+    values = jnp.concatenate([x.astype(jnp.result_type(float)) for x in parts], axis=-1)
+    return values if mask is None else Masked(values, mask)
+
+
 def _lengths(sizes: Mapping[str, Any], num_sets: int) -> dict[str, Array]:
     lengths = {name: jnp.asarray(size) for name, size in sizes.items()}
     for name, size in lengths.items():
@@ -112,167 +169,3 @@ def _lengths(sizes: Mapping[str, Any], num_sets: int) -> dict[str, Array]:
                 "has."
             )
     return lengths
-
-
-class _DataSet(outwards):
-    """Shows the sites of a data set, which stands for all of them, to the handlers around.
-
-    Args:
-        plate: of the data sets.
-        number: that of the data set, under `jax.vmap`.
-        lengths: by plate, how many of its rows are no padding.
-    """
-
-    def __init__(self, plate: Any, number: Array, lengths: Mapping[str, Array]):
-        self.plate, self.number, self.lengths = plate, number, lengths
-        self.met: dict[str, int] = {}
-        super().__init__(None)
-
-    def process_message(self, msg: Any) -> None:
-        """Let the handlers around see what all data sets have of a site."""
-        if msg["type"] in ("mutable", "control_flow"):
-            raise ValueError(_no_place(msg))
-        if msg["type"] == "plate":
-            self.met[msg["name"]] = msg["args"][0]
-        if msg["type"] == "sample":
-            msg["value"], msg["stop"] = self._sample(msg), True
-        if msg["type"] == "deterministic":
-            self._send_value(msg)
-            msg["stop"] = True
-
-    def postprocess_message(self, msg: Any) -> None:
-        """Give each data set random keys of its own."""
-        if msg["type"] == "prng_key" and msg["value"] is not None:
-            msg["value"] = jax.random.fold_in(msg["value"], self.number)
-
-    def check_lengths(self) -> None:
-        """Raise if sizes are given of plates that the model does not have."""
-        wrong = sorted(set(self.lengths) - set(self.met))
-        if wrong:
-            raise ValueError(
-                f"sizes= names the plates {wrong}; the model has {sorted(self.met)}. Name these."
-            )
-
-    def _sample(self, msg: dict[str, Any]) -> Array:
-        """Return the value of a site in a data set, of which the handlers around decide."""
-        _check_scale(msg)
-        fn, value = self._distribution(msg)
-        shape, support = fn.batch_shape + fn.event_shape, peeled(fn.support)[0]
-        mask = None if is_switched_off(fn) else mask_of(fn)
-        parts = {"fn": fn, "mask": mask, "scale": msg["scale"], "value": value}
-        parts["support"] = support if jax.tree.leaves(support) else None
-
-        def message(parts: Any, axes: Any, num_sets: int) -> dict[str, Any]:
-            bounds = support if parts["support"] is None else parts["support"]
-            bounds = stacked_support(bounds, axes["support"], len(shape))
-            found = {name: _every(parts[name], axes[name], num_sets) for name in ("mask", "value")}
-            return {
-                **msg,
-                "fn": Stacked(parts["fn"], axes["fn"], bounds, found["mask"], num_sets),
-                "value": found["value"],
-                "scale": parts["scale"],
-                "plate_to_scale": {} if parts["scale"] is None else {None: parts["scale"]},
-                "kwargs": {"rng_key": None, "sample_shape": ()},
-            }
-
-        return self._send(message, parts, _like(fn) if value is None else value)
-
-    def _send_value(self, msg: dict[str, Any]) -> None:
-        """Let the handlers around see what a deterministic site is in all data sets."""
-
-        def message(parts: Any, axes: Any, num_sets: int) -> dict[str, Any]:
-            return {**msg, "value": _every(parts["value"], axes["value"], num_sets)}
-
-        value = jnp.asarray(msg["value"])
-        self._send(message, {"value": value}, value)
-
-    def _distribution(self, msg: dict[str, Any]) -> tuple[Any, Any]:
-        """Return a site's distribution, padding masked, and value, each of the shape of both."""
-        fn, value = msg["fn"], msg["value"]
-        fn = fn.expand(msg["kwargs"].get("sample_shape", ()) + fn.batch_shape)
-        if value is not None:
-            event = event_shape_of({**msg, "fn": fn})
-            fn = with_event(fn, event)
-            batch = jnp.shape(value)[: jnp.ndim(value) - len(event)]
-            fn = fn.expand(jnp.broadcast_shapes(batch, fn.batch_shape))
-            value = jnp.broadcast_to(value, fn.batch_shape + event)
-        for frame in msg["cond_indep_stack"]:
-            if frame.name in self.lengths:
-                rows = jnp.arange(frame.size) < self.lengths[frame.name]
-                fn = fn.mask(rows.reshape(-1, *[1] * (-frame.dim - 1)))
-        return fn, value
-
-    def _send(self, message: Callable[..., dict[str, Any]], parts: Any, like: Any) -> Array:
-        """Send a message of all data sets, and return its value in this one.
-
-        The rule by which `jax.vmap` is to batch a function is where all data sets are at hand.
-
-        Args:
-            message: makes it, from the parts with an axis of data sets where they have one, which
-                have one, and the number of data sets.
-            parts: what it is made of, in this data set.
-            like: an array of the shape and type of its value in a data set.
-        """
-        leaves, treedef = jax.tree.flatten(parts)
-        shape, dtype = jnp.shape(like), jnp.result_type(like)
-
-        @custom_vmap
-        def value_of(number: Array, leaves: list[Any]) -> Array:
-            del number, leaves
-            return jnp.zeros(shape, dtype)
-
-        @value_of.def_vmap
-        def value_of_all(num_sets: int, batched: list[Any], number: Array, leaves: list[Any]):
-            del number  # which differs by data set, so that this rule is asked for
-            flags = jax.tree.unflatten(treedef, batched[1])
-            axes = {name: _axes(part) for name, part in flags.items()}
-            made = message(jax.tree.unflatten(treedef, leaves), axes, num_sets)
-            sent = self.send({**made, "cond_indep_stack": [], "stop": False}, self.plate)
-            return jnp.asarray(sent["value"], dtype), True
-
-        return value_of(self.number, leaves)
-
-
-def _axes(flags: Any) -> Axes:
-    """Return by leaf the axis of data sets."""
-    return tuple(0 if flag else None for flag in jax.tree.leaves(flags))
-
-
-def _every(x: Any, axes: Axes, num_sets: int) -> Any:
-    """Return an array with an axis of data sets, whether it had one or not."""
-    if x is None or axes[0] is not None:
-        return x
-    return jnp.broadcast_to(x, (num_sets, *jnp.shape(x)))
-
-
-def _like(fn: Any) -> Any:
-    """Return the shape and type of a draw."""
-    shape = fn.batch_shape + fn.event_shape
-    if is_improper(fn):  # which has no sampler
-        return jax.ShapeDtypeStruct(shape, jnp.result_type(float))
-    return jax.ShapeDtypeStruct(shape, jax.eval_shape(fn.sample, jax.random.key(0)).dtype)
-
-
-def _check_scale(msg: dict[str, Any]) -> None:
-    """Raise if the entries of a site are scaled by factors of their own."""
-    if jnp.ndim(msg["scale"]) if msg["scale"] is not None else 0:
-        raise ValueError(
-            f"Site {msg['name']!r} is scaled by an array of shape {jnp.shape(msg['scale'])}; a "
-            "data set has one factor for all entries of a site. Scale by a number, or write "
-            "weights of observations into a numpyro.factor."
-        )
-
-
-def _no_place(msg: dict[str, Any]) -> str:
-    """Return why a message has no place in a data set."""
-    name = msg.get("name")
-    if msg["type"] == "mutable":
-        return (
-            f"The model has mutable state {name!r}, which would be another one for each data set. "
-            "Use a network without, such as one with LayerNorm for BatchNorm."
-        )
-    return (
-        f"The model of a data set has the control flow {name!r}, such as a scan, whose sites "
-        "cannot be told by data set. Write it without sites inside (jax.lax.scan of what is "
-        "sampled before), or put the plate of data sets into the scan's body by hand."
-    )

@@ -119,14 +119,7 @@ class _StackedConstraint(constraints.Constraint):
 
     def __init__(self, base: Any, axes: Axes, depth: int):
         self.base, self.axes, self.depth = base, axes, depth
-
-    @property
-    def is_discrete(self) -> bool:
-        return self.base.is_discrete
-
-    @property
-    def event_dim(self) -> int:
-        return self.base.event_dim
+        self.is_discrete, self.event_dim = base.is_discrete, base.event_dim
 
     def __call__(self, x: Any) -> Array:
         return self.map(lambda base, x: base(x), x, drops=self.event_dim)
@@ -156,7 +149,8 @@ class _StackedConstraint(constraints.Constraint):
         return same and self.depth == other.depth and self.base.eq(other.base, static=static)
 
     def tree_flatten(self) -> tuple[Any, Any]:
-        return (self.base,), (("base",), {"axes": self.axes, "depth": self.depth})
+        names = ("axes", "depth", "is_discrete", "event_dim")
+        return (self.base,), (("base",), {name: getattr(self, name) for name in names})
 
 
 class _StackedTransform(Transform):
