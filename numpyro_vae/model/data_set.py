@@ -50,7 +50,7 @@ class DataSet(outwards):
             msg["value"] = jax.random.fold_in(msg["value"], self.number)
 
     def check_lengths(self) -> None:
-        """Raise if sizes are given of plates that the model does not have."""
+        """Raise if sizes are given of plates that the model does not have, or beyond theirs."""
         wrong = sorted(set(self.lengths) - set(self.plates))
         if wrong:
             raise ValueError(

@@ -8,8 +8,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import numpyro
 from flax import nnx
+from jax.core import Tracer
 from jaxtyping import Array
 from numpyro import handlers
 
@@ -120,7 +122,22 @@ class DataSets:
 
         jax.vmap(one_set, in_axes=(0, 0, axes))(jnp.arange(num_sets), lengths, leaves)
         found[0].check_lengths()
+        _check_range(lengths, found[0].plates)
         return found[0]
+
+
+def _check_range(lengths: Mapping[str, Array], plates: Mapping[str, int]) -> None:
+    """Raise if a data set has more rows than its arrays, where numbers are known."""
+    for name, size in lengths.items():
+        if isinstance(size, Tracer):
+            continue
+        known = np.asarray(size)
+        wrong = np.flatnonzero((known < 0) | (known > plates[name]))
+        if wrong.size:
+            raise ValueError(
+                f"sizes= gives data set {wrong[0]} {known[wrong[0]]} rows of plate {name!r}, which "
+                f"has {plates[name]} rows. Pad arrays to the largest data set."
+            )
 
 
 def _mask(

@@ -127,17 +127,23 @@ class _StackedConstraint(constraints.Constraint):
     def feasible_like(self, prototype: Any) -> Array:
         return self.map(lambda base, x: base.feasible_like(x), prototype)
 
-    def map(self, fn: Callable[..., Array], *values: Any, extra: int = 0, drops: int = 0) -> Array:
+    @property
+    def first(self) -> Any:
+        """The support in the first data set, whose transform has the shapes of all."""
+        leaves, treedef = jax.tree.flatten(self.base)
+        pairs = zip(leaves, self.axes, strict=True)
+        return jax.tree.unflatten(treedef, [x if axis is None else x[0] for x, axis in pairs])
+
+    def map(self, fn: Callable[..., Array], *values: Any, drops: int = 0) -> Array:
         """Apply a function of a data set's support and values to all data sets.
 
         Args:
             fn: the function.
             values: with an axis of data sets.
-            extra: how many more axes than events of the support their events have.
             drops: how many axes of an event the function leaves out.
         """
         leaves, treedef = jax.tree.flatten(self.base)
-        axis = -self.depth - extra - 1
+        axis = -self.depth - 1
         return jax.vmap(
             lambda leaves, *values: fn(jax.tree.unflatten(treedef, leaves), *values),
             in_axes=(list(self.axes), *[axis] * len(values)),
@@ -161,7 +167,7 @@ class _StackedTransform(Transform):
 
     @property
     def domain(self) -> Any:
-        return biject_to(self.constraint.base).domain
+        return biject_to(self.constraint.first).domain
 
     @property
     def codomain(self) -> Any:
@@ -182,10 +188,10 @@ class _StackedTransform(Transform):
         return self.constraint.map(of_one, x, y, drops=self.constraint.event_dim)
 
     def forward_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        return biject_to(self.constraint.base).forward_shape(shape)
+        return biject_to(self.constraint.first).forward_shape(shape)
 
     def inverse_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        return biject_to(self.constraint.base).inverse_shape(shape)
+        return biject_to(self.constraint.first).inverse_shape(shape)
 
     def eq(self, other: object, static: bool = False) -> Any:
         same = isinstance(other, _StackedTransform)
