@@ -11,8 +11,10 @@ A picture and an ArviZ DataTree are written into ``output/``.
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
@@ -56,7 +58,7 @@ def train(num_data: int, num_epochs: int) -> Posterior:
 
     def inputs(effect: jax.Array, error: jax.Array) -> jax.Array:
         """Effects on a scale on which those that a HalfCauchy spreads widely are not far."""
-        return jax.numpy.concatenate([jax.numpy.arcsinh(effect / 10.0), jax.numpy.log(error)], -1)
+        return jnp.concatenate([jnp.arcsinh(effect / 10.0), jnp.log(error)], -1)
 
     guide = AutoAmortizedFlow(experiments, inputs=inputs)
     num_steps = num_epochs * -(-num_data // 256)
@@ -93,8 +95,8 @@ def compare(found: dict[str, np.ndarray]) -> None:
         shift = np.abs(draws.mean(0) - exact.mean(0)) / exact.std(0)
         ratio = draws.std(0) / exact.std(0)
         print(
-            f"{name}: means within {shift.max():.3f} sd of those of NUTS, sds {ratio.min() - 1:+.1%} "
-            f"to {ratio.max() - 1:+.1%}"
+            f"{name}: means within {shift.max():.3f} sd of those of NUTS, sds "
+            f"{ratio.min() - 1:+.1%} to {ratio.max() - 1:+.1%}"
         )
 
 
@@ -106,40 +108,45 @@ def draw(found: dict[str, np.ndarray], path: Path) -> None:
     left.errorbar(places - 0.3, EFFECT[0], ERROR[0], fmt="k.", alpha=0.4, label="measured")
     for number, (name, draws) in enumerate(found.items()):
         low, mid, high = np.quantile(draws[:, 2:], [0.1, 0.5, 0.9], axis=0)
-        left.errorbar(places + 0.15 * number - 0.1, mid, [mid - low, high - mid], fmt="o", label=name)
+        beside, bars = places + 0.15 * number - 0.1, [mid - low, high - mid]
+        left.errorbar(beside, mid, bars, fmt="o", label=name)
         right.hist(draws[:, 1], np.linspace(0, 25, 40), density=True, histtype="step", label=name)
     left.set(xticks=places, xticklabels=list("ABCDEFGH"), ylabel="effect of coaching")
     right.set(xlabel="tau", ylabel="density")
     left.legend()
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
 
 
-def main(args: argparse.Namespace) -> None:
+def main() -> None:
     """Train, read the experiment, check and repair, and compare with NUTS."""
-    posterior = train(args.num_data, args.num_epochs)
-    data = EFFECT, ERROR
-    draws = posterior.sample(jax.random.key(1), data, args.num_samples)
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--output", type=Path, default=Path("output"), help="folder to write to")
+    parser.add_argument("--quick", action="store_true", help="a few steps, to see that it runs")
+    options = parser.parse_args()
+    num_data, num_epochs, num_samples = (512, 2, 200) if options.quick else (10_000, 60, 4_000)
+
+    posterior, data = train(num_data, num_epochs), (EFFECT, ERROR)
+    tree = posterior.to_datatree(jax.random.key(1), data, num_samples)
     report = posterior.check(jax.random.key(2), data, checks="importance")
     print(report)
-    repaired = posterior.repair(jax.random.key(2), data, report)
-    print(repaired)
-    tree = repaired.to_datatree(jax.random.key(3), data, args.num_samples)
-    better = {name: tree.posterior[name].values[0] for name in draws}
+    better = posterior.repair(jax.random.key(3), data, [0], num_samples=num_samples)
+    print(better)
+    repaired = better.add_to(tree)
     found = {
-        "one pass": flat({name: x[:, 0] for name, x in draws.items()}),
-        "repaired": flat({name: x[:, 0] for name, x in better.items()}),
-        "NUTS": flat(run_nuts(args.num_samples)),
+        "one pass": flat(draws_of(tree)),
+        "repaired": flat(draws_of(repaired)),
+        "NUTS": flat(run_nuts(num_samples)),
     }
     compare(found)
-    draw(found, args.output / "eight_schools.png")
-    tree.to_netcdf(args.output / "eight_schools.nc")
+    options.output.mkdir(parents=True, exist_ok=True)
+    draw(found, options.output / "eight_schools.png")
+    repaired.to_netcdf(options.output / "eight_schools.nc")
+
+
+def draws_of(tree: Any) -> dict[str, np.ndarray]:
+    """Return the draws of the one experiment."""
+    return {name: x.values[0, :, 0] for name, x in tree.posterior.data_vars.items()}
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--num-data", type=int, default=10_000, help="experiments in an epoch")
-    parser.add_argument("--num-epochs", type=int, default=100)
-    parser.add_argument("--num-samples", type=int, default=4_000)
-    parser.add_argument("--output", type=Path, default=Path("output"))
-    main(parser.parse_args())
+    main()

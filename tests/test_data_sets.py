@@ -297,6 +297,11 @@ def test_what_has_no_place_in_a_data_set_is_named(data):
         with numpyro.plate("row", 5), handlers.scale(scale=sigma):
             numpyro.sample("y", dist.Normal(0.0, 1.0), obs=y)
 
+    def mixture(y, sigma):
+        numpyro.sample("k", dist.Categorical(jnp.ones(2) / 2), infer={"enumerate": "parallel"})
+
+    with pytest.raises(ValueError, match="'k' is a discrete latent"):
+        run(mixture, *data)
     with pytest.raises(ValueError, match=r"control flow .*scan"):
         run(scanned, *data)
     with pytest.raises(ValueError, match=r"'y' is scaled by an array of shape \(5,\)"):

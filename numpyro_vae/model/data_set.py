@@ -69,7 +69,7 @@ class DataSet(outwards):
 
     def _sample(self, msg: dict[str, Any]) -> Array:
         """Return the value of a site in a data set, of which the handlers around decide."""
-        _check_scale(msg)
+        _check_site(msg)
         fn, value = self._distribution(msg)
         shape, support = fn.batch_shape + fn.event_shape, peeled(fn.support)[0]
         mask = None if is_switched_off(fn) else mask_of(fn)
@@ -172,13 +172,18 @@ def _like(fn: Any) -> Any:
     return jax.ShapeDtypeStruct(shape, jax.eval_shape(fn.sample, jax.random.key(0)).dtype)
 
 
-def _check_scale(msg: dict[str, Any]) -> None:
-    """Raise if the entries of a site are scaled by factors of their own."""
+def _check_site(msg: dict[str, Any]) -> None:
+    """Raise if a site is a discrete latent, or its entries are scaled by factors of their own."""
     if jnp.ndim(msg["scale"]) if msg["scale"] is not None else 0:
         raise ValueError(
             f"Site {msg['name']!r} is scaled by an array of shape {jnp.shape(msg['scale'])}; a "
             "data set has one factor for all entries of a site. Scale by a number, or write "
             "weights of observations into a numpyro.factor."
+        )
+    if not msg["is_observed"] and msg["value"] is None and msg["fn"].support.is_discrete:
+        raise ValueError(
+            f"Site {msg['name']!r} is a discrete latent, which a guide of data sets cannot have. "
+            "Sum over its values in the likelihood, as with a dist.MixtureSameFamily."
         )
 
 

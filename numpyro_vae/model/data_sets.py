@@ -22,17 +22,40 @@ from numpyro_vae.model.data_set import DataSet
 from numpyro_vae.model.trace import Model
 from numpyro_vae.numpyro_internals import draw_improper
 
-__all__ = ["DataSets", "data_sets"]
+__all__ = ["data_sets"]
 
 
 def data_sets(model: Model, *, batch_axes: Any = 0, plate: str = "data_sets") -> DataSets:
-    """Turn a model of one data set into a model of many, which are independent of each other.
+    r"""Turn a model of one data set into a model of many, which are independent of each other.
+
+    Each site of the model becomes one site in a plate of data sets, with all that it is in a data
+    set as its event, so that the density is the sum of those of all data sets,
+
+    .. math:: \log p(x_{1:n}, z_{1:n}) = \sum_i \log p(x_i, z_i).
+
+    The model runs once, under `jax.vmap`. A guide of what is returned amortizes over data sets: its
+    encoder reads a whole data set, and all latents of the model are those of a row.
 
     Args:
-        model: a NumPyro model of one data set, with plates or without.
-        batch_axes: the axis of data sets of each array, as in `fit`; None for an array that all
-            data sets share.
+        model: a NumPyro model of one data set, with plates or without, that calls neither ``scan``
+            nor networks with mutable state; its parameters are shared by all data sets.
+        batch_axes: the axis of data sets of each array, as in `fit`, to which it is passed too;
+            None for an array that all data sets share.
         plate: the name of the plate of data sets.
+
+    Reference:
+        Cranmer, Brehmer and Louppe, *The frontier of simulation-based inference*, PNAS 2020.
+
+    Example:
+        >>> import numpyro.distributions as dist
+        >>> def model(y):  # of one data set
+        ...     mu = numpyro.sample("mu", dist.Normal(0.0, 1.0))
+        ...     with numpyro.plate("observation", len(y)):
+        ...         numpyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+        >>> with handlers.seed(rng_seed=0), handlers.trace() as trace:
+        ...     data_sets(model)(np.zeros((100, 8)))
+        >>> trace["mu"]["fn"].shape(), trace["y"]["fn"].shape()
+        ((100,), (100, 8))
     """
     return DataSets(model, batch_axes, plate)
 
