@@ -27,6 +27,7 @@ WITHOUT_DATA = (
     "objectives.py",
     "quality.py",
     "global_sites.py",
+    "sbibm.py",
 )
 OPTIONAL_DATA = ("convolution.py",)
 NEED_DATA = ("checking.py", "mnist_elbo.py", "hand_written.py")

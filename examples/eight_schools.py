@@ -20,7 +20,7 @@ import numpyro
 import numpyro.distributions as dist
 import optax
 from matplotlib.figure import Figure
-from numpyro.handlers import reparam
+from numpyro import handlers
 from numpyro.infer import MCMC, NUTS, SVI
 from numpyro.infer.reparam import LocScaleReparam
 
@@ -47,7 +47,14 @@ def schools(effect: jax.Array, error: jax.Array) -> None:
 
 
 # The distance of each school from the others in units of tau, which no funnel is in.
-model = reparam(schools, config={"theta": LocScaleReparam(0.0)})
+model = handlers.reparam(schools, config={"theta": LocScaleReparam(0.0)})
+
+
+def effects(error: np.ndarray) -> np.ndarray:
+    """Draw what schools measure, by whose scale the encoder standardizes."""
+    with handlers.seed(rng_seed=0), handlers.trace() as trace, handlers.uncondition():
+        data_sets(model)(np.zeros_like(error), error)
+    return np.asarray(trace["effect"]["value"])
 
 
 def train(num_data: int, num_epochs: int) -> Posterior:
@@ -62,9 +69,9 @@ def train(num_data: int, num_epochs: int) -> Posterior:
 
     guide = AutoAmortizedFlow(experiments, inputs=inputs)
     num_steps = num_epochs * -(-num_data // 256)
-    optimizer = optax.adam(optax.cosine_decay_schedule(2e-3, num_steps))
+    optimizer = optax.adam(optax.cosine_decay_schedule(3e-3, num_steps))
     svi = SVI(experiments, guide, optimizer, ForwardKL())
-    simulations = Simulations(num_data, like=(np.zeros_like(error), error))
+    simulations = Simulations(num_data, like=(effects(error), error))
     result = fit(svi, jax.random.key(0), simulations, num_epochs=num_epochs, batch_size=256)
     return Posterior(guide, result)
 
@@ -123,7 +130,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("output"), help="folder to write to")
     parser.add_argument("--quick", action="store_true", help="a few steps, to see that it runs")
     options = parser.parse_args()
-    num_data, num_epochs, num_samples = (512, 2, 200) if options.quick else (10_000, 60, 4_000)
+    num_data, num_epochs, num_samples = (512, 2, 200) if options.quick else (10_000, 200, 4_000)
 
     posterior, data = train(num_data, num_epochs), (EFFECT, ERROR)
     tree = posterior.to_datatree(jax.random.key(1), data, num_samples)
