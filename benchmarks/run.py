@@ -28,6 +28,7 @@ WITHOUT_DATA = (
     "quality.py",
     "serving.py",
     "global_sites.py",
+    "sbibm.py",
 )
 OPTIONAL_DATA = ("convolution.py",)
 NEED_DATA = ("checking.py", "mnist_elbo.py", "hand_written.py")

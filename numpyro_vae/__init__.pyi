@@ -30,6 +30,7 @@ from .guides.auto import (
 )
 from .guides.base import AmortizedGuide
 from .layers.convolution import Conv, ConvTranspose
+from .model.data_sets import data_sets
 from .objectives.forward_kl import ForwardKL
 from .plots.figures import (
     plot_collapse,
@@ -97,6 +98,7 @@ __all__ = [
     "Softplus",
     "amortize",
     "compare",
+    "data_sets",
     "fit",
     "plot_collapse",
     "plot_comparison",

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -28,7 +29,7 @@ from numpyro.infer.elbo import ELBO, _check_mean_field_requirement
 from numpyro.infer.hmc import HMCState
 from numpyro.infer.util import transform_fn
 from numpyro.ops.provenance import eval_provenance
-from numpyro.primitives import Messenger, apply_stack
+from numpyro.primitives import _PYRO_STACK, Messenger, apply_stack
 from numpyro.util import _validate_model, check_model_guide_match
 
 # Handlers sit in one stack for all threads: what runs a model holds this, so that no other
@@ -113,6 +114,27 @@ class _Watch(Messenger):
     def postprocess_message(self, msg: Any) -> None:
         if msg["type"] == "plate":
             self.after, self.size = msg["value"], msg["args"][0]
+
+
+class outwards(Messenger):  # noqa: N801
+    """Lets what is sent within ``send`` reach the handlers around this one, and no others."""
+
+    def __enter__(self) -> None:
+        self._depth = len(_PYRO_STACK)
+        super().__enter__()
+
+    def send(self, msg: dict[str, Any], *within: Any) -> dict[str, Any]:
+        """Send a message to the handlers around this one, and further ones within those."""
+        inner = _PYRO_STACK[self._depth :]
+        del _PYRO_STACK[self._depth :]
+        try:
+            with ExitStack() as stack:
+                for handler in within:
+                    stack.enter_context(handler)
+                apply_stack(msg)
+        finally:
+            _PYRO_STACK.extend(inner)
+        return msg
 
 
 def was_observed(site: dict[str, Any]) -> bool:

@@ -360,3 +360,27 @@ def test_a_scale_and_a_switch_are_what_the_model_says():
     assert [internals.declared_scale(trace[name]) for name in "zwv"] == [3.0, 6.0, None]
     assert trace["z"]["scale"] == 6.0
     assert [internals.is_switched_off(trace[name]["fn"]) for name in "zwv"] == [True, False, False]
+
+
+def test_a_message_sent_outwards_passes_by_the_handlers_within():
+    """Those around see it, with the handlers that it is sent within; then all is as before."""
+    msg = {"type": "of_ours", "name": "ours", "fn": dict, "args": (), "kwargs": {}, "value": None}
+    outer, inner, within = (_Names() for _ in range(3))
+    handler = internals.outwards()
+    with outer, handler, inner:
+        handler.send(msg, within)
+        numpyro.sample("x", dist.Normal(0.0, 1.0), obs=0.0)
+        with pytest.raises(ZeroDivisionError):
+            handler.send({**msg, "fn": lambda: 1 / 0, "value": None})
+    assert outer.names == ["ours", "x", "ours"]
+    assert within.names == ["ours"]
+    assert inner.names == ["x"]
+
+
+class _Names(Messenger):
+    def __init__(self):
+        self.names = []
+        super().__init__(None)
+
+    def process_message(self, msg):
+        self.names.append(msg["name"])

@@ -44,7 +44,10 @@ ORDER = {
     "model": (
         "provenance",
         "sites",
+        "stacked",
         "trace",
+        "data_set",
+        "data_sets",
         "supports",
         "contents",
         "reading",

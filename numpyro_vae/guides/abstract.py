@@ -17,6 +17,7 @@ from numpyro_vae.model.plan import GuidePlan
 from numpyro_vae.model.reading import ModelReader
 from numpyro_vae.model.run import Run
 from numpyro_vae.model.sites import ModelSites, Plate, Site, choose_plate
+from numpyro_vae.model.stacked import peeled
 from numpyro_vae.model.trace import Rows, is_real
 
 
@@ -135,7 +136,7 @@ class AbstractEncoding(ABC):
         values, log_det = {}, jnp.zeros(packed.shape[:-1], packed.dtype)
         lead = packed.ndim - 2
         for site, unconstrained in self.unpack(packed):
-            transform = biject_to(self.run.support(site))
+            transform = biject_to(peeled(self.run.support(site))[0])
             values[site.name] = transform(unconstrained)
             log_dets = transform.log_abs_det_jacobian(unconstrained, values[site.name])
             mask = self.run.mask(site)

@@ -25,6 +25,7 @@ from numpyro_vae.guides.encoding import Encoding
 from numpyro_vae.guides.global_sites import GlobalGuide, require_maker
 from numpyro_vae.guides.local_sites import sample_local
 from numpyro_vae.guides.network import Encoder, Network, declare_network
+from numpyro_vae.model.data_sets import DataSets
 from numpyro_vae.model.plan import GuidePlan, plan_guide
 from numpyro_vae.model.plates import all_rows, given_rows
 from numpyro_vae.model.reading import ModelReader
@@ -81,6 +82,9 @@ class AmortizedGuide(AutoGuide, AbstractGuide):
         prefix: str = "auto",
     ):
         super().__init__(model, prefix=prefix, create_plates=create_plates)
+        if isinstance(model, DataSets):
+            encoder = model.encoder if encoder is None else encoder
+            inputs = model.inputs if inputs is None else inputs
         self.encoder = MLP if encoder is None else encoder
         self.family = family
         self.inputs = inputs

@@ -19,6 +19,7 @@ from numpyro.distributions.util import sum_rightmost
 from numpyro_vae.guides.blocks import Block
 from numpyro_vae.guides.encoding import Encoding
 from numpyro_vae.model.sites import Site
+from numpyro_vae.model.stacked import peeled
 from numpyro_vae.model.trace import is_real
 
 
@@ -48,10 +49,10 @@ def _each(encoding: Encoding, block: Block, raw: Any) -> Iterator[tuple[Site, Ar
     run = encoding.run
     for site, part in block.raw_by_site(raw):
         by_value = jax.tree.map(lambda rows, site=site: site.unpack(rows, run.plate), part)
-        fn = _site_distribution(block.head.marginals(by_value), site, run.support(site))
-        mask = run.mask(site)
+        marginals, mask = block.head.marginals(by_value), run.mask(site)
+        fn = _masked(marginals, site, run.support(site), mask)
         with run.enter_plates(site.plates), scaled(run.scale(site)):
-            yield site, jnp.asarray(numpyro.sample(site.name, _masked(fn, mask, site)))
+            yield site, jnp.asarray(numpyro.sample(site.name, fn))
 
 
 def scaled(factor: Any) -> AbstractContextManager:
@@ -59,34 +60,42 @@ def scaled(factor: Any) -> AbstractContextManager:
     return nullcontext() if factor is None else handlers.scale(scale=factor)
 
 
-def _site_distribution(by_value: Any, site: Site, support: Any) -> dist.Distribution:
-    """Return the distribution of a site from those of its unconstrained values."""
-    fn = by_value.to_event(len(site.unconstrained_shape))
+def _site_distribution(
+    by_value: Any, support: Any, unconstrained_ndim: int, event_ndim: int
+) -> dist.Distribution:
+    """Return the distribution of events from that of their unconstrained values."""
+    fn = by_value.to_event(unconstrained_ndim)
     if is_real(support):
         return fn
     transform = biject_to(support)
     if isinstance(by_value, dist.Delta):  # a point has no density for the transform to change
-        return dist.Delta(transform(by_value.v), event_dim=len(site.event_shape))
+        return dist.Delta(transform(by_value.v), event_dim=event_ndim)
     return dist.TransformedDistribution(fn, transform)
 
 
-def _masked(fn: dist.Distribution, mask: Array | None, site: Site) -> dist.Distribution:
-    """Leave out what the model leaves out."""
-    if mask is None:
-        return fn
-    if mask.ndim == len(site.batch_shape):
-        return fn.mask(mask)
-    if not isinstance(fn, dist.Independent):
+def _masked(by_value: Any, site: Site, support: Any, mask: Array | None) -> dist.Distribution:
+    """Return the distribution of a site, in which what the model leaves out is left out."""
+    finer = 0 if mask is None else mask.ndim - len(site.batch_shape)
+    ndims = len(site.unconstrained_shape), len(site.event_shape)
+    if not finer:
+        fn = _site_distribution(by_value, support, *ndims)
+        return fn if mask is None else fn.mask(mask)
+    support, num_axes = peeled(support)
+    if finer > num_axes:
         raise _finer_mask(site)
-    missing = len(site.batch_shape) + len(site.event_shape) - mask.ndim
-    by_value = fn.base_dist.mask(mask.reshape(mask.shape + (1,) * missing))
-    return by_value.to_event(len(site.event_shape))
+    fn = _site_distribution(by_value, support, *(ndim - num_axes for ndim in ndims))
+    return fn.mask(_with_axes(mask, len(fn.batch_shape))).to_event(num_axes)
+
+
+def _with_axes(mask: Any, ndim: int) -> Array:
+    """Return a mask with axes of length 1 at its end, ``ndim`` in all."""
+    return mask.reshape(mask.shape + (1,) * (ndim - mask.ndim))
 
 
 def _finer_mask(site: Site) -> ValueError:
     return ValueError(
-        f"The model masks single values of the events of the local site {site.name!r}, whose "
-        "support is constrained. Mask whole events with handlers.mask."
+        f"The model masks single values of the events of the local site {site.name!r}, which its "
+        "support ties to each other. Mask whole events with handlers.mask."
     )
 
 
@@ -132,16 +141,15 @@ def _function_of_draw(
     site: Site, unconstrained: Array, support: Any, mask: Array | None
 ) -> dist.Distribution:
     """Return a point on the site's support, with the density that the transform gives it."""
-    transform, batch_dim = biject_to(support), len(site.batch_shape)
+    batch_dim = len(site.batch_shape)
+    is_finer = mask is not None and mask.ndim > batch_dim
+    transform = biject_to(peeled(support)[0] if is_finer else support)
     value = transform(unconstrained)
     log_det = transform.log_abs_det_jacobian(unconstrained, value)
-    is_finer = mask is not None and mask.ndim > batch_dim
     if is_finer and not is_real(support):
         if log_det.ndim < mask.ndim:
             raise _finer_mask(site)
-        log_det = jnp.where(
-            mask.reshape(mask.shape + (1,) * (log_det.ndim - mask.ndim)), log_det, 0
-        )
+        log_det = jnp.where(_with_axes(mask, log_det.ndim), log_det, 0)
     log_det = sum_rightmost(log_det, log_det.ndim - batch_dim)
     fn = dist.Delta(value, log_density=-log_det, event_dim=len(site.event_shape))
     return fn if mask is None or is_finer else fn.mask(mask)

@@ -12,6 +12,7 @@ from numpyro.distributions.util import sum_rightmost
 
 from numpyro_vae.guides.abstract import AbstractEncoding
 from numpyro_vae.model.sites import Site
+from numpyro_vae.model.stacked import peeled
 from numpyro_vae.model.trace import is_real, mask_of
 from numpyro_vae.scales.log_scale_normal import LogScaleNormal
 
@@ -75,7 +76,7 @@ def _log_prior(
 ) -> Float[Array, "batch"]:
     """Return the log prior density of each datum's unconstrained values."""
     prior = trace[site.name]["fn"]
-    transform, mask = biject_to(prior.support), mask_of(prior)
+    transform, mask = biject_to(peeled(prior.support)[0]), mask_of(prior)
     value = transform(draw)
     log_det = transform.log_abs_det_jacobian(draw, value)
     if mask is not None:

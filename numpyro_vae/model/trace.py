@@ -14,6 +14,7 @@ from numpyro.primitives import Messenger
 
 from numpyro_vae.model.provenance import named_values
 from numpyro_vae.model.sites import ModelSites, Plate, Site
+from numpyro_vae.model.stacked import Stacked
 from numpyro_vae.numpyro_internals import (
     draw_improper,
     is_improper,
@@ -245,6 +246,8 @@ def mask_of(fn: dist.Distribution) -> Array | None:
     Returns:
         Booleans of shape ``batch_shape``, or that and the leading part of ``event_shape``.
     """
+    if isinstance(fn, Stacked):
+        return fn.mask_by_set
     if isinstance(fn, dist.Independent):
         return mask_of(fn.base_dist)
     if isinstance(fn, dist.ExpandedDistribution):
