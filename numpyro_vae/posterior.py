@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jax.sharding import Mesh
@@ -16,7 +16,7 @@ from numpyro_vae.checks.report import Report
 from numpyro_vae.checks.run import run_checks
 from numpyro_vae.data.devices import Devices
 from numpyro_vae.inference import quantities as compiled
-from numpyro_vae.inference.draws import sample_sites, site_probabilities
+from numpyro_vae.inference.draws import SiteEncoding, sample_sites, site_probabilities
 from numpyro_vae.inference.make_datatree import make_datatree
 from numpyro_vae.inference.predictable import predict
 from numpyro_vae.inference.runner import Runner, choose_names
@@ -34,13 +34,6 @@ __all__ = ["Posterior"]
 
 
 OF_FIT: Any = object()  # stands for the fit's own, as None is a value of batch_axes
-
-
-class SiteEncoding(NamedTuple):
-    """The guide's ``loc`` and ``scale`` of a site's unconstrained values, a row a datum."""
-
-    loc: np.ndarray
-    scale: np.ndarray
 
 
 class Posterior:

@@ -103,6 +103,7 @@ ORDER = {
         "psis",
         "divergences",
         "encoded",
+        "functions",
         "quantities",
         "memory",
         "fingerprint",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Array
@@ -14,6 +14,13 @@ from numpyro_vae.inference.rows import Rows
 from numpyro_vae.inference.runner import Runner, choose_names
 from numpyro_vae.model.enumeration import Enumeration
 from numpyro_vae.numpyro_internals import HANDLERS
+
+
+class SiteEncoding(NamedTuple):
+    """The guide's ``loc`` and ``scale`` of a site's unconstrained values, a row a datum."""
+
+    loc: np.ndarray
+    scale: np.ndarray
 
 
 def sample_sites(

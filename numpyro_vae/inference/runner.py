@@ -17,7 +17,14 @@ from numpyro_vae.data.batch import Batch
 from numpyro_vae.data.devices import ONE_DEVICE, Devices
 from numpyro_vae.guides.abstract import AbstractGuide
 from numpyro_vae.inference.compiled import Compiled, identity_of
-from numpyro_vae.inference.encoded import EncodedBatch
+from numpyro_vae.inference.functions import (
+    Quantity,
+    draws_of_globals,
+    encoded,
+    globals_key,
+    of_batch,
+    of_rows,
+)
 from numpyro_vae.inference.memory import require_memory, size_of
 from numpyro_vae.inference.rows import Rows, rounded
 from numpyro_vae.numpyro_internals import HANDLERS
@@ -25,8 +32,6 @@ from numpyro_vae.numpyro_internals import HANDLERS
 ROWS = 256  # rows at once
 DRAWS = 2**22  # values drawn at once
 PARTS = 2**32 - 2  # of no row: what the keys of parts of the draws are folded with first
-
-Quantity = Callable[..., Any]
 
 
 class Runner:
@@ -161,7 +166,7 @@ class Runner:
         Raises:
             MemoryError: if the results do not fit in memory; nothing is computed then.
         """
-        compiled = self._compiled_quantity(_of_batch, quantity, static)
+        compiled = self._compiled_quantity(of_batch, quantity, static)
 
         def given(batch: Batch) -> tuple:
             mine = () if by_row is None else (_cut(by_row, rows, batch),)
@@ -228,10 +233,10 @@ class Runner:
 
     def trace(self, quantity: Quantity, rows: Rows, *args: Any) -> Any:
         """Return the shapes of a quantity of a batch, for which nothing is computed."""
-        encode = partial(_encode, self.guide, self.static_kwargs)
+        encode = partial(encoded, self.guide, self.static_kwargs)
         with HANDLERS:
-            of_batch = partial(_of_batch, encode, quantity)
-            return jax.eval_shape(of_batch, self.params, rows.whole(), *args)
+            found = partial(of_batch, encode, quantity)
+            return jax.eval_shape(found, self.params, rows.whole(), *args)
 
     def has_features(self, rows: Rows) -> bool:
         """Return whether the guide says what it says of a row by features; see `refine`."""
@@ -241,7 +246,7 @@ class Runner:
 
     def once(self, quantity: Quantity, rows: Rows, *args: Any, **static: Any) -> Any:
         """Run a quantity of all rows at once; see `per_batch`."""
-        compiled = self._compiled_quantity(_of_batch, quantity, static)
+        compiled = self._compiled_quantity(of_batch, quantity, static)
         found = compiled(*self._of_all(compiled, rows, *args))
         return jax.tree.map(np.asarray, found)
 
@@ -275,7 +280,7 @@ class Runner:
         places = np.minimum(np.arange(devices.rounded(rounded(size))), size - 1)
         by_row = jax.tree.map(lambda x: devices.divide(x[places]), by_row)
         chosen = devices.divide(where[places])
-        compiled = self._compiled_quantity(_of_rows, quantity, static)
+        compiled = self._compiled_quantity(of_rows, quantity, static)
         found = compiled(self.params, pool, chosen, by_row, *args)
         return jax.tree.map(lambda x: np.asarray(x)[:size], found)
 
@@ -299,7 +304,7 @@ class Runner:
         return max(DRAWS // max(self.width(observed=True) * rows_at_once, 1), 1)
 
     def _compiled_quantity(self, of: Callable, quantity: Quantity, static: dict) -> Compiled:
-        encode = partial(_encode, self.guide, self.static_kwargs)
+        encode = partial(encoded, self.guide, self.static_kwargs)
         fn = partial(of, encode, partial(quantity, **static))
         return self._compiled((of, quantity, *sorted(static.items())), fn)
 
@@ -311,53 +316,6 @@ class Runner:
         if key not in compiled:
             compiled.setdefault(key, Compiled(fn))
         return compiled[key]
-
-
-def globals_key(rng_key: Array) -> Array:
-    """Return the key of the draws of the global sites, which is of no row."""
-    return jax.random.fold_in(rng_key, 2**32 - 1)
-
-
-def draws_of_globals(
-    draw: Callable[..., Any],
-    static_kwargs: dict[str, Any],
-    num_samples: int,
-    params: dict[str, Any],
-    batch: Batch,
-    rng_key: Array,
-) -> Any:
-    """Return so many draws of the global sites, made by a method of the guide."""
-    args, kwargs = batch.arguments()
-    return draw(rng_key, params, (num_samples,), args, {**kwargs, **static_kwargs})
-
-
-def _encode(
-    guide: AbstractGuide, static_kwargs: dict[str, Any], params: dict[str, Any], batch: Batch
-) -> EncodedBatch:
-    return EncodedBatch.encode(guide, params, batch, static_kwargs)
-
-
-def _of_batch(encode: Callable, quantity: Quantity, params: dict, batch: Batch, *args: Any) -> Any:
-    return quantity(encode(params, batch), *args)
-
-
-def _of_rows(
-    encode: Callable,
-    quantity: Quantity,
-    params: dict,
-    batch: Batch,
-    rows: Array,
-    by_row: Any,
-    *args: Any,
-) -> Any:
-    is_cut = batch.cuts or batch.fills_plate  # else the model takes the data whole
-
-    def one(row: Array, of_row: Any) -> Any:
-        alone = batch.at(row[None]) if is_cut else batch
-        place = jnp.zeros_like(row) if is_cut else row
-        return quantity(encode(params, alone), place, of_row, *args)
-
-    return jax.vmap(one)(rows, by_row)
 
 
 def _batch_size(values: int) -> int:

@@ -17,7 +17,8 @@ from jaxtyping import Array, Float, Int, UInt32
 from numpyro_vae.checks.novelty import NEIGHBOURS, PARTICLES, NoveltyReference, row_features
 from numpyro_vae.inference import quantities
 from numpyro_vae.inference.encoded import PAIRS, EncodedBatch
-from numpyro_vae.inference.runner import ROWS, Runner, draws_of_globals, globals_key
+from numpyro_vae.inference.functions import draws_of_globals, globals_key
+from numpyro_vae.inference.runner import ROWS, Runner
 from numpyro_vae.serving.inputs import Inputs
 from numpyro_vae.serving.leaves import Leaves
 
