@@ -37,7 +37,7 @@ FOLDERS = (
 )
 # The modules of a folder in order: each imports only those before it.
 ORDER = {
-    "data": ("ragged", "arguments", "shapes", "arrays", "batch"),
+    "data": ("ragged", "arguments", "shapes", "devices", "arrays", "batch"),
     "scales": ("parameterization", "log_scale_normal"),
     "layers": ("convolution",),
     "model": (

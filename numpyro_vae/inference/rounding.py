@@ -71,7 +71,9 @@ def _measured(runner: Runner, rows: Rows, rng_key: Array) -> float:
         params, arrays, packed, globals_ = jax.tree.map(
             _in_float64, (runner.params, rows.data.arrays, found["packed"], globals_)
         )
-        double = Runner(runner.guide, params, runner.static_kwargs, runner.batch_axes, devices=runner.devices)
+        double = Runner(
+            runner.guide, params, runner.static_kwargs, runner.batch_axes, devices=runner.devices
+        )
         same = rows.with_arrays(arrays).choose(rows.chosen)
         exact = double.per_batch(_weigh, same, globals_, rng_key, by_row=packed)
     errors = found["log_weights"].astype(float) - exact

@@ -10,18 +10,18 @@ from dataclasses import replace
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 from numpyro.infer.svi import SVIState
 
 from numpyro_vae.data.arrays import ArrayData, count_rows, datum_axes, take_rows
-from numpyro_vae.data.batch import Batch, prefetch
+from numpyro_vae.data.batch import Batch, each_step, prefetch
 from numpyro_vae.data.devices import ONE_DEVICE, Devices
 from numpyro_vae.model.missing import require_finite_observations
 from numpyro_vae.training.guarded import guarded_steps
-from numpyro_vae.training.sources import IterableSource, require_batch_size
+from numpyro_vae.training.sources import IterableSource
 from numpyro_vae.training.step import Trainer
+from numpyro_vae.training.taking import require_batch_size
 
 READ_BYTES = 2**23  # of a contiguous read, after which seeking costs next to nothing
 READS = 8  # in a window, so that a batch has rows from as many places
@@ -153,7 +153,7 @@ class ChunkSource:
         if all(oks):
             return new_state, np.concatenate(losses)
         with closing(self._windows(rng_key, epoch)) as windows:
-            batches = (batch.at(rows) for batch, order in windows for rows in order)
+            batches = (batch.at(rows) for batch, order in windows for rows in each_step(order))
             return guarded_steps(self.trainer, state, batches, epoch)
 
     def _steps(self, state: SVIState, batch: Batch, order: Array) -> tuple[SVIState, Array, Array]:
