@@ -20,6 +20,7 @@ from functools import partial
 FOLDER = pathlib.Path(__file__).parent
 WITHOUT_DATA = (
     "latency.py",
+    "devices.py",
     "checkpoints.py",
     "epoch.py",
     "imports.py",

@@ -38,7 +38,17 @@ FOLDERS = (
 )
 # The modules of a folder in order: each imports only those before it.
 ORDER = {
-    "data": ("ragged", "arguments", "shapes", "columns", "sparse", "arrays", "stores", "batch"),
+    "data": (
+        "ragged",
+        "arguments",
+        "shapes",
+        "devices",
+        "columns",
+        "sparse",
+        "arrays",
+        "stores",
+        "batch",
+    ),
     "scales": ("parameterization", "log_scale_normal"),
     "layers": ("convolution",),
     "model": (

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array
 
 from numpyro_vae.data.arguments import is_typed_key
-from numpyro_vae.data.devices import Devices
+from numpyro_vae.data.devices import ONE_DEVICE, Devices
 from numpyro_vae.data.sparse import as_rows
 
 Data = Any
@@ -81,7 +81,7 @@ class Layout:
     static: tuple[Any, ...]
     axes: tuple[int | None, ...]
     treedef: Any
-    devices: Devices = Devices()
+    devices: Devices = ONE_DEVICE
 
     @classmethod
     def of(cls, args: tuple, kwargs: dict[str, Any]) -> tuple[list[Any], Layout]:

@@ -102,6 +102,11 @@ def padded_batches(num_data: int, batch_size: int) -> Iterator[tuple[np.ndarray,
         yield np.where(real, indices, start), weights
 
 
+def each_step(order: Int[Array, "num_steps batch"]) -> Iterator[Int[Array, "batch"]]:
+    """Yield the rows of each step, also if they are divided among hosts, as no loop does."""
+    return (order[step] for step in range(len(order)))
+
+
 def prefetch(batches: Iterable[Any], size: int = 2) -> Iterator[Any]:
     """Yield batches, keeping ``size`` of them ahead on their way to the device.
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -62,6 +64,10 @@ class Devices:
         return cls(_by_host(mesh))
 
     @property
+    def _mesh(self) -> Mesh:
+        return cast("Mesh", self.mesh)  # where it is known that there is one
+
+    @property
     def number(self) -> int:
         """How many devices there are."""
         return 1 if self.mesh is None else self.mesh.size
@@ -110,12 +116,17 @@ class Devices:
             ValueError: naming the numbers, on all hosts alike.
         """
         if self.num_hosts > 1:
-            found = self.fetch(self._on(np.array([number]), HOST)).tolist()
+            found = self.gather(np.array(number)).tolist()
             if len(set(found)) > 1:
                 raise ValueError(
-                    f"The hosts have different numbers of {name}: {found}. Each takes part in every "
-                    "step with as many rows: give each the same number, leaving out what is over."
+                    f"The hosts have different numbers of {name}: {found}. Each takes part in "
+                    "every step with as many rows: give each the same number, leaving out what is "
+                    "over."
                 )
+
+    def gather(self, array: np.ndarray) -> np.ndarray:
+        """Return an array of each host, side by side along a new axis in front."""
+        return array[None] if self.mesh is None else self.fetch(self._on(array[None], HOST))
 
     # -- where arrays lie -------------------------------------------------------------------------
 
@@ -123,18 +134,16 @@ class Devices:
         """Return a pytree of arrays with a copy on each device."""
         if self.mesh is None:
             return tree
-        everywhere = NamedSharding(self.mesh, PartitionSpec())
-        return jax.device_put(jax.tree.map(self._movable, tree), everywhere)
+        return jax.tree.map(partial(_of_numbers, self._put), tree)
 
-    def _movable(self, leaf: Any) -> Any:
-        """Return an array that JAX can copy to other hosts' devices, as it is the same on all."""
+    def _put(self, leaf: Any) -> Array:
         is_own = self.num_hosts > 1 and getattr(leaf, "is_fully_addressable", True)
-        is_key = is_own and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-        return np.asarray(leaf) if is_own and not is_key else leaf
+        leaf = np.asarray(leaf) if is_own else leaf  # which JAX copies to other hosts' devices
+        return jax.device_put(leaf, NamedSharding(self._mesh, PartitionSpec()))
 
     def leave(self, tree: Any) -> Any:
         """Return a pytree of arrays that each device has a copy of on the default device."""
-        return tree if self.mesh is None else jax.tree.map(_alone, tree)
+        return tree if self.mesh is None else jax.tree.map(partial(_of_numbers, _alone), tree)
 
     def divide(self, rows: Any, axis: int = 0) -> Array:
         """Return an array divided among the devices along an axis; a host gives its own part.
@@ -166,8 +175,7 @@ class Devices:
         return self._on(rows, HOST, axis % np.ndim(rows))
 
     def _on(self, rows: Any, names: Any, axis: int = 0) -> Array:
-        assert self.mesh is not None
-        sharding = NamedSharding(self.mesh, _along(names, axis))
+        sharding = NamedSharding(self._mesh, _along(names, axis))
         if self.num_hosts == 1:
             return jax.device_put(rows, sharding)
         rows = np.asarray(rows, jnp.result_type(rows))
@@ -223,11 +231,15 @@ class Devices:
         return jax.lax.with_sharding_constraint(tree, NamedSharding(self.mesh, spec))
 
 
+def _of_numbers(fn: Callable[[Any], Array], leaf: Any) -> Array:
+    """Apply a function of arrays to a leaf, to the numbers behind it if it is of random keys."""
+    if not jnp.issubdtype(jnp.result_type(leaf), jax.dtypes.prng_key):
+        return fn(leaf)
+    return jax.random.wrap_key_data(fn(jax.random.key_data(leaf)), impl=jax.random.key_impl(leaf))
+
+
 def _alone(leaf: Array) -> Array:
-    if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        return jnp.asarray(np.asarray(leaf))
-    numbers = jnp.asarray(np.asarray(jax.random.key_data(leaf)))
-    return jax.random.wrap_key_data(numbers, impl=jax.random.key_impl(leaf))
+    return jnp.asarray(np.asarray(leaf))
 
 
 ONE_DEVICE = Devices()

@@ -14,13 +14,14 @@ from jaxtyping import Array
 from numpyro.infer.svi import SVIState
 
 from numpyro_vae.data.arrays import ArrayData, take_rows
-from numpyro_vae.data.batch import Batch, prefetch
+from numpyro_vae.data.batch import Batch, each_step, prefetch
 from numpyro_vae.data.devices import ONE_DEVICE, Devices
 from numpyro_vae.data.stores import READ_BYTES, Store
 from numpyro_vae.model.missing import require_finite_observations
 from numpyro_vae.training.guarded import guarded_steps
-from numpyro_vae.training.sources import IterableSource, require_batch_size
+from numpyro_vae.training.sources import IterableSource
 from numpyro_vae.training.step import Trainer
+from numpyro_vae.training.taking import require_batch_size
 
 READS = 8  # in a window, so that a batch has rows from as many places
 THREAD = "numpyro_vae-read"
@@ -123,7 +124,7 @@ class ChunkSource:
         if all(oks):
             return new_state, np.concatenate(losses)
         with closing(self._windows(rng_key, epoch)) as windows:
-            batches = (batch.at(rows) for batch, order in windows for rows in order)
+            batches = (batch.at(rows) for batch, order in windows for rows in each_step(order))
             return guarded_steps(self.trainer, state, batches, epoch)
 
     def _steps(self, state: SVIState, batch: Batch, order: Array) -> tuple[SVIState, Array, Array]:

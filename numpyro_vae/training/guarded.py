@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from itertools import batched
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from numpyro.infer.svi import SVIState
 
@@ -47,8 +48,8 @@ def guarded_steps(
 
 def _largest(batch: Batch) -> float:
     """Return the largest absolute value of the data."""
-    sizes = [np.abs(np.asarray(array, float)) for array in batch.arrays if array.size]
-    return max((float(np.nanmax(size)) for size in sizes), default=0.0)
+    sizes = [jnp.abs(array.astype(float)) for array in batch.arrays if array.size]
+    return max((float(jnp.nanmax(size)) for size in sizes), default=0.0)
 
 
 def _report(losses: np.ndarray, where: str, largest: float) -> None:

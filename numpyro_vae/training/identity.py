@@ -13,7 +13,7 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr
 from numpyro.infer.svi import SVIState
 
-from numpyro_vae.data.devices import ONE_DEVICE
+from numpyro_vae.data.devices import ONE_DEVICE, Devices
 from numpyro_vae.training.simulations import SimulationSource
 from numpyro_vae.training.sources import Source
 from numpyro_vae.training.step import Trainer, inner_jaxprs
@@ -52,13 +52,16 @@ def identify(
     params = jax.tree.leaves_with_path(jax.eval_shape(trainer.params, state))
     shapes = {jax.tree_util.keystr(path): f"{x.dtype}{list(x.shape)}" for path, x in params}
     form = [f"{leaf.dtype}{leaf.shape}" for leaf in jax.tree.leaves(state)]
+    devices = batch.layout.devices
     data = (source.data.arrays, source.data.layout.static, source.data.layout.axes)
+    parts = {"data": data, **start}
+    fingerprints = {name: _of_hosts(devices, digest(x)) for name, x in parts.items()}
     return {
         **{f"the shape of parameter {name}": shape for name, shape in shapes.items()},
         **{name: repr(value) for name, value in known.items()},
-        **{f"the fingerprint of {name}": digest(x) for name, x in {"data": data, **start}.items()},
+        **{f"the fingerprint of {name}": value for name, value in fingerprints.items()},
         "the form of the optimizer's state": digest(form),
-        STEP: _digest_of_step(trainer.jaxpr_of_step(state, like)),
+        STEP: _digest_of_step(trainer.jaxpr_of_step(*map(_shapes, (state, like)))),
     }
 
 
@@ -77,6 +80,21 @@ def digest(tree: Any) -> str:
         if array is not None:
             found.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
     return found.hexdigest()
+
+
+def _shapes(tree: Any) -> Any:
+    """Return a pytree with shapes for arrays, wherever these lie."""
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, weak_type=getattr(x, "weak_type", False)),
+        tree,
+    )
+
+
+def _of_hosts(devices: Devices, fingerprint: str) -> str:
+    """Return one fingerprint for those of all hosts."""
+    if devices.num_hosts == 1:
+        return fingerprint
+    return digest(devices.gather(np.frombuffer(bytes.fromhex(fingerprint), np.uint8)))
 
 
 def _digest_of_step(jaxpr: ClosedJaxpr) -> str:

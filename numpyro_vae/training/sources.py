@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from itertools import chain
@@ -16,7 +16,7 @@ from jaxtyping import Array, Int
 from numpyro.infer.svi import SVIState
 
 from numpyro_vae.data.arrays import ArrayData
-from numpyro_vae.data.batch import Batch, padded_batches, prefetch
+from numpyro_vae.data.batch import Batch, each_step, padded_batches, prefetch
 from numpyro_vae.data.devices import ONE_DEVICE, Devices
 from numpyro_vae.model.missing import require_finite_observations
 from numpyro_vae.model.sites import ModelSites, choose_plate
@@ -24,7 +24,14 @@ from numpyro_vae.model.trace import Rows
 from numpyro_vae.numpyro_internals import takes_row_weights
 from numpyro_vae.training.guarded import guarded_steps
 from numpyro_vae.training.step import Trainer
-from numpyro_vae.training.taking import Taking, require_rowwise
+from numpyro_vae.training.taking import (
+    Taking,
+    plates_met,
+    read_given,
+    read_sites,
+    require_batch_size,
+    require_rowwise,
+)
 
 
 @runtime_checkable
@@ -107,14 +114,16 @@ class ArraySource:
         """Return how the model takes the rows of a batch."""
         rows = self.held.rows(self._numbers(np.arange(self.part)))
         given = {True: rows, False: self.held.whole()}
-        read = partial(_read_given, self.trainer, given)
+        read = partial(read_given, self.trainer, given)
         met = partial(plates_met, self.trainer, *rows)
         sizes = (self.batch_size, self.held.num_data)
         taking = Taking.find(read, met, plate, sizes)
         require_rowwise(taking.sites, taking.plate, *sizes)
         return taking
 
-    def _numbers(self, rows: Any, num_rows: int | None = None, axis: int = 0) -> Array:
+    def _numbers(
+        self, rows: np.ndarray | Array, num_rows: int | None = None, axis: int = 0
+    ) -> Array:
         """Return the numbers of rows of this host, by default of the training data's."""
         num_rows = self.data.num_data if num_rows is None else num_rows
         return self.devices.divide(self.devices.numbers(rows, num_rows), axis)
@@ -159,7 +168,7 @@ class ArraySource:
         new_state, losses, ok = self._run(state, batch, order)
         if ok:
             return new_state, np.asarray(losses)
-        return guarded_steps(self.trainer, state, map(batch.at, order), epoch)
+        return guarded_steps(self.trainer, state, map(batch.at, each_step(order)), epoch)
 
 
 @partial(jax.jit, static_argnums=(2, 3, 4))
@@ -264,7 +273,7 @@ class IterableSource:
     def _take(self, plate: str | None) -> Taking:
         """Return how the model takes the rows of a batch."""
         given = self.data.layout.whole(self._divided(self.data))
-        read = partial(_read_given, self.trainer, {True: given, False: given})
+        read = partial(read_given, self.trainer, {True: given, False: given})
         sizes = (self.batch_size, self.num_data)
         taking = Taking.find(read, partial(plates_met, self.trainer, *given), plate, sizes)
         require_rowwise(taking.sites, taking.plate, *sizes)
@@ -369,37 +378,6 @@ class IterableSource:
 def _arguments(batch: Any) -> Any:
     """Return a batch as a tuple of arguments, where a loader has made a list of one."""
     return tuple(batch) if isinstance(batch, list) else batch
-
-
-def require_batch_size(batch_size: int, num_data: int) -> None:
-    """Raise if there are no batches of this size.
-
-    Raises:
-        ValueError: if it is less than one row, or more than there are.
-    """
-    if not 1 <= batch_size <= num_data:
-        raise ValueError(
-            f"batch_size is {batch_size}, expected a number from 1 to the {num_data} rows of the "
-            "data."
-        )
-
-
-def read_sites(
-    trainer: Trainer, args: tuple, kwargs: dict[str, Any], rows: Rows | None = None
-) -> ModelSites:
-    """Return what the model of a trainer holds, without computing it."""
-    return trainer.reader.sites(args, {**kwargs, **trainer.svi.static_kwargs}, rows)
-
-
-def _read_given(
-    trainer: Trainer, given: Mapping[bool, tuple[tuple, dict]], is_batch: bool, rows: Rows
-) -> ModelSites:
-    return read_sites(trainer, *given[is_batch], rows)
-
-
-def plates_met(trainer: Trainer, args: tuple, kwargs: dict[str, Any]) -> tuple[str, ...]:
-    """Return the names of the plates that a model enters, before it fails."""
-    return trainer.reader.plates_met(args, {**kwargs, **trainer.svi.static_kwargs})
 
 
 def _whole_batch(data: ArrayData, plate: str, size: int) -> Batch:

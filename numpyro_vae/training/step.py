@@ -20,7 +20,7 @@ from numpyro.infer import SVI
 from numpyro.infer.svi import SVIState
 
 from numpyro_vae.data.arrays import ArrayData
-from numpyro_vae.data.batch import Batch
+from numpyro_vae.data.batch import Batch, each_step
 from numpyro_vae.guides.base import AmortizedGuide
 from numpyro_vae.model.contents import Reading
 from numpyro_vae.model.plates import at_step, minibatch
@@ -279,7 +279,7 @@ class Trainer:
     ) -> tuple[SVIState, Float[Array, "num_steps"], Bool[Array, ""]]:
         """Do what `scan` does, each step called from Python."""
         new, found = state, []
-        for rows in order:
+        for rows in each_step(order):
             new, loss = self.step(new, batch.at(rows))
             found.append(loss)
         losses = jnp.stack(found)

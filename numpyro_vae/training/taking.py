@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import jax.numpy as jnp
 
 from numpyro_vae.model.plan import outside
 from numpyro_vae.model.sites import ModelSites, Plate, PlateError, choose_plate
 from numpyro_vae.model.trace import Rows
+from numpyro_vae.training.step import Trainer
 
 Read = Callable[[bool, Rows], ModelSites]
 
@@ -103,4 +105,36 @@ def require_rowwise(sites: ModelSites, plate: Plate, batch_size: int, num_data: 
             f"{reads}, so that its density on {batch_size} of {num_data} rows is no estimate of "
             f"that on all. Put it into the plate, or train with batch_size={num_data}; where "
             "another plate holds the data's observations, see segments= and batch_axes=None."
+        )
+
+
+def read_sites(
+    trainer: Trainer, args: tuple, kwargs: dict[str, Any], rows: Rows | None = None
+) -> ModelSites:
+    """Return what the model of a trainer holds, without computing it."""
+    return trainer.reader.sites(args, {**kwargs, **trainer.svi.static_kwargs}, rows)
+
+
+def read_given(
+    trainer: Trainer, given: Mapping[bool, tuple[tuple, dict]], is_batch: bool, rows: Rows
+) -> ModelSites:
+    """Return what a model holds, given the rows of a batch or else all data; see `Taking.find`."""
+    return read_sites(trainer, *given[is_batch], rows)
+
+
+def plates_met(trainer: Trainer, args: tuple, kwargs: dict[str, Any]) -> tuple[str, ...]:
+    """Return the names of the plates that a model enters, before it fails."""
+    return trainer.reader.plates_met(args, {**kwargs, **trainer.svi.static_kwargs})
+
+
+def require_batch_size(batch_size: int, num_data: int) -> None:
+    """Raise if there are no batches of this size.
+
+    Raises:
+        ValueError: if it is less than one row, or more than there are.
+    """
+    if not 1 <= batch_size <= num_data:
+        raise ValueError(
+            f"batch_size is {batch_size}, expected a number from 1 to the {num_data} rows of the "
+            "data."
         )

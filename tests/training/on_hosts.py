@@ -1,0 +1,110 @@
+"""One of two processes of four devices each, that train together; for `test_devices.py`.
+
+    python on_hosts.py NUMBER PORT FOLDER
+
+It prints a JSON of what was found.
+"""
+
+import json
+import os
+import sys
+import warnings
+from functools import partial
+
+os.environ["XLA_FLAGS"] = (
+    "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
+    " --xla_llvm_disable_expensive_passes=true --xla_cpu_parallel_codegen_split_count=1"
+)
+
+import jax
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import optax
+from numpyro.infer import SVI, TraceMeanField_ELBO
+
+from numpyro_vae import MLP, AutoAmortizedNormal, Posterior, fit
+from numpyro_vae.training.sources import ArraySource
+from numpyro_vae.training.step import trainer_of
+
+NUMBER, PORT, FOLDER = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+X = np.random.default_rng(0).normal(size=(56, 4)).astype(np.float32)
+OWN = X[:28] if NUMBER == 0 else X[28:]
+
+
+def model(x):
+    with numpyro.plate("data", len(x)):
+        z = numpyro.sample("z", dist.Normal(0.0, 1.0))
+        numpyro.sample("x", dist.Normal(z[:, None], 0.5).to_event(1), obs=x)
+
+
+def train(svi, mesh, data=OWN, **options):
+    given = {"num_epochs": 2, "batch_size": 16, "progress_bar": False} | options
+    return fit(svi, jax.random.key(0), data, mesh=mesh, **given)
+
+
+def by_hand(svi) -> list[float]:
+    """The losses of one process with all data, whose order is that of the two."""
+    trainer, key = trainer_of(svi), jax.random.key(0)
+    source = ArraySource(trainer, trainer.read(X, 0), 16, None)
+    chosen = np.random.default_rng(0).choice(28, 8, replace=False)
+    batch = source.first().at(np.concatenate([chosen, chosen + 28]))
+    init_key, order_key, _ = jax.random.split(key, 3)
+    state, losses = trainer.init(init_key, batch, None), []
+    for epoch in range(2):
+        parts = [order_of(order_key, host, epoch) + 28 * host for host in range(2)]
+        state, found, _ = trainer.scan(state, batch, np.concatenate(parts, axis=1))
+        losses += np.asarray(found).tolist()
+    return losses
+
+
+def order_of(rng_key, host: int, epoch: int) -> np.ndarray:
+    """The rows of a host in each step: it shuffles its own."""
+    key = jax.random.fold_in(rng_key, host)
+    orders = [jax.random.permutation(jax.random.fold_in(key, e), 28) for e in (epoch, epoch + 1)]
+    return np.concatenate(orders)[:32].reshape(4, 8)
+
+
+def main() -> None:
+    warnings.simplefilter("ignore")
+    jax.distributed.initialize(f"localhost:{PORT}", 2, NUMBER)
+    mesh = jax.make_mesh((8,), ("rows",))
+    encoder = partial(MLP, hidden_sizes=(8,))
+    svi = SVI(model, AutoAmortizedNormal(model, encoder), optax.adam(1e-2), TraceMeanField_ELBO())
+    options = {"validation": OWN[:11], "checkpoint": f"{FOLDER}/checkpoints"}
+    result = train(svi, mesh, **options)
+    again = train(svi, mesh, **options, callbacks=[stop])  # which is never called
+    draws = Posterior(svi.guide, result, mesh=mesh).sample(jax.random.key(1), OWN[:11], 3)["z"]
+    one = Posterior(svi.guide, result).sample(jax.random.key(1), OWN[:11], 3)["z"]
+    stored = np.memmap(f"{FOLDER}/{NUMBER}", np.float32, "w+", shape=OWN.shape)
+    stored[:] = OWN
+    broken = np.where(np.arange(28)[:, None] == 7, np.float32(1e30), OWN)
+    found = {
+        "losses": result.losses.tolist(),
+        "validation": result.history["validation_loss"].tolist(),
+        "again": again.losses.tolist(),
+        "on disk": train(svi, mesh, stored).losses.tolist(),
+        "iterable": train(svi, mesh, [OWN[:8], OWN[8:16]], batch_size=None, num_data=32).losses,
+        "skipped": np.isnan(train(svi, mesh, broken).losses).tolist(),
+        "by hand": by_hand(svi),
+        "draws": float(np.abs(draws - one).max()),
+        "error": error(lambda: train(svi, mesh, OWN[: 20 + NUMBER])),
+    }
+    found["iterable"] = found["iterable"].tolist()
+    print(json.dumps(found))
+
+
+def stop(*_) -> bool:
+    raise AssertionError("a fit that is done goes on")
+
+
+def error(run) -> str:
+    try:
+        run()
+    except ValueError as found:
+        return str(found)
+    return "no error"
+
+
+if __name__ == "__main__":
+    main()
