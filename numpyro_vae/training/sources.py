@@ -26,6 +26,7 @@ from numpyro_vae.training.guarded import guarded_steps
 from numpyro_vae.training.step import Trainer
 from numpyro_vae.training.taking import (
     Taking,
+    as_arguments,
     plates_met,
     read_given,
     read_sites,
@@ -260,7 +261,7 @@ class IterableSource:
             raise ValueError("data yields no batch. Pass an iterable that can be iterated anew.")
         if isinstance(batches, Iterator):  # it does not yield the first one again
             self.iterable = chain([first], batches)
-        self.data = ArrayData.read(_arguments(first), batch_axes, "the first batch")
+        self.data = ArrayData.read(as_arguments(first), batch_axes, "the first batch")
         self.part = self.data.num_data
         self.batch_size = self.part * devices.num_hosts
         devices.require_same("rows in a batch", self.part)
@@ -336,7 +337,7 @@ class IterableSource:
             yield self._pad(data)
 
     def _read(self, batch: Any, name: str) -> ArrayData:
-        data = ArrayData.read(_arguments(batch), self.batch_axes, name)
+        data = ArrayData.read(as_arguments(batch), self.batch_axes, name)
         self._require_finite(data)
         return data
 
@@ -373,11 +374,6 @@ class IterableSource:
                 " right if an epoch is a sample of the data; else pass the number of its rows.",
                 stacklevel=4,
             )
-
-
-def _arguments(batch: Any) -> Any:
-    """Return a batch as a tuple of arguments, where a loader has made a list of one."""
-    return tuple(batch) if isinstance(batch, list) else batch
 
 
 def _whole_batch(data: ArrayData, plate: str, size: int) -> Batch:

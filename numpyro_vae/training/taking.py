@@ -138,3 +138,8 @@ def require_batch_size(batch_size: int, num_data: int) -> None:
             f"batch_size is {batch_size}, expected a number from 1 to the {num_data} rows of the "
             "data."
         )
+
+
+def as_arguments(batch: Any) -> Any:
+    """Return a batch as a tuple of arguments, where a loader has made a list of one."""
+    return tuple(batch) if isinstance(batch, list) else batch
