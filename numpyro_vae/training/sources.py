@@ -26,7 +26,7 @@ from numpyro_vae.training.guarded import guarded_steps
 from numpyro_vae.training.step import Trainer
 from numpyro_vae.training.taking import (
     Taking,
-    as_arguments,
+    as_tuple,
     plates_met,
     read_given,
     read_sites,
@@ -261,7 +261,7 @@ class IterableSource:
             raise ValueError("data yields no batch. Pass an iterable that can be iterated anew.")
         if isinstance(batches, Iterator):  # it does not yield the first one again
             self.iterable = chain([first], batches)
-        self.data = ArrayData.read(as_arguments(first), batch_axes, "the first batch")
+        self.data = ArrayData.read(as_tuple(first), batch_axes, "the first batch")
         self.part = self.data.num_data
         self.batch_size = self.part * devices.num_hosts
         devices.require_same("rows in a batch", self.part)
@@ -337,7 +337,7 @@ class IterableSource:
             yield self._pad(data)
 
     def _read(self, batch: Any, name: str) -> ArrayData:
-        data = ArrayData.read(as_arguments(batch), self.batch_axes, name)
+        data = ArrayData.read(as_tuple(batch), self.batch_axes, name)
         self._require_finite(data)
         return data
 

@@ -140,6 +140,6 @@ def require_batch_size(batch_size: int, num_data: int) -> None:
         )
 
 
-def as_arguments(batch: Any) -> Any:
+def as_tuple(batch: Any) -> Any:
     """Return a batch as a tuple of arguments, where a loader has made a list of one."""
     return tuple(batch) if isinstance(batch, list) else batch
