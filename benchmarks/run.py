@@ -27,6 +27,7 @@ WITHOUT_DATA = (
     "objectives.py",
     "quality.py",
     "global_sites.py",
+    "larger_than_memory.py",
 )
 OPTIONAL_DATA = ("convolution.py",)
 NEED_DATA = ("checking.py", "mnist_elbo.py", "hand_written.py")

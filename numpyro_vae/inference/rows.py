@@ -252,12 +252,12 @@ class Rows:
             return self
         return replace(self, num_rows=self.data.num_data, picked=None, stored=None)
 
-    def batch(self, indices: Array) -> Batch:
+    def batch(self, indices: Array | np.ndarray) -> Batch:
         """Return the rows of these numbers, as compiled functions take them."""
         cuts, arrays, numbers = not (self.data.is_whole or self.subsamples), self.data.arrays, None
         if self.stored is not None:
-            arrays, numbers = self.stored.read(np.asarray(indices)).arrays, indices
-            indices = jnp.arange(len(indices))
+            numbers, indices = np.asarray(indices), np.arange(len(indices))
+            arrays = self.stored.read(numbers).arrays
         return Batch(
             arrays,
             indices,
@@ -278,7 +278,7 @@ class Rows:
         """Return a batch out of whose arrays the chosen rows can be taken, and where they are."""
         if self.stored is None:
             return self.whole(), self.chosen
-        return self.batch(jnp.asarray(self.chosen)), np.arange(self.num_chosen)
+        return self.batch(self.chosen), np.arange(self.num_chosen)
 
     def everything(self) -> Batch:
         """Return all rows in one batch, or of those that are not in memory some."""
@@ -315,7 +315,7 @@ class Rows:
             yield self.whole()
             return
         for places, _ in padded_batches(self.num_chosen, self._at_once(batch_size)):
-            yield self.batch(jnp.asarray(self.numbers(np.asarray(places))))
+            yield self.batch(self.numbers(np.asarray(places)))
 
     def num_batches(self, batch_size: int) -> int:
         """Return how many batches there are."""
