@@ -30,6 +30,7 @@ WITHOUT_DATA = (
     "serving.py",
     "global_sites.py",
     "sbibm.py",
+    "larger_than_memory.py",
 )
 OPTIONAL_DATA = ("convolution.py",)
 NEED_DATA = ("checking.py", "mnist_elbo.py", "hand_written.py")

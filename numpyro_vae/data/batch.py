@@ -59,7 +59,7 @@ class Batch:
         return replace(self, indices=indices)
 
     @property
-    def row_numbers(self) -> Int[Array, "batch"]:
+    def row_numbers(self) -> Any:
         """The numbers of the rows among all, of which their random keys are made."""
         return self.indices if self.numbers is None else self.numbers[self.indices]
 

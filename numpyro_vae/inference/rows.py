@@ -268,13 +268,13 @@ class Rows:
             return self
         return replace(self, num_rows=self.data.num_data, picked=None, stored=None)
 
-    def batch(self, indices: Array) -> Batch:
+    def batch(self, indices: Array | np.ndarray) -> Batch:
         """Return the rows of these numbers, as compiled functions take them."""
         cuts, arrays, numbers = not (self.data.is_whole or self.subsamples), self.data.arrays, None
         if self.stored is not None:
-            arrays, numbers = self.stored.read(np.asarray(indices)).arrays, indices
-            arrays = self.devices.put(arrays)
-            indices = self.devices.divide(np.arange(len(indices)))
+            numbers = np.asarray(indices)
+            arrays = self.devices.put(self.stored.read(numbers).arrays)
+            indices = self.devices.divide(np.arange(len(numbers)))
         return Batch(
             arrays,
             indices,
@@ -295,7 +295,7 @@ class Rows:
         """Return a batch out of whose arrays the chosen rows can be taken, and where they are."""
         if self.stored is None:
             return self.whole(), self.chosen
-        return self.batch(jnp.asarray(self.chosen)), np.arange(self.num_chosen)
+        return self.batch(self.chosen), np.arange(self.num_chosen)
 
     def everything(self) -> Batch:
         """Return all rows in one batch, or of those that are not in memory some."""
