@@ -28,12 +28,13 @@ class Columns:
         TypeError: if a column has no numbers.
 
     Example:
-        >>> import pyarrow as pa, pyarrow.parquet as pq
-        >>> pq.write_table(pa.table({"a": [1.0, 2.0, 3.0], "b": [0, 1, 0]}), "cells.parquet")
-        >>> Columns("cells.parquet")[1:]
+        >>> import tempfile, pyarrow as pa, pyarrow.parquet as pq
+        >>> path = f"{tempfile.mkdtemp()}/cells.parquet"
+        >>> pq.write_table(pa.table({"a": [1.0, 2.0, 3.0], "b": [0, 1, 0]}), path)
+        >>> Columns(path)[1:]
         array([[2., 1.],
                [3., 0.]])
-        >>> Columns("cells.parquet", "b").shape
+        >>> Columns(path, "b").shape
         (3,)
     """
 
