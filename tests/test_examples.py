@@ -152,6 +152,7 @@ def test_parameterizations(runs):
 PRINTED = {
     "amortize_check_repair": r"repaired by importance +\d+[^$]*chosen, repaired +\d+\.\d+",
     "deep_markov": r"log evidence, at least +-?\d+\.\d+",
+    "eight_schools": r"repaired: means within \d+\.\d+ sd of those of NUTS",
     "half_images": r"nats",
     "item_response": r"with dependencies +\d+\.\d+",
     "radon": r"12 data, 200 draws of each",
