@@ -24,3 +24,6 @@ from jaxtyping import install_import_hook
 
 # Before any test imports the library: the types and shapes of public calls are checked by beartype.
 install_import_hook("numpyro_vae", "beartype.beartype")
+
+# Scripts that tests start in processes of their own, with devices or hosts that are not here.
+collect_ignore = ["training/on_devices.py", "training/on_hosts.py"]

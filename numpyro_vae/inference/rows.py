@@ -235,7 +235,7 @@ class Rows:
 
     def parts(self, size: int) -> Iterator[Rows]:
         """Yield the chosen rows in parts of ``size``; of data that the model takes whole in one."""
-        if self.data.is_whole:
+        if self.data.is_whole or self.num_chosen <= size:
             yield self
             return
         for start in range(0, self.num_chosen, size):

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import xarray as xr
 
-from tests.stores.common import KEY, drawn, fitted
+from tests.stores.store_cases import KEY, drawn, fitted
 
 DATA = drawn(12)
 CELLS = [f"cell {n}" for n in range(12)]

@@ -9,7 +9,7 @@ import xarray as xr
 import zarr
 
 from numpyro_vae.inference import regions
-from tests.stores.common import KEY, ROWS, drawn, fitted, kill, to_zarr
+from tests.stores.store_cases import KEY, ROWS, drawn, fitted, kill, to_zarr
 
 DATA = drawn()
 PARTS = 5  # of eight rows, and a last one

@@ -20,7 +20,7 @@ from numpyro_vae.checks import (
     open_report,
 )
 from numpyro_vae.inference import regions
-from tests.stores.common import KEY, ROWS, drawn, fitted, kill, to_zarr
+from tests.stores.store_cases import KEY, ROWS, drawn, fitted, kill, to_zarr
 
 DATA = drawn()
 

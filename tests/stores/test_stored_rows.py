@@ -6,7 +6,7 @@ import pytest
 
 from numpyro_vae.data import stores
 from numpyro_vae.inference import rows, runner
-from tests.stores.common import KEY, STORES, drawn, fitted
+from tests.stores.store_cases import KEY, STORES, drawn, fitted
 
 DATA = drawn()
 
