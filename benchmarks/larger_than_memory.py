@@ -3,7 +3,7 @@
     python benchmarks/larger_than_memory.py [--folder /tmp] [--rows 2600000] [--narrow 10000000]
 
 Pixels are written to a Zarr without compression, 3,136 bytes a row. `fit` goes over them once,
-between two fits of rows in memory with which it is compared. `to_datatree` and the quick checks, of
+and then over some of them in turn with as many in memory. `to_datatree` and the quick checks, of
 a model with two latents and the first 16 pixels, read them and write to stores. Rows of two numbers
 show whether a row costs the same however many there are.
 
@@ -12,6 +12,7 @@ run it in a memory cgroup of 2 GiB.
 """
 
 import argparse
+import itertools
 import os
 import pathlib
 import resource
@@ -27,6 +28,7 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import zarr
+from timing import interleave, report
 from vae import Sizes, make_model, make_svi
 
 from numpyro_vae import Importance, Posterior, fit
@@ -34,6 +36,7 @@ from numpyro_vae import Importance, Posterior, fit
 PIXELS = 784
 NETWORK = Sizes(num_data=60_000, pixels=PIXELS, hidden=400, latent=40, batch_size=128)
 SMALL_NETWORK = NETWORK._replace(hidden=16, latent=2)
+REPEATS = 7
 CHUNK = 2_048  # rows in a file
 CHECKS = (Importance(num_samples=100), "collapse", "predictive")
 NUM_DRAWS, NUM_OBSERVED = 10, 16
@@ -72,30 +75,38 @@ def told(name, seconds, num_rows):
     print(f"at most {peak:.2f} GiB", flush=True)
 
 
-def timed_fit(sizes, data, num_epochs):
-    """Fit, and return the seconds of each epoch after the first."""
-    svi, ends = make_svi(make_model(sizes), sizes), []
-    options = {"batch_size": sizes.batch_size, "progress_bar": False, "num_epochs": num_epochs}
-    fit(svi, KEY, data, callbacks=[lambda *_: ends.append(time.perf_counter())], **options)
-    return np.diff(ends)
+class Slice:
+    """Consecutive rows of an array on disk, which is an array on disk itself."""
+
+    def __init__(self, stored, start, num_rows):
+        self.stored, self.start, self.ndim, self.dtype = stored, start, 2, stored.dtype
+        self.shape, self.chunks = (num_rows, PIXELS), stored.chunks
+
+    def __array__(self, dtype=None, copy=None):
+        return self[: len(self)]
+
+    def __getitem__(self, key):
+        rows = key[0] if isinstance(key, tuple) else key
+        return self.stored[self.start + rows.start : self.start + rows.stop]
 
 
 def run_fit(path, num_rows):
+    """Fit once to all rows, and then in turn to as many of them on disk and in memory."""
     stored = zarr.open_array(path, mode="r")
-    sizes = NETWORK._replace(num_data=min(NETWORK.num_data, num_rows))
-    known = stored[: sizes.num_data]
-    before = timed_fit(sizes, known, 4)
+    number = min(NETWORK.num_data, num_rows // 2)
+    sizes = NETWORK._replace(num_data=number)
+    options = {"batch_size": sizes.batch_size, "progress_bar": False, "num_epochs": 1}
+    svis = {name: make_svi(make_model(sizes), sizes) for name in ("in memory", "on disk")}
     start = time.perf_counter()
-    timed_fit(sizes, stored, 1)
-    seconds = time.perf_counter() - start
-    after = timed_fit(sizes, known, 4)
-    told("fit on disk, compiling and all", seconds, num_rows)
-    for name, epochs in (("in memory, before it", before), ("in memory, after it", after)):
-        told(name, np.median(epochs), sizes.num_data)
-    memory = np.median([*before, *after]) / sizes.num_data
-    print(
-        f"  a row on disk costs {seconds / num_rows / memory:.3f} times one in memory", flush=True
-    )
+    fit(make_svi(make_model(sizes), sizes), KEY, stored, **options)
+    told("fit, compiling and all", time.perf_counter() - start, num_rows)
+    starts = itertools.cycle(range(0, num_rows - number + 1, number))
+    known, slices = stored[:number], (Slice(stored, start, number) for start in starts)
+    runs = {
+        "in memory": lambda: fit(svis["in memory"], KEY, known, **options),
+        "on disk": lambda: fit(svis["on disk"], KEY, next(slices), **options),
+    }
+    report(f"a fit of {number:,} rows", interleave(runs, REPEATS), "in memory")
 
 
 def posterior_of(stored):
@@ -155,9 +166,7 @@ def main():
             run_alone(step, path, args.rows)
         shutil.rmtree(path)
         print("rows of two numbers", flush=True)
-        for number in sorted(
-            {max(args.narrow // 100, 2_100), max(args.narrow // 10, 2_100), args.narrow}
-        ):
+        for number in (args.narrow // 100, args.narrow // 10, args.narrow):
             path = pathlib.Path(folder) / f"narrow{number}"
             write_narrow(path, number)
             for step in ("tree", "check") if number < args.narrow or args.smoke else ("tree",):

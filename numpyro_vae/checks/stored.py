@@ -77,7 +77,7 @@ class StoredChecks:
         with tqdm(total=rows.num_rows, disable=not self.progress_bar, unit="row") as bar:
 
             def make(start: int, stop: int, size: int) -> DataTree:
-                bar.update(stop - bar.n if start else stop)
+                bar.update(stop - bar.n)
                 return xr.DataTree(self._of_rows(start, stop, size))
 
             notes = regions.write(make, self._finish)

@@ -116,7 +116,7 @@ def derive_whole(
     found: dict[str, np.ndarray] = {}
     for names, drawn in ((derived.of_globals, {}), (derived.of_all, local)):
         if names:
-            given = {**globals_, **drawn}
+            given, needed = {**globals_, **drawn}, rows.in_memory() if drawn else rows
             options = {"num_samples": num_samples, "names": names}
-            found |= runner.once(quantities.derive, rows, rng_key, given, **options)
+            found |= runner.once(quantities.derive, needed, rng_key, given, **options)
     return found

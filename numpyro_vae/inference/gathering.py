@@ -114,7 +114,8 @@ class Gathering:
         guide, runner = self.runner.guide, self.runner
         observed = runner.per_batch(quantities.observed, rows)
         found = {"observed_data": observed, **self._draws(rows)}
-        found["constant_data"] = self._constant_data(rows)
+        if "constant_data" in self.groups:
+            found["constant_data"] = self._constant_data(rows)
         if (guide.has_density or not guide.local_sites) and "log_likelihood" in self.groups:
             alone = len(observed) == 1 and not guide.segments
             name = next(iter(observed)) if alone else "joint"

@@ -179,4 +179,5 @@ def _row_bytes(gathering: Gathering) -> int:
     derived = sum(math.prod(shapes[name]) for name in gathering.derived.by_row) / rows.num_rows
     predicts = "posterior_predictive" in gathering.groups
     values = runner.width(observed=predicts) + derived + 2
-    return int(values * gathering.num_samples * jnp.result_type(float).itemsize)
+    data = sum(array.nbytes for array in rows.data.arrays) / rows.num_rows
+    return int(values * gathering.num_samples * jnp.result_type(float).itemsize + data)

@@ -192,7 +192,9 @@ class Rows:
             return self.fingerprint
         if self.data.is_whole:
             return self.fingerprint[self.picked]
-        return fingerprint_rows(self.cut(self.chosen).data, self.num_chosen)
+        size = max(1, self.num_chosen if self.stored is None else self.stored.store.read_rows)
+        pieces = np.split(self.picked, range(size, self.num_chosen, size))
+        return np.concatenate([fingerprint_rows(self.cut(x).data, len(x)) for x in pieces])
 
     def _fingerprints(self) -> Iterator[Fingerprint]:
         for data in self.blocks():

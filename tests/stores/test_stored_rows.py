@@ -2,11 +2,18 @@
 
 import jax
 import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import optax
 import pytest
+from numpyro.infer import SVI, Trace_ELBO
+from numpyro.infer.autoguide import AutoNormal
 
+from numpyro_vae import Posterior, fit
 from numpyro_vae.data import stores
 from numpyro_vae.inference import rows, runner
-from tests.stores.store_cases import KEY, STORES, drawn, fitted
+from tests.helpers import make_svi
+from tests.stores.store_cases import KEY, ROWS, STORES, drawn, fitted
 
 DATA = drawn()
 
@@ -63,3 +70,47 @@ def test_checks_and_repairs_are_those_of_data_in_memory(posterior, stored, small
     posterior.repair(
         KEY, stored, report, method="importance", num_samples=50
     )  # which is of the same rows
+
+
+def of_all_rows(x, y):
+    with numpyro.plate("cells", len(x)):
+        z = numpyro.sample("z", dist.Normal(0.0, 1.0))
+        numpyro.sample("x", dist.Normal(z, 0.5), obs=x[:, 0])
+    numpyro.deterministic("total", z.sum())
+
+
+def with_global(x, y):
+    mu = numpyro.sample("mu", dist.Normal(0.0, 1.0))
+    with numpyro.plate("cells", len(x)):
+        z = numpyro.sample("z", dist.Normal(mu, 1.0))
+        numpyro.sample("x", dist.Normal(z, 0.5), obs=x[:, 0])
+
+
+def reads_data(model):
+    """A guide of the global site that looks at the data."""
+
+    def guide(x, y):
+        scale = numpyro.param("scale", 0.1, constraint=dist.constraints.positive)
+        return {"mu": numpyro.sample("mu", dist.Normal(x.mean(), scale))}
+
+    return guide
+
+
+@pytest.mark.parametrize("model", [of_all_rows, with_global])
+def test_what_needs_all_rows_reads_them(model, tmp_path, small):
+    stored = {"x": STORES["zarr"](DATA["x"], tmp_path), "y": DATA["y"]}
+    options = {"global_guide": reads_data} if model is with_global else {}
+    svi = make_svi(model, **options)
+    result = fit(svi, KEY, DATA, num_epochs=1, batch_size=ROWS, progress_bar=False)
+    posterior = Posterior(svi.guide, result)
+    trees = [posterior.to_datatree(KEY, data, 3, groups="posterior") for data in (stored, DATA)]
+    same(*(dict(tree.posterior.data_vars) for tree in trees), rtol=1e-3)
+
+
+def test_a_guide_that_knows_its_rows_reads_them_all(tmp_path, small):
+    guide = AutoNormal(with_global)
+    svi = SVI(with_global, guide, optax.adam(1e-2), Trace_ELBO())
+    posterior = Posterior(guide, svi.run(KEY, 3, progress_bar=False, **DATA))
+    stored = {"x": STORES["zarr"](DATA["x"], tmp_path), "y": DATA["y"]}
+    draws = [posterior.sample(KEY, data, 3) for data in (stored, DATA)]
+    same(*draws)

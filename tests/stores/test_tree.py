@@ -8,7 +8,9 @@ import pytest
 import xarray as xr
 import zarr
 
+from numpyro_vae import Posterior, fit
 from numpyro_vae.inference import regions
+from tests.helpers import make_svi
 from tests.stores.store_cases import KEY, ROWS, drawn, fitted, kill, to_zarr
 
 DATA = drawn()
@@ -161,6 +163,20 @@ def test_a_site_of_all_rows_at_once_is_refused_by_name(tmp_path):
         posterior.to_datatree(KEY, DATA, 6, store=tmp_path / "tree.zarr")
     tree = posterior.to_datatree(KEY, DATA, 6, store=tmp_path / "tree.zarr", var_names=["z"])
     assert set(tree.posterior.data_vars) == {"z"}
+
+
+def test_data_that_the_model_takes_whole_are_one_part(tmp_path):
+    def model(x, y):
+        with numpyro.plate("cells", x.shape[0]):
+            z = numpyro.sample("z", dist.Normal(0.0, 1.0))
+            numpyro.sample("x", dist.Normal(z, 0.5), obs=x[:, 0])
+        numpyro.deterministic("total", z.sum())
+
+    svi = make_svi(model)
+    result = fit(svi, KEY, DATA, num_epochs=1, batch_axes=None, progress_bar=False)
+    posterior = Posterior(svi.guide, result)
+    tree = posterior.to_datatree(KEY, DATA, 3, store=tmp_path / "tree.zarr")
+    require_same(tree, posterior.to_datatree(KEY, DATA, 3))
 
 
 def test_without_zarr_the_error_says_what_to_install(posterior, tmp_path, monkeypatch):
