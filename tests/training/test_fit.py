@@ -82,7 +82,7 @@ def test_padding_of_an_evaluation_counts_for_nothing():
     source = array_source(svi, 32)
     state = source.trainer.init(jax.random.key(0), source.first(), None)
     params = source.trainer.params(state)
-    *_, (indices, weights) = padded_batches(100, 32)
+    *_, (indices, weights) = (map(jnp.asarray, pair) for pair in padded_batches(100, 32))
     assert np.count_nonzero(weights) == 4
     key, batch = jax.random.key(1), source.first().at(indices)
     weighted = replace(batch, weights=weights)
