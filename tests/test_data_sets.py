@@ -255,7 +255,7 @@ def test_simulations_train_the_posterior_of_any_data_set():
     y = (mu + sigma * rng.normal(size=sigma.shape)).astype(np.float32)
     draws = Posterior(svi.guide, result).sample(jax.random.key(1), like | {"y": y}, 2000)["mu"]
     loc, scale = exact(y, sigma, lengths)
-    assert np.sqrt(np.mean(((draws.mean(0) - loc) / scale) ** 2)) < 0.35  # 1.4 of the prior's mean
+    assert np.sqrt(np.mean(((draws.mean(0) - loc) / scale) ** 2)) < 0.35  # after so few steps
     np.testing.assert_allclose((draws.std(0) / scale).mean(), 1.0, atol=0.1)
 
 
