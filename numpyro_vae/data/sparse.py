@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -37,7 +38,12 @@ def as_rows(data: Any) -> Any:
     Raises:
         TypeError: if a sparse matrix is not of rows, or a Parquet dataset comes without columns.
     """
-    return jax.tree.map(_as_rows, data)
+    return jax.tree.map(_as_rows, data, is_leaf=_is_one)
+
+
+def _is_one(data: Any) -> bool:
+    """Return whether data are an array, or an iterable of batches, which is not to be begun."""
+    return isinstance(data, Iterable) and not isinstance(data, tuple | list | dict)
 
 
 def _as_rows(leaf: Any) -> Any:
