@@ -21,12 +21,13 @@ KILL_ARGS ?=
 # In their order, which begins with the long ones; by number of tests, long ones would be the last.
 WORKERS ?= -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help demo test referee kill lint format bench bench-smoke docs test-lowest clean
+.PHONY: help demo test test-slow referee kill lint format bench bench-smoke docs test-lowest clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo         train on handwritten digits and draw pictures into output/"
-	@echo "make test         run the tests and the examples in docstrings"
+	@echo "make test         run the tests and the examples in docstrings, but those that are slow"
+	@echo "make test-slow    run the slow ones: pages, examples, long fits and comparisons"
 	@echo "make referee      compare 2,000 random models with NumPyro's own answers"
 	@echo "make kill         kill fits with checkpoints at 50 random moments"
 	@echo "make lint         check style and types"
@@ -42,6 +43,9 @@ demo: $(VENV)/.installed-examples
 
 test: $(VENV)/.installed-tests
 	@$(BIN)/python -m pytest -q $(WORKERS) --durations=10 $(TEST_ARGS)
+
+test-slow: $(VENV)/.installed-tests
+	@$(BIN)/python -m pytest -q $(WORKERS) --durations=10 -m slow $(TEST_ARGS)
 
 referee: $(VENV)/.installed-tests
 	@$(BIN)/python tests/referee/run.py $(REFEREE_ARGS)

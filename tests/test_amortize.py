@@ -49,6 +49,7 @@ def posterior():
     return amortize(model, KEY, X, num_steps=600, num_simulation_steps=900, **QUIET)
 
 
+@pytest.mark.slow
 def test_the_posterior_is_the_exact_one(posterior):
     mean, covariance = exact(X)
     draws = posterior.sample(jax.random.key(1), X[:100], 2000)["z"]
@@ -60,11 +61,13 @@ def test_the_posterior_is_the_exact_one(posterior):
     assert (report.verdict <= 1).mean() > 0.95
 
 
+@pytest.mark.slow
 def test_the_same_key_gives_the_same_posterior(posterior):
     again = amortize(model, KEY, X, num_steps=600, num_simulation_steps=900, **QUIET)
     jax.tree.map(np.testing.assert_array_equal, posterior.params, again.params)
 
 
+@pytest.mark.slow
 def test_it_says_what_it_does(capsys):
     amortize(model, KEY, X, num_steps=20, num_simulation_steps=10)
     told = capsys.readouterr().out
@@ -74,6 +77,7 @@ def test_it_says_what_it_does(capsys):
     assert "60 data" in told  # a tenth is held out, and checked
 
 
+@pytest.mark.slow
 def test_every_choice_can_be_replaced():
     guide = AutoAmortizedNormal(model, SMALL)
     held_out = X[:50]
@@ -94,6 +98,7 @@ def test_every_choice_can_be_replaced():
     assert posterior.static_kwargs == {"noise": 0.3}
 
 
+@pytest.mark.slow
 def test_a_model_that_cannot_be_simulated_is_trained_on_the_data(capsys):
     def improper(x):
         with numpyro.plate("data", len(x)):
@@ -106,6 +111,7 @@ def test_a_model_that_cannot_be_simulated_is_trained_on_the_data(capsys):
     assert np.isfinite(posterior.encode(X)["z"].loc).all()
 
 
+@pytest.mark.slow
 def test_models_that_take_their_data_whole():
     def selects(x):
         with numpyro.plate("data", len(x), subsample_size=60) as rows:

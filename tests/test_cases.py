@@ -23,6 +23,7 @@ def apply(graphdef, state, inputs):
     return nnx.merge(graphdef, state)(inputs)
 
 
+@pytest.mark.slow
 def test_features_of_any_batch(encoder_case):
     encoder, inputs, _ = encoder_case
     widths = set()
@@ -42,6 +43,7 @@ def test_rows_do_not_see_each_other(encoder_case):
     np.testing.assert_allclose(some, apply(*encoder, inputs(7))[2:5], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_encoders_are_the_same_under_jit(encoder_case):
     encoder, inputs, _ = encoder_case
     eager = nnx.merge(*encoder)(inputs(3))
@@ -54,6 +56,7 @@ def test_the_same_key_is_the_same_encoder_after_pickling(encoder_case):
     np.testing.assert_array_equal(apply(*same, inputs(3)), apply(*encoder, inputs(3)))
 
 
+@pytest.mark.slow
 def test_gradient_reaches_every_weight_but_the_standardization(encoder_case):
     (graphdef, state), inputs, _ = encoder_case
     weights = jax.random.normal(jax.random.key(0), apply(graphdef, state, inputs(7)).shape)

@@ -103,6 +103,7 @@ def outputs_and_gradients(*layers, inputs, transform=lambda apply: apply):
     return everything(params, inputs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_results_and_gradients_are_those_of_flax(name):
     ours, theirs, inputs = pair(CASES[name])
@@ -116,6 +117,7 @@ def test_results_without_jit(name):
     assert_close(*(jax.grad(lambda x, f=f: (f(x) ** 2).sum())(inputs) for f in (ours, theirs)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FEW)
 @pytest.mark.parametrize(
     "transform",
@@ -163,6 +165,7 @@ def test_forward_mode_where_xlas_convolution_is_asked_for():
     assert_close(tangent, layer(inputs) - layer.bias[...])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FEW)
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_half_precision_rounds_no_more_than_flax(name, dtype):
@@ -176,6 +179,7 @@ def test_half_precision_rounds_no_more_than_flax(name, dtype):
         assert error <= 1.5 * flax_error + rounding
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["strided-same", "t-strided"])
 @pytest.mark.parametrize(
     "options",

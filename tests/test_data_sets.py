@@ -99,6 +99,7 @@ def latents_of(model, *args, **kwargs):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", MODELS)
 def test_the_density_is_the_sum_of_those_of_all_data_sets(model, data):
     sets = data_sets(model)
@@ -188,6 +189,7 @@ def guide_of_sizes(request, data):
     return trained(request.param, data_sets(schools), padded(data, 1.0), **encoder)
 
 
+@pytest.mark.slow
 def test_padding_has_no_density_in_the_guide(guide_of_sizes, data):
     guide, result = guide_of_sizes
     arguments = padded(data, 1.0)
@@ -230,6 +232,7 @@ def exact(y, sigma, lengths):
     return (there * y / sigma**2).sum(-1) / precision, precision**-0.5
 
 
+@pytest.mark.slow
 def test_simulations_train_the_posterior_of_any_data_set():
     """A set encoder; data sets of 2 to 8 observations."""
     rng = np.random.default_rng(0)

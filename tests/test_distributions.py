@@ -101,6 +101,7 @@ UNARY = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", UNARY)
 def test_extreme_log_scales_have_finite_values_and_gradients(name, dtype):
     @jax.jit

@@ -16,7 +16,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
 PAGES = {path.stem: path for path in (*ROOT.glob("docs/*.md"), ROOT / "README.md")}
-LONG = ("models",)  # minutes; run by `make test TEST_ARGS="-m examples"`
+IN_SUITE = ("README",)  # the others are slow
 NOT_RUN = ("index",)  # a sketch, of data that the reader is to think of
 TIMEOUT = 300  # seconds, for machines much slower than ours
 # Training amplifies differences between processors and XLA's levels of optimization. Numbers may
@@ -80,11 +80,10 @@ def run(code: list[str], folder: pathlib.Path) -> list[str]:
     return done.stdout.split(END)[:-1]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "page",
     [
-        pytest.param(name, marks=pytest.mark.examples) if name in LONG else name
+        name if name in IN_SUITE else pytest.param(name, marks=pytest.mark.slow)
         for name in sorted({*PAGES} - {*NOT_RUN})
         if "```python" in PAGES[name].read_text(encoding="utf-8")
     ],

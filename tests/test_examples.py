@@ -17,8 +17,6 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 TIMEOUT = 300  # seconds, for machines much slower than ours
 EXAMPLES = [path.stem for path in sorted((ROOT / "examples").glob("*.py"))]
-# The others are run by `make test TEST_ARGS="-m examples"`, and digits_vae by `make demo`.
-IN_SUITE = ("parameterizations",)
 # Those of which the reader gives the data, and the form of the file.
 WITH_DATA = {
     "amortize_check_repair": ".npz",
@@ -79,7 +77,7 @@ def runs(tmp_path_factory, request):
 
     wanted = {example(item) for item in request.session.items} & {*EXAMPLES}
     with ThreadPoolExecutor(2) as pool:
-        yield {name: start(name) for name in (*IN_SUITE, *sorted(wanted - {*IN_SUITE}))}
+        yield {name: start(name) for name in sorted(wanted)}
         pool.shutdown(cancel_futures=True)
 
 
@@ -95,7 +93,6 @@ def assert_is_a_picture(path):
 
 
 @pytest.mark.slow
-@pytest.mark.examples
 def test_digits_vae(runs):
     printed = runs["digits_vae"].finish()
     folder = runs["digits_vae"].folder
@@ -127,7 +124,6 @@ def test_digits_vae(runs):
 
 
 @pytest.mark.slow
-@pytest.mark.examples
 def test_compare_guides(runs):
     printed = runs["compare_guides"].finish()
     assert re.search(r"AutoNormal +-\d+\.\d+", printed)
@@ -149,7 +145,6 @@ def test_parameterizations(runs):
 
 
 @pytest.mark.slow
-@pytest.mark.examples
 def test_serve_digits(runs):
     printed = runs["serve_digits"].finish()
     assert "/sample: 200, the draws of the posterior: True" in printed
@@ -176,7 +171,7 @@ PRINTED = {
 @pytest.mark.parametrize(
     "name",
     [
-        name if name in IN_SUITE else pytest.param(name, marks=pytest.mark.examples)
+        name
         for name in EXAMPLES
         if name not in ("compare_guides", "digits_vae", "parameterizations", "serve_digits")
     ],

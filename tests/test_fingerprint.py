@@ -161,6 +161,7 @@ def test_a_report_on_other_rows_is_not_repaired(posterior, report):
         posterior.repair(KEY, LEAST, report)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("data", [X.astype(np.float64), jnp.asarray(X)])
 def test_a_report_on_the_same_rows_is(posterior, report, data):
     sizes = {"method": "importance", "num_samples": 20}
@@ -175,6 +176,7 @@ def test_a_part_of_a_report_is_on_a_part_of_the_rows(posterior, report):
         posterior.repair(KEY, X[[20, 11, 3]], part)
 
 
+@pytest.mark.slow
 def test_results_of_other_rows_do_not_get_into_a_tree(posterior, report, repair, tree):
     other = posterior.to_datatree(KEY, OTHER, 20)
     for name, result in {"report": report, "repair": repair}.items():

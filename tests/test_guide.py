@@ -36,6 +36,7 @@ def run(model, guide, *args, loss=None, num_steps=3, **kwargs):
     return svi, svi.run(jax.random.key(0), num_steps, *args, progress_bar=False, **kwargs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "loss",
     [

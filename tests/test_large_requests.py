@@ -39,6 +39,7 @@ def cut(monkeypatch):
     monkeypatch.setattr(runner, "DRAWS", 400)
 
 
+@pytest.mark.slow
 def test_draws_in_parts_are_draws_of_the_posterior(posterior, cut):
     loc, scale = posterior.encode(X)["z"]
     z = posterior.sample(KEY, X, 4001)["z"]
@@ -47,6 +48,7 @@ def test_draws_in_parts_are_draws_of_the_posterior(posterior, cut):
     assert len(np.unique(z)) > 0.99 * z.size  # no part is another one again
 
 
+@pytest.mark.slow
 def test_what_is_computed_of_draws_in_parts_is_of_the_same_draws(posterior, cut):
     draws = posterior.sample(KEY, X, NUM_SAMPLES)
     assert draws["z"].shape == (NUM_SAMPLES, 6)
@@ -81,6 +83,7 @@ def test_parts_are_of_one_size_and_compiled_once(posterior, cut):
     assert {fn._fn._cache_size() for fn in before.values()} == {1}
 
 
+@pytest.mark.slow
 def test_a_check_adds_up_draws_in_parts(posterior, monkeypatch):
     whole = posterior.check(KEY, X, "importance", progress_bar=False).dataset
     monkeypatch.setattr(runner, "DRAWS", 900)

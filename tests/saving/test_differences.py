@@ -75,6 +75,7 @@ def load(path, model=None, encoder=Features, **options):
     return Posterior.load(path, model or make_model(), encoder, inputs=identity, **options)
 
 
+@pytest.mark.slow
 def test_the_same_is_no_error(path):
     assert load(path).static_kwargs == {"noise": 0.25}
     assert load(path).encode(X)["z"].loc.shape == (24, 2)

@@ -17,6 +17,7 @@ FOLDER = pathlib.Path(__file__).parent / "format_1"
 NAMES = ("state and dropout", "global sites", "options", "networks in the model")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_it_is_read(name):
     case = CASES[name]

@@ -67,6 +67,7 @@ def found(folder):
     return {"x": x, **np.load(folder.parent / "found.npz")}
 
 
+@pytest.mark.slow
 def test_a_process_without_the_library_has_the_same_numbers(posterior, found):
     x = found["x"]
     encoded = posterior.encode(x)["z"]

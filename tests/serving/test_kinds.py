@@ -8,6 +8,7 @@ from serving_cases import CASES, KEY, NUM_SAMPLES, SMALL, X, load, make, model
 from numpyro_vae import AutoAmortizedDelta
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_programs_have_the_numbers_of_the_posterior(name, tmp_path):
     case = CASES[name]()

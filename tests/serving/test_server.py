@@ -79,6 +79,7 @@ def ask(address, path, body=None, method="POST"):
     return found
 
 
+@pytest.mark.slow
 def test_answers_are_those_of_the_posterior(address, posterior):
     status, found = ask(address, "/encode", inputs(X[:3].tolist()))
     assert status == 200

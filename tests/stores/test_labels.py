@@ -35,6 +35,7 @@ def in_xarray():
     return {"x": x, "y": xr.DataArray(DATA["y"], dims=["cell"])}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [framed, in_xarray])
 def test_labels_are_coordinates_of_the_tree_and_of_the_report(posterior, make, tmp_path):
     data = make()
@@ -59,6 +60,7 @@ def test_coordinates_that_are_given_come_first(posterior):
     assert tree.observed_data["x_dim_0"].values.tolist() == ["u", "v", "w"]
 
 
+@pytest.mark.slow
 def test_labels_of_arguments_that_are_not_observed():
     def model(x, design):
         with numpyro.plate("cells", len(x)):

@@ -49,6 +49,7 @@ def require_same(report, known):
     xr.testing.assert_identical(report.dataset.load(), known.dataset)
 
 
+@pytest.mark.slow
 def test_the_report_on_disk_is_that_in_memory(posterior, tmp_path):
     path = tmp_path / "report.zarr"
     report = check(posterior, DATA, store=path)
@@ -62,6 +63,7 @@ def test_the_report_on_disk_is_that_in_memory(posterior, tmp_path):
     assert not list(tmp_path.glob("*.partial"))
 
 
+@pytest.mark.slow
 def test_of_rows_that_are_on_disk_themselves(posterior, tmp_path):
     stored = {"x": to_zarr(DATA["x"], tmp_path), "y": DATA["y"]}
     report = check(posterior, stored, store=tmp_path / "report.zarr")
@@ -84,6 +86,7 @@ def test_a_run_that_was_killed_goes_on_where_it_stopped(posterior, tmp_path, mon
     require_same(report, check(posterior, DATA))
 
 
+@pytest.mark.slow
 def test_all_checks_and_coordinates(posterior, tmp_path):
     reference = drawn(400)
     checks = ["collapse", Novelty(reference), Predictive(max_rows=10), "calibration"]

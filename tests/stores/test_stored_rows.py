@@ -42,6 +42,7 @@ def same(one, other, **options):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **options), one, other)
 
 
+@pytest.mark.slow
 def test_draws_weights_and_encodings_are_those_of_data_in_memory(posterior, stored, small):
     same(posterior.encode(stored), posterior.encode(DATA))
     same(posterior.sample(KEY, stored, 5), posterior.sample(KEY, DATA, 5))
@@ -49,6 +50,7 @@ def test_draws_weights_and_encodings_are_those_of_data_in_memory(posterior, stor
     same(posterior.log_evidence(KEY, stored, 4), posterior.log_evidence(KEY, DATA, 4), rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_the_tree_is_that_of_data_in_memory(posterior, stored, small):
     tree, known = (posterior.to_datatree(KEY, data, 4) for data in (stored, DATA))
     assert tree.attrs == known.attrs
@@ -57,6 +59,7 @@ def test_the_tree_is_that_of_data_in_memory(posterior, stored, small):
         same(dict(tree[group].data_vars), dict(known[group].data_vars), rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_checks_and_repairs_are_those_of_data_in_memory(posterior, stored, small):
     report, known = (posterior.check(KEY, data, progress_bar=False) for data in (stored, DATA))
     same(dict(report.dataset.data_vars), dict(known.dataset.data_vars), rtol=1e-2, atol=1e-3)

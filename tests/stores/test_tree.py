@@ -41,6 +41,7 @@ def require_same(tree, known):
         xr.testing.assert_identical(found, expected)
 
 
+@pytest.mark.slow
 def test_the_tree_on_disk_is_that_in_memory(posterior, tmp_path):
     path = tmp_path / "tree.zarr"
     tree = posterior.to_datatree(KEY, DATA, 6, store=path)
@@ -53,6 +54,7 @@ def test_the_tree_on_disk_is_that_in_memory(posterior, tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.slow
 def test_rows_that_are_on_disk_themselves(posterior, tmp_path):
     stored = {"x": to_zarr(DATA["x"], tmp_path), "y": DATA["y"]}
     tree = posterior.to_datatree(KEY, stored, 6, store=tmp_path / "tree.zarr")
@@ -94,6 +96,7 @@ def test_a_tree_that_is_complete_is_not_computed_again(posterior, tmp_path, monk
     xr.testing.assert_identical(posterior.to_datatree(KEY, DATA, 6, store=path).load(), first)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_complete", [True, False])
 def test_other_results_are_refused_by_what_differs(posterior, tmp_path, is_complete):
     path = tmp_path / "tree.zarr"
@@ -151,6 +154,7 @@ def test_coordinates_groups_and_sites_are_those_asked_for(posterior, tmp_path):
         posterior.to_datatree(KEY, DATA, 6, store=tmp_path / "b", coords={"cells": [1, 2, 3]})
 
 
+@pytest.mark.slow
 def test_a_site_of_all_rows_at_once_is_refused_by_name(tmp_path):
     def model(x, y):
         with numpyro.plate("cells", len(x)):

@@ -54,6 +54,7 @@ def path(two, tmp_path):
     return shutil.copytree(two, tmp_path / "checkpoints")
 
 
+@pytest.mark.slow
 def test_it_ends_the_same(path, expected):
     assert_same(numbers(train(path, num_epochs=EPOCHS)), expected)
 
@@ -87,6 +88,7 @@ def test_a_fit_that_was_stopped(tmp_path, expected, interrupt):
         assert_same(numbers(second), numbers(first))
 
 
+@pytest.mark.slow
 def test_early_stopping_goes_on_counting(tmp_path):
     """The best state is one from before the checkpoint."""
     options = {"patience": 2, "batch_size": 8}
@@ -132,6 +134,7 @@ def of_whole_data(num_epochs, checkpoint):
     return fit(svi, jax.random.key(0), X[:, 0], batch_axes=None, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*still falling:UserWarning")
 @pytest.mark.parametrize("run", [of_iterable, of_schedule, of_simulations, of_whole_data])
 def test_other_kinds_of_fits(run, tmp_path):
@@ -140,6 +143,7 @@ def test_other_kinds_of_fits(run, tmp_path):
     assert_same(numbers(run(8, path)), numbers(whole))
 
 
+@pytest.mark.slow
 def test_a_posterior_is_that_of_a_whole_fit(path):
     draws = []
     for checkpoint in (None, path):
@@ -162,6 +166,7 @@ def test_killed_at_random_moments(tmp_path):
 FILES = ("_CHECKPOINT_METADATA", "fit/metadata", "arrays/_METADATA", "arrays/manifest.ocdbt", "d/*")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", FILES)
 @pytest.mark.parametrize("how", ["cut", "removed", "changed"])
 def test_a_checkpoint_that_is_not_whole(path, expected, file, how):
@@ -243,6 +248,7 @@ def test_a_full_disk(tmp_path):
 # Other fits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "named"),
     [
@@ -275,6 +281,7 @@ def refit(path, *, key=0, width=None, rate=1e-2, prior=1.0, loss=None):
     return fit(svi, jax.random.key(key), data, **options)
 
 
+@pytest.mark.slow
 def test_another_model_optimizer_or_key_is_refused(tmp_path):
     path = tmp_path / "checkpoints"
     refit(path)

@@ -93,6 +93,7 @@ def quick(data, *, num_epochs=2, **options):
 # -- the batches -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [1, 8, 50, ROWS])
 def test_every_row_comes_once_an_epoch(to_store, batch_size):
     source = source_of(to_store(numbered()), batch_size)
@@ -105,6 +106,7 @@ def test_every_row_comes_once_an_epoch(to_store, batch_size):
         assert counts.max() <= 2
 
 
+@pytest.mark.slow
 def test_rows_that_fill_the_last_batch_up_are_any_rows(tmp_path):
     source = source_of(to_memmap(numbered(), tmp_path), 50)
     times, extra = 400, 47
@@ -170,6 +172,7 @@ def test_what_is_on_disk(to_store):
 # -- training --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_fit_is_as_good_as_in_memory(to_store):
     x = drawn()
     options = {"num_epochs": 40, "validation": x}
@@ -197,6 +200,7 @@ def test_the_elbo_of_batches_is_unbiased_as_in_memory(tmp_path):
     assert abs(each.mean() - every.mean()) < 5 * error
 
 
+@pytest.mark.slow
 def test_a_fit_goes_on_from_its_checkpoint_bit_for_bit(to_store, tmp_path):
     data = to_store(drawn())
     straight = quick(data, num_epochs=4)

@@ -109,6 +109,7 @@ def test_the_bounds_of_a_parameter_are_those_of_this_fit():
     np.testing.assert_allclose(top, expected, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_support_of_a_global_site_is_that_of_this_fit():
     """NumPyro's guide of global sites keeps the support that it has seen."""
 

@@ -43,6 +43,7 @@ def exact_log_beta():
     return mean, np.sqrt(np.average((log_beta - mean) ** 2, weights=weights))
 
 
+@pytest.mark.slow
 def test_a_global_site_of_counts_is_found_at_a_high_learning_rate():
     svi = SVI(gamma_poisson, AutoAmortizedNormal(gamma_poisson), optax.adam(1e-2), Trace_ELBO())
     result = fit(svi, jax.random.key(0), COUNTS, num_epochs=150, progress_bar=False)

@@ -42,6 +42,7 @@ def found():
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FITS)
 def test_losses_are_those_of_one_device(found, name):
     one, many = found["fits"][name]
@@ -101,6 +102,7 @@ def hosts(tmp_path_factory):
     return [json.loads(output.splitlines()[-1]) for output in outputs]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["losses", "validation", "on disk", "iterable", "again"])
 def test_hosts_find_the_same(hosts, name):
     assert len(hosts[0][name]) > 1

@@ -311,6 +311,7 @@ def test_what_is_no_data_is_refused():
         quick(make_svi(hierarchical_model), jax.random.key(0), 3)
 
 
+@pytest.mark.slow
 def test_nan_is_welcome_where_the_model_leaves_it_out():
     """What is missing gives the result of any number in its place; what is observed may not be."""
 
@@ -332,6 +333,7 @@ def test_nan_is_welcome_where_the_model_leaves_it_out():
     assert np.isfinite(batches.losses).all()
 
 
+@pytest.mark.slow
 def test_data_that_the_model_takes_whole():
     """Without a datum axis an epoch is a step on all data, as svi.run takes it."""
     svi = SVI(normal_model, AutoAmortizedNormal(normal_model), optax.adam(1e-2), Trace_ELBO())

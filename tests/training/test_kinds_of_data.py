@@ -101,6 +101,7 @@ def test_sparse_matrices_of_other_formats_are_refused():
         quick(scipy.sparse.csc_array(X))
 
 
+@pytest.mark.slow
 def test_amortize_makes_them_dense():
     np.testing.assert_array_equal(in_memory({"x": scipy.sparse.csr_array(X)})["x"], X)
     posterior = amortize(

@@ -78,6 +78,7 @@ def test_old_keys_are_keys():
     assert np.isfinite(quick(make_svi(normal_model), jax.random.PRNGKey(0), X).losses).all()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("as_for_users")
 def test_init_state_is_a_state_of_this_svi():
     svi, other = make_svi(normal_model), make_svi(hierarchical_model)
@@ -141,6 +142,7 @@ def test_a_generator_is_passed_over_once_and_completely():
         quick(svi, KEY, (half for half in halves), num_data=40, num_epochs=2)
 
 
+@pytest.mark.slow
 def test_the_rows_of_an_epoch_are_compared_with_their_number():
     svi, halves = make_svi(normal_model), [X[:20], X[20:]]
     with pytest.raises(ValueError, match="yielded 40 rows in an epoch, and num_data is 30"):
@@ -161,6 +163,7 @@ def test_what_are_no_numbers_is_refused(data):
         quick(make_svi(normal_model), KEY, data)
 
 
+@pytest.mark.slow
 def test_whole_numbers_that_the_device_cannot_hold_are_refused():
     x = np.arange(40)
     assert np.isfinite(quick(make_svi(normal_model), KEY, x).losses).all()
@@ -192,6 +195,7 @@ def test_posteriors_say_what_they_are_given():
         Posterior(svi.guide, result.state)
 
 
+@pytest.mark.slow
 def test_data_whose_squares_overflow_are_blamed_for_it():
     svi = make_svi(normal_model, loss=Trace_ELBO(), inputs=lambda x: x / 1e20)
     with pytest.raises(FloatingPointError, match=r"as large as .e\+20.*standardize the data"):
@@ -233,6 +237,7 @@ OUTSIDE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", OUTSIDE)
 @pytest.mark.parametrize("form", ["rows", "subsampled", "iterable"])
 def test_values_of_no_density_are_named_before_training(case, form):
@@ -272,12 +277,14 @@ SERVED = {
 MASK = np.arange(80).reshape(40, 2) % 2 == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", SERVED)
 def test_what_numpyro_gives_a_density_is_served(case):
     make, x = SERVED[case]
     assert np.isfinite(quick(make_svi(observing(make)), KEY, x).losses).all()
 
 
+@pytest.mark.slow
 def test_totals_that_are_data_are_bounds_and_those_that_are_latent_are_not():
     def by_total(x, total):
         with numpyro.plate("data", len(x)):

@@ -51,6 +51,7 @@ def train(model, guide, **options):
     return fit(svi, KEY, X, progress_bar=False, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [AutoNormal, AutoMultivariateNormal, lambda model: of_a_batch])
 def test_parameters_of_a_batch_are_not_those_of_each_batch_in_turn(make):
     with pytest.raises(ValueError, match=r"of the 20 rows of a batch.*batch_size=60"):

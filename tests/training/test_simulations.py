@@ -62,6 +62,7 @@ def schedule(steps, rate=1e-2):
     return optax.adam(optax.cosine_decay_schedule(rate, steps))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", [Trace_ELBO(), ForwardKL()], ids=["ELBO", "ForwardKL"])
 @pytest.mark.parametrize("every", [1, None], ids=["fresh", "fixed"])
 def test_simulations_lead_to_the_exact_posterior(loss, every):
@@ -72,6 +73,7 @@ def test_simulations_lead_to_the_exact_posterior(loss, every):
     assert_exact(encoded)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "guide", [AutoAmortizedNormal, AutoAmortizedMultivariateNormal, AutoAmortizedFlow]
 )
@@ -101,6 +103,7 @@ def test_the_loss_is_the_guides_density_of_the_simulated_latents(guide):
     np.testing.assert_allclose(loss, expected, rtol=2e-4)
 
 
+@pytest.mark.slow
 def test_plain_svi_simulates_by_itself():
     svi = make_svi(conjugate, loss=ForwardKL(), optimizer=schedule(1200))
     result = svi.run(KEY, 1200, X, progress_bar=False)
@@ -108,6 +111,7 @@ def test_plain_svi_simulates_by_itself():
     assert_exact(encoded)
 
 
+@pytest.mark.slow
 def test_forward_kl_covers_both_modes_of_a_product():
     """Of `a * b = 1` the ELBO takes one of two modes; simulations have both."""
 
@@ -130,6 +134,7 @@ def test_forward_kl_covers_both_modes_of_a_product():
     assert both[1] > 0.7
 
 
+@pytest.mark.slow
 def test_global_sites_are_drawn_from_the_guide_and_covariates_come_from_the_data():
     def model(offset, x):
         b = numpyro.sample("b", dist.Normal(0.0, 10.0))
@@ -173,6 +178,7 @@ class TestFreezing:
             z = numpyro.sample("z", dist.Normal(0.0, 1.0))
             numpyro.sample("x", dist.Normal((w * z + b)[:, None], 0.5).to_event(1), obs=x)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         "optimizer",
         [optax.adamw(1e-2, weight_decay=0.1), numpyro.optim.Adam(1e-2)],
@@ -196,6 +202,7 @@ class TestFreezing:
         free = fit(svi, KEY, X, init_state=first.state, **options)
         assert free.params["w"] != first.params["w"]
 
+    @pytest.mark.slow
     def test_what_is_not_frozen_moves_as_it_would_alone(self):
         """Frozen parameters are constants: the others take the steps they take without them."""
         svi = make_svi(self.model, loss=Trace_ELBO())
@@ -207,6 +214,7 @@ class TestFreezing:
         alone = fit(make_svi(hidden, loss=Trace_ELBO()), KEY, X, **options)
         np.testing.assert_allclose(found.losses, alone.losses, rtol=1e-5)
 
+    @pytest.mark.slow
     def test_the_state_of_a_frozen_network_stays(self):
         """The params of a result have the networks' state, from which another fit goes on."""
         decoder = nnx.BatchNorm(1, momentum=0.5, rngs=nnx.Rngs(0))
@@ -270,6 +278,7 @@ class TestBadInput:
             z = numpyro.sample("z", dist.Normal(0.0, 1.0))
             numpyro.sample("log_x", dist.Normal(z, 1.0), obs=jnp.log(x))
 
+    @pytest.mark.slow
     def test_what_has_no_place_among_the_arguments(self):
         x = np.exp(X[:, 0])
         with pytest.raises(ValueError, match=r"site 'log_x' are not one.*to_data="):
@@ -295,6 +304,7 @@ class TestBadInput:
             Simulations(10, like=X, redraw_every=0)
 
 
+@pytest.mark.slow
 def test_a_share_of_each_batch_stays_real():
     """With data that the model cannot have drawn, the loss says how many of them there are."""
     far = X + 1000.0
@@ -313,6 +323,7 @@ def test_a_share_of_each_batch_stays_real():
     np.testing.assert_allclose(losses[0.5] / losses[0.25], 2.0, rtol=1e-2)
 
 
+@pytest.mark.slow
 def test_models_that_take_all_data_and_select_rows_themselves():
     def model(x):
         with numpyro.plate("data", len(x), subsample_size=16) as rows:
