@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,8 @@ import jax
 from jax.interpreters import partial_eval
 
 from numpyro_vae.numpyro_internals import HANDLERS
+
+ADDRESS = re.compile(r" at 0x[0-9a-f]+")  # of a function that a program names
 
 
 class Compiled:
@@ -30,12 +33,17 @@ class Compiled:
         with HANDLERS:
             return self._fn(*args)
 
-    def used(self, *args: Any) -> Any:
-        """Return for each array of the arguments whether what it returns depends on it."""
+    def program(self, *args: Any) -> tuple[str, Any]:
+        """Return what is computed, as text, and for each array of the arguments whether it is used.
+
+        Args:
+            args: arrays, or their shapes.
+        """
         with HANDLERS:
             jaxpr = jax.make_jaxpr(self._fn)(*args).jaxpr
-        _, used = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
-        return jax.tree.unflatten(jax.tree.structure(args), used)
+        needed, used = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+        text = ADDRESS.sub("", str(needed))
+        return text, jax.tree.unflatten(jax.tree.structure(args), used)
 
     def shapes(self, *args: Any) -> Any:
         """Return the shapes of what it returns, for which nothing is computed."""

@@ -303,6 +303,21 @@ class Rows:
         """Return all rows in one batch, or of those that are not in memory some."""
         return replace(self.some.batch(jnp.arange(self.some.num_rows)), cuts=False)
 
+    def shapes(self) -> Batch:
+        """Return `everything` of as many rows as there are, as shapes alone."""
+        batch, number = self.everything(), self.num_rows
+
+        def shape(array: Array, axis: int | None) -> jax.ShapeDtypeStruct:
+            sizes = list(array.shape)
+            if axis is not None:
+                sizes[axis] = number
+            return jax.ShapeDtypeStruct(tuple(sizes), array.dtype)
+
+        pairs = zip(batch.arrays, batch.layout.axes, strict=True)
+        arrays = tuple(shape(array, axis) for array, axis in pairs)
+        indices = shape(jnp.asarray(batch.indices), 0)
+        return replace(batch, arrays=arrays, indices=indices, num_data=number)
+
     def collect(self, fn: Callable[[Batch], Any], batch_size: int, row_axis: int = 0) -> Any:
         """Apply a compiled function to batches of the chosen rows, and join what it returns.
 

@@ -251,12 +251,18 @@ class Runner:
         return jax.tree.map(np.asarray, found)
 
     def _of_all(self, compiled: Compiled, rows: Rows, *args: Any) -> tuple:
-        """Return the arguments of a quantity of all rows, read only if it depends on them."""
+        """Return the arguments of a quantity of all rows, read only if it depends on them.
+
+        Of rows that are not in memory some stand for all, unless it reads them, or is another
+        function where there are as many as there are, such as of ``len(x)``.
+        """
         given = (self.params, rows.everything(), *args)
         if rows.stored is None:
             return given
-        used = zip(compiled.used(*given)[1].arrays, rows.data.layout.axes, strict=True)
-        if not any(is_used for is_used, axis in used if axis is not None):
+        program, used = compiled.program(*given)
+        pairs = zip(used[1].arrays, rows.data.layout.axes, strict=True)
+        reads = any(is_used for is_used, axis in pairs if axis is not None)
+        if not reads and program == compiled.program(self.params, rows.shapes(), *args)[0]:
             return given
         return (self.params, replace(rows, picked=None).in_memory().everything(), *args)
 

@@ -12,6 +12,7 @@ from numpyro.infer.autoguide import AutoNormal
 from numpyro_vae import Posterior, fit
 from numpyro_vae.data import stores
 from numpyro_vae.inference import rows, runner
+from numpyro_vae.inference.marginal import log_density
 from tests.helpers import make_svi
 from tests.stores.store_cases import KEY, ROWS, STORES, drawn, fitted
 
@@ -115,3 +116,37 @@ def test_a_guide_that_knows_its_rows_reads_them_all(tmp_path, small):
     stored = {"x": STORES["zarr"](DATA["x"], tmp_path), "y": DATA["y"]}
     draws = [posterior.sample(KEY, data, 3) for data in (stored, DATA)]
     same(*draws)
+
+
+def counting(x, y):
+    """A model in which the prior of a global site knows how many rows there are."""
+    mu = numpyro.sample("mu", dist.Normal(0.0, len(x) ** 0.5))
+    numpyro.deterministic("share", mu / len(x))
+    with numpyro.plate("cells", len(x)):
+        z = numpyro.sample("z", dist.Normal(mu + y, 1.0))
+        numpyro.sample("x", dist.Normal(z[:, None], 0.5).to_event(1), obs=x)
+
+
+def counts_data(model):
+    """A guide of the global site that is the narrower the more rows there are."""
+
+    def guide(x, y):
+        loc = numpyro.param("loc", 0.3)
+        return {"mu": numpyro.sample("mu", dist.Normal(loc, 1 / len(x)))}
+
+    return guide
+
+
+def test_what_counts_all_rows_counts_those_on_disk(small, tmp_path):
+    stored = {"x": STORES["memmap"](DATA["x"], tmp_path), "y": DATA["y"]}
+    svi = make_svi(counting, global_guide=counts_data)
+    params = fit(svi, KEY, DATA, num_epochs=1, progress_bar=False)
+    posterior = Posterior(svi.guide, params)
+    same(posterior.sample(KEY, stored, 5), posterior.sample(KEY, DATA, 5))
+    tree, known = (posterior.to_datatree(KEY, data, 4) for data in (stored, DATA))
+    same(tree.posterior["share"], known.posterior["share"])
+    densities = [
+        log_density(posterior._runner, read, KEY, {"mu": np.zeros(2, np.float32)}, 4).values
+        for read in map(posterior._runner.read, (stored, DATA))
+    ]
+    same(*densities)
