@@ -74,18 +74,10 @@ class Gathering:
         names: Sequence[str],
         given: dict[str, Any] | None = None,
     ) -> Gathering:
-        """Decide on what is computed; see `Gathering`.
+        """Decide on what is computed.
 
-        Args:
-            runner: the trained guide.
-            rows: the data.
-            rng_key: the random key.
-            num_samples: draws of each row.
-            num_particles: local draws for each log-likelihood.
-            marginal: whether predictions are of local latents from their prior.
-            groups: those wanted.
-            names: the latent and deterministic sites that are wanted.
-            given: draws of the global sites for which the rows' latents are resampled, if any.
+        The arguments are attributes of `Gathering`, and ``given`` draws of the global sites for
+        which the rows' latents are resampled, if any.
         """
         if rows.is_unobserved:
             groups = tuple(name for name in groups if name not in OF_OBSERVATIONS)
@@ -190,9 +182,21 @@ class Gathering:
         dims = rows_first(site_dims(guide.sites), rowwise, plates) | self.derived.dims
         return dims | {name: [] for name in self.densities}
 
-    def wanted(self, posterior: Variables) -> Variables:
-        """Return the variables of the posterior that are wanted."""
-        return {name: value for name, value in posterior.items() if name in self.names}
+    def complete(self, found: Groups, *, with_all: bool = True) -> Groups:
+        """Return the groups that are wanted.
+
+        Args:
+            found: by group what has a value for each row.
+            with_all: whether what has none goes with it.
+        """
+        found = dict(found)
+        if "posterior" in self.groups:
+            posterior = found.get("posterior", {})
+            posterior = posterior | (self.of_all(posterior) if with_all else {})
+            found["posterior"] = {name: x for name, x in posterior.items() if name in self.names}
+        if self.densities and with_all:
+            found["sample_stats"] = self.densities
+        return {group: found[group] for group in self.groups if group in found}
 
 
 def _globals(

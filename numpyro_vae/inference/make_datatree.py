@@ -19,9 +19,9 @@ from numpyro_vae.inference.datatree import (
     choose_sites,
     tree_name,
 )
-from numpyro_vae.inference.gathering import Gathering
+from numpyro_vae.inference.gathering import Gathering, Groups
 from numpyro_vae.inference.labels import labels_of
-from numpyro_vae.inference.regions import Regions, identify, rows_of_part
+from numpyro_vae.inference.regions import Identity, Regions, identify, rows_of_part
 from numpyro_vae.inference.runner import Runner
 from numpyro_vae.training.identity import digest
 
@@ -71,19 +71,20 @@ def make_datatree(
         names=choose_sites(runner, var_names),
         given=globals_,
     )
-    if store is not None:
-        return write_datatree(gathering, {**labels_of(gathering, data), **(coords or {})}, store)
-    found = gathering.of_rows(rows)
     coords = {**labels_of(gathering, data), **(coords or {})}
+    if store is not None:
+        return write_datatree(gathering, coords, store)
+    found = gathering.of_rows(rows)
     gathering.warn_of_undrawn(found)
-    dims = gathering.dims(found)
-    if "posterior" in gathering.groups:
-        posterior = found.get("posterior", {})
-        found["posterior"] = gathering.wanted(posterior | gathering.of_all(posterior))
-    if gathering.densities:
-        found["sample_stats"] = gathering.densities
-    found = {group: found[group] for group in gathering.groups if group in found}
-    return build_datatree(found, dims, rows.fingerprint_of_all, runner.guide.sites, coords)
+    return _tree(gathering, found, gathering.complete(found), coords)
+
+
+def _tree(
+    gathering: Gathering, by_row: Groups, found: Groups, coords: Mapping[str, Any]
+) -> DataTree:
+    """Return a tree of what is found, of which some goes by row."""
+    fingerprint, sites = gathering.rows.fingerprint_of_all, gathering.runner.guide.sites
+    return build_datatree(found, gathering.dims(by_row), fingerprint, sites, coords)
 
 
 def write_datatree(
@@ -108,9 +109,25 @@ def write_datatree(
     size = rows.num_rows if rows.data.is_whole else size
     _require_by_row(gathering, size)
     require_length(coords, plate, rows.num_rows)
-    identity = identify(
+
+    def make(start: int, stop: int, size: int) -> DataTree:
+        part = rows if size == rows.num_rows else rows.part(start, stop, size)
+        found = gathering.of_rows(part)
+        if not start:
+            gathering.warn_of_undrawn(found)
+        complete = gathering.complete(found, with_all=not start)
+        return _tree(gathering, found, complete, coords_of_part(coords, plate, start, stop))
+
+    path = Path(store)
+    identity = _identity(gathering, coords)
+    Regions(path, identity, tree_name(plate), rows.num_rows, size).write(make)
+    return xr.open_datatree(path, engine="zarr")
+
+
+def _identity(gathering: Gathering, coords: Mapping[str, Any]) -> Identity:
+    return identify(
         gathering.runner,
-        rows,
+        gathering.rows,
         gathering.rng_key,
         kind="DataTree",
         num_samples=gathering.num_samples,
@@ -120,27 +137,6 @@ def write_datatree(
         var_names=sorted(gathering.names),
         coords=digest({str(dim): np.asarray(coord).tolist() for dim, coord in coords.items()}),
     )
-
-    def make(start: int, stop: int, size: int) -> DataTree:
-        part = rows if size == rows.num_rows else rows.part(start, stop, size)
-        found = gathering.of_rows(part)
-        dims = gathering.dims(found)
-        if not start:
-            gathering.warn_of_undrawn(found)
-        if "posterior" in gathering.groups:
-            posterior = found.get("posterior", {})
-            of_all = {} if start else gathering.of_all(posterior)
-            found["posterior"] = gathering.wanted(posterior | of_all)
-        if gathering.densities and not start:
-            found["sample_stats"] = gathering.densities
-        given = coords_of_part(coords, plate, start, stop)
-        return build_datatree(
-            found, dims, rows.fingerprint_of_all, gathering.runner.guide.sites, given
-        )
-
-    path = Path(store)
-    Regions(path, identity, tree_name(plate), rows.num_rows, size).write(make)
-    return xr.open_datatree(path, engine="zarr")
 
 
 def require_length(coords: Mapping[str, Any], plate: str, num_rows: int) -> None:

@@ -118,23 +118,32 @@ def export_posterior(  # noqa: D417 - a method
     weighs = not {"importance", "novelty"}.isdisjoint(names)
     require_same_alone(programs, arrays, rows, weighs=weighs)
     files = {name: _program(name, programs, arrays, platforms) for name in names}
-    content = {
+    content = _content(programs, platforms, reference)
+    content["artifacts"] = {name: told for name, (_, told) in files.items()}
+    content["left_out"] = left_out
+    if "importance" in names:
+        content["importance"] = describe_importance(num_samples)
+    written = {told["file"]: data for data, told in files.values()} | {ARRAYS: _npz(arrays)}
+    return write_files(path, content, written)
+
+
+def _content(
+    programs: Programs, platforms: tuple[str, ...], reference: NoveltyReference | None
+) -> dict[str, Json]:
+    """Return what the manifest says of all programs."""
+    return {
         "kind": KIND,
         "format": FORMAT,
         "versions": versions(),
         "platforms": list(platforms),
-        "num_samples": num_samples,
+        "num_samples": programs.num_samples,
         "arrays": ARRAYS,
         "keys": {"random_bits": str(jax.random.key_impl(jax.random.key(0))), "dtype": "uint32"},
         "inputs": describe_inputs(programs),
         "latents": describe_latents(programs),
-        "artifacts": {name: told for name, (_, told) in files.items()},
-        "left_out": left_out,
-        "importance": describe_importance(num_samples) if "importance" in names else None,
+        "importance": None,
         "novelty": reference and describe_novelty(reference),
     }
-    written = {told["file"]: data for data, told in files.values()} | {ARRAYS: _npz(arrays)}
-    return write_files(path, content, written)
 
 
 def _require_flatbuffers() -> None:
