@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -23,10 +24,13 @@ class Leaf(NamedTuple):
     axis: int | None
 
 
-def row_labels(data: Any, batch_axes: Any, plate: str) -> Coords:
-    """Return the labels of the rows as coordinates of their plate, if data have some.
+def with_row_labels(
+    coords: Mapping[str, Any] | None, data: Any, batch_axes: Any, plate: str
+) -> dict[str, Any]:
+    """Return coordinates with the labels of the rows, if data have some and the user gave none.
 
     Args:
+        coords: those of the user, by dimension.
         data: as for `fit`.
         batch_axes: likewise.
         plate: the name of the plate.
@@ -34,6 +38,8 @@ def row_labels(data: Any, batch_axes: Any, plate: str) -> Coords:
     Raises:
         ValueError: if arrays have other labels than one another.
     """
+    if plate in (coords or {}):
+        return dict(coords or {})
     found: Coords = {}
     paths = jax.tree.leaves_with_path(data)
     for (path, leaf), axis in zip(paths, datum_axes(batch_axes, data), strict=True):
@@ -47,18 +53,21 @@ def row_labels(data: Any, batch_axes: Any, plate: str) -> Coords:
                 "before it, and rows go together by their places. Align them, as with .loc, or "
                 f"drop the labels, or name the rows with coords={{{plate!r}: ...}}."
             )
-    return found
+    return {**found, **(coords or {})}
 
 
-def labels_of(gathering: Gathering, data: Any) -> Coords:
-    """Return the labels of rows and of other axes of data, by the dimensions of a tree.
+def with_labels(
+    coords: Mapping[str, Any] | None, gathering: Gathering, data: Any
+) -> dict[str, Any]:
+    """Return coordinates with the labels of rows and of other axes of data.
 
     Args:
+        coords: those of the user, by the dimensions of a tree.
         gathering: what the tree has.
         data: as for `fit`.
     """
     runner, plate = gathering.runner, gathering.rows.plate
-    found = row_labels(data, runner.batch_axes, plate)
+    found = with_row_labels(coords, data, runner.batch_axes, plate)
     leaves, treedef = jax.tree.flatten(as_arguments(data))
     pairs = map(Leaf, leaves, datum_axes(runner.batch_axes, data))
     arguments = arguments_by_name(runner.guide.model, *jax.tree.unflatten(treedef, list(pairs)))

@@ -20,7 +20,7 @@ from numpyro_vae.inference.datatree import (
     tree_name,
 )
 from numpyro_vae.inference.gathering import Gathering, Groups
-from numpyro_vae.inference.labels import labels_of
+from numpyro_vae.inference.labels import with_labels
 from numpyro_vae.inference.regions import Identity, Regions, identify, rows_of_part
 from numpyro_vae.inference.runner import Runner
 from numpyro_vae.training.identity import digest
@@ -71,7 +71,7 @@ def make_datatree(
         names=choose_sites(runner, var_names),
         given=globals_,
     )
-    coords = {**labels_of(gathering, data), **(coords or {})}
+    coords = with_labels(coords, gathering, data)
     if store is not None:
         return write_datatree(gathering, coords, store)
     found = gathering.of_rows(rows)

@@ -81,6 +81,9 @@ def test_rows_of_other_labels_are_refused(posterior):
     data["y"] = data["y"].iloc[::-1]
     with pytest.raises(ValueError, match=r"data\['y'\] has other labels of rows"):
         posterior.to_datatree(KEY, data, 2)
+    names = {"cells": [f"cell {row}" for row in range(12)]}  # the user's own say what is meant
+    tree = posterior.to_datatree(KEY, data, 2, groups="posterior", coords=names)
+    assert tree.posterior["cells"].values.tolist() == names["cells"]
     data["y"] = data["y"].reset_index(drop=True)  # without labels, they go by their places
     posterior.to_datatree(KEY, data, 2, groups="posterior")
 
