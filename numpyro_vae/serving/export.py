@@ -65,7 +65,7 @@ def export_posterior(  # noqa: D417 - a method
     Args:
         path: the folder. It appears when it is complete.
         data: rows like those of the training, as for `fit`, preferably held out from it. New rows
-            are compared with them by ``novelty``, for which they are at least 400.
+            are compared with them by ``novelty``, which is left out if they are less than 400.
         platforms: where the programs can be run: ``"cpu"``, ``"cuda"``, ``"rocm"``, ``"tpu"``. They
             need not be here.
         num_samples: draws of each row.
@@ -81,7 +81,7 @@ def export_posterior(  # noqa: D417 - a method
         ImportError: if flatbuffers is not installed, which JAX writes programs with.
         PermissionError: if the folder may not be written.
         ValueError: if rows have no posteriors of their own, a platform or an artifact is unknown,
-            an artifact was asked for and cannot be had, or there are too few rows for ``novelty``.
+            or an artifact was asked for and cannot be had.
 
     Example:
         >>> import tempfile, numpyro, numpyro.distributions as dist, optax

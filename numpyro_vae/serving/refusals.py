@@ -89,8 +89,7 @@ def choose_artifacts(
     """Return the names of the artifacts to make, and why others cannot be made.
 
     Raises:
-        ValueError: if one is unknown, or was asked for and cannot be made, or there are too few
-            rows for the novelty.
+        ValueError: if one is unknown, or was asked for and cannot be made.
     """
     names = ARTIFACTS if wanted is None else tuple(wanted)
     unknown = sorted(set(names) - set(ARTIFACTS))
@@ -104,8 +103,6 @@ def choose_artifacts(
     if wanted is not None and left_out:
         name, reason = next(iter(left_out.items()))
         raise ValueError(f"There is no {name} of this posterior: {reason}")
-    if "novelty" in reasons and not reasons["novelty"]:
-        require_reference(rows)
     return [name for name in reasons if not reasons[name]], left_out
 
 
@@ -118,6 +115,7 @@ def _reason(name: str, runner: Runner, rows: Rows) -> str:
             runner.require_density()
         if name == "novelty":
             Subject(runner, rows, jax.random.key(SEED)).require_features()
+            require_reference(rows)
     except (NotApplicableError, ValueError) as error:
         return str(error)
     return ""

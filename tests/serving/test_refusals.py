@@ -37,12 +37,19 @@ def refused(posterior, path, match, error=ValueError, data=FEW, **options):
         ({"artifacts": ("predict",)}, "artifacts is .*predict.* expected one or more of"),
         ({"artifacts": ()}, "artifacts is"),
         ({"artifacts": "sample"}, "artifacts is 'sample', expected one or more"),
-        ({"artifacts": None}, "at least 400 rows of reference"),
+        ({"artifacts": ("novelty",)}, "at least 400 rows of reference"),
         ({"num_samples": 0}, "num_samples is 0"),
     ],
 )
 def test_wrong_options(few, tmp_path, options, match):
     refused(few, tmp_path, match, **options)
+
+
+def test_too_few_rows_for_the_novelty_leave_it_out(few, tmp_path):
+    manifest = few.export(tmp_path / "served", FEW, **{**ONE, "artifacts": None})
+    assert list(manifest["artifacts"]) == ["encode", "sample", "importance"]
+    assert "at least 400 rows" in manifest["left_out"]["novelty"]
+    assert manifest["novelty"] is None
 
 
 def test_a_folder_that_exists(few, tmp_path):
