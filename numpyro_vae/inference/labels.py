@@ -75,14 +75,16 @@ def with_labels(
     for name, leaf in arguments.items():
         if not isinstance(leaf, Leaf) or leaf.axis is None:
             continue
+        indexes = _indexes(leaf.value)
+        indexes.pop(leaf.axis)
+        if all(index is None for index in indexes):
+            continue
         is_observed = name in gathering.observes
         if not is_observed and "constant_data" not in gathering.groups:
             continue
         site = gathering.observes.get(name, name)
         plates = (plate, *runner.guide.segments)
         _, *dims = rows_first(named, [site], plates)[site]
-        indexes = _indexes(leaf.value)
-        indexes.pop(leaf.axis)
         dims += [f"{site}_dim_{place}" for place in range(len(indexes) - len(dims))]
         for dim, index in zip(dims, indexes, strict=False):
             if index is not None:
