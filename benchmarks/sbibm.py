@@ -1,163 +1,79 @@
 """Posteriors of simulated data sets beside exact ones: tasks of a benchmark that is published.
 
-    python benchmarks/sbibm.py [--num-simulations 10000] [--references sbibm_jax/tasks]
+    python benchmarks/sbibm.py [--num-simulations 10000] [--references sbibm_jax/tasks] [--repair]
 
-Four tasks of Lueckmann et al., *Benchmarking Simulation-Based Inference* (AISTATS 2021), as plain
-NumPyro models of one data set. A guide learns from a budget of simulations by `ForwardKL`, and
-reads observations in one pass. Its draws are compared with those of the posterior by the classifier
-two-sample test, as there: the accuracy, on draws held out, of a classifier that tells the two
-apart; 0.5 if it cannot, 1 if it always can.
+Eight tasks of Lueckmann et al., *Benchmarking Simulation-Based Inference* (AISTATS 2021), as plain
+NumPyro models of one data set. A guide learns from a budget of simulations by `ForwardKL`, with one
+set of options for all tasks, and reads observations in one pass. Its draws are compared with those
+of the posterior by the classifier two-sample test, as there: the accuracy, on draws held out, of a
+classifier that tells the two apart; 0.5 if it cannot, 1 if it always can. The figure of the paper's
+neural posterior estimation (NPE) stands beside it.
 
-By default observations are drawn from the model, and references from the exact posterior, which is
-not known for `slcp`. ``--references`` reads the published observations and references from a folder
-that holds ``<task>/files/num_observation_<i>/``, such as the tasks of the package ``sbibm-jax``.
+By default observations are drawn from the model, and references from the exact posterior where it
+is known. ``--references`` reads the published observations and references from a folder that
+holds ``<task>/files/num_observation_<i>/``, such as the tasks of the package ``sbibm-jax``.
+``--repair`` repairs each posterior with the model's density, which the figures of the paper do not
+use, and times NUTS on the same data sets.
 """
 
 import argparse
 import math
-from collections.abc import Callable
+import time
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import numpyro
-import numpyro.distributions as dist
 import optax
 from numpyro import handlers
-from numpyro.infer import SVI
-from sklearn.model_selection import KFold, cross_val_score
-from sklearn.neural_network import MLPClassifier
+from numpyro.infer import MCMC, NUTS, SVI, init_to_sample
+from sbibm_tasks import TASKS, Task, read
+from two_sample import c2st
 
-from numpyro_vae import (
-    AutoAmortizedFlow,
-    ForwardKL,
-    Posterior,
-    Simulations,
-    data_sets,
-    fit,
-)
+from numpyro_vae import AutoAmortizedFlow, ForwardKL, Posterior, Simulations, data_sets, fit
+from numpyro_vae.encoders import ResidualMLP
+from numpyro_vae.scales.parameterization import LogScale
 
-NOISE = math.sqrt(0.1)  # of the linear tasks, in which it is a variance that is 0.1
-
-# -- the models of one data set --------------------------------------------------------------------
-
-
-def gaussian_linear(x: jax.Array) -> None:
-    theta = numpyro.sample("theta", dist.Normal(0.0, NOISE).expand([10]).to_event(1))
-    numpyro.sample("x", dist.Normal(theta, NOISE).to_event(1), obs=x)
-
-
-def gaussian_linear_uniform(x: jax.Array) -> None:
-    theta = numpyro.sample("theta", dist.Uniform(-1.0, 1.0).expand([10]).to_event(1))
-    numpyro.sample("x", dist.Normal(theta, NOISE).to_event(1), obs=x)
-
-
-def slcp(x: jax.Array) -> None:
-    theta = jnp.asarray(numpyro.sample("theta", dist.Uniform(-3.0, 3.0).expand([5]).to_event(1)))
-    scale, corr = theta[2:4] ** 2, jnp.tanh(theta[4])
-    correlation = jnp.eye(2) + corr * (1.0 - jnp.eye(2))
-    covariance = jnp.outer(scale, scale) * correlation + 1e-6 * jnp.eye(2)
-    with numpyro.plate("point", 4):
-        numpyro.sample("x", dist.MultivariateNormal(theta[:2], covariance), obs=x)
-
-
-class Crescent(dist.Distribution):
-    """Points on half a ring around ``loc``, which is about 0.1 wide and 0.01 thick."""
-
-    support = dist.constraints.real_vector
-    pytree_data_fields = ("loc",)
-
-    def __init__(self, loc: Any):
-        self.loc = loc
-        super().__init__(jnp.shape(loc)[:-1], (2,))
-
-    def sample(self, key: Any, sample_shape: tuple[int, ...] = ()) -> Any:
-        keys, shape = jax.random.split(key), sample_shape + self.batch_shape
-        angle = jax.random.uniform(keys[0], shape, minval=-math.pi / 2, maxval=math.pi / 2)
-        radius = 0.1 + 0.01 * jax.random.normal(keys[1], shape)
-        return self.loc + radius[..., None] * jnp.stack([jnp.cos(angle), jnp.sin(angle)], -1)
-
-    def log_prob(self, value: Any, intermediates: Any = None) -> Any:
-        del intermediates
-        offset = value - self.loc
-        radius = jnp.linalg.norm(offset, axis=-1)
-        log_prob = dist.Normal(0.1, 0.01).log_prob(radius) - jnp.log(math.pi * radius)
-        return jnp.where(offset[..., 0] > 0, log_prob, -jnp.inf)
-
-
-def two_moons(x: jax.Array) -> None:
-    theta = jnp.asarray(numpyro.sample("theta", dist.Uniform(-1.0, 1.0).expand([2]).to_event(1)))
-    total, difference = theta.sum() / math.sqrt(2.0), (theta[1] - theta[0]) / math.sqrt(2.0)
-    loc = jnp.array([0.25, 0.0]) + jnp.stack([-jnp.abs(total), difference])
-    numpyro.sample("x", Crescent(loc), obs=x)
-
-
-# -- their exact posteriors ------------------------------------------------------------------------
-
-Exact = Callable[[jax.Array, np.ndarray, int], np.ndarray]
-
-
-def exact_linear(rng_key: jax.Array, x: np.ndarray, num_samples: int) -> np.ndarray:
-    noise = jax.random.normal(rng_key, (num_samples, 10))
-    return np.asarray(x / 2 + NOISE / math.sqrt(2.0) * noise)
-
-
-def exact_uniform(rng_key: jax.Array, x: np.ndarray, num_samples: int) -> np.ndarray:
-    low, high = (-1.0 - x) / NOISE, (1.0 - x) / NOISE
-    noise = jax.random.truncated_normal(rng_key, low, high, (num_samples, 10))
-    return np.asarray(x + NOISE * noise)
-
-
-def exact_moons(rng_key: jax.Array, x: np.ndarray, num_samples: int) -> np.ndarray:
-    """Each point of the ring tells theta but for a sign; those outside the prior do not count."""
-    ring_key, sign_key = jax.random.split(rng_key)
-    ring = Crescent(jnp.array([0.25, 0.0])).sample(ring_key, (20 * num_samples,))
-    size, difference = ring[:, 0] - x[0], x[1] - ring[:, 1]
-    total = size * jax.random.rademacher(sign_key, size.shape, size.dtype)
-    theta = np.stack([total - difference, total + difference], -1) / math.sqrt(2.0)
-    inside = (np.abs(theta) <= 1).all(-1) & (np.asarray(size) >= 0)
-    return theta[inside][:num_samples]
-
-
-class Task(NamedTuple):
-    """A model, the shape of its data, and draws from its posterior if they are known."""
-
-    model: Callable[..., None]
-    shape: tuple[int, ...]
-    exact: Exact | None
-
-
-TASKS = {
-    "gaussian_linear": Task(gaussian_linear, (10,), exact_linear),
-    "gaussian_linear_uniform": Task(gaussian_linear_uniform, (10,), exact_uniform),
-    "two_moons": Task(two_moons, (2,), exact_moons),
-    "slcp": Task(slcp, (4, 2), None),
-}
-
-# -- how well a guide does -------------------------------------------------------------------------
-
-
-def train(task: Task, num_simulations: int, num_steps: int) -> Posterior:
-    """Learn from a budget of simulations, the same in all epochs."""
-    sets = data_sets(task.model)
-    optimizer = optax.adam(optax.cosine_decay_schedule(2e-3, num_steps))
-    guide = AutoAmortizedFlow(sets, num_layers=4, hidden_sizes=(64,))
-    svi = SVI(sets, guide, optimizer, ForwardKL())
-    like = simulate(task, num_simulations, seed=0)  # on whose scale the encoder is
-    simulations = Simulations(num_simulations, like=like, redraw_every=None)
-    batch_size = min(256, num_simulations)
-    num_epochs = max(1, num_steps // (num_simulations // batch_size))
-    options = {"num_epochs": num_epochs, "batch_size": batch_size, "progress_bar": False}
-    return Posterior(guide, fit(svi, jax.random.key(0), simulations, **options))
+BUDGETS = (1_000, 10_000, 100_000)  # of the published figures
+ROUND = 1_000  # draws of a repair, of 10,000 proposals, so that few are drawn twice
 
 
 def simulate(task: Task, count: int, seed: int) -> np.ndarray:
     """Draw data sets from the model."""
     with handlers.seed(rng_seed=seed), handlers.trace() as trace, handlers.uncondition():
         data_sets(task.model)(np.zeros((count, *task.shape), np.float32))
-    return np.asarray(trace["x"]["value"])
+    return np.asarray(trace["x"]["value"], np.float32)
+
+
+def train(task: Task, budget: int, num_steps: int) -> Posterior:
+    """Learn from a budget of simulations, the same in all epochs.
+
+    A twentieth of them tells the encoder the scale of data, and a tenth when to stop.
+    """
+    sets = data_sets(task.model)
+    for_scale, for_stopping = max(budget // 20, 1), max(budget // 10, 1)
+    seen = simulate(task, for_scale, seed=0)
+    count = budget - for_scale - for_stopping
+    batch_size = min(100, count)
+    like = np.resize(seen, (max(batch_size, for_scale), *task.shape))
+    num_epochs = max(1, num_steps // -(-count // batch_size))
+    encoder = partial(ResidualMLP, hidden_size=64) if len(task.shape) == 1 else None
+    options = {} if task.reads is None else {"inputs": task.reads}
+    guide = AutoAmortizedFlow(sets, encoder, scale=LogScale(init_scale=1.0), **options)
+    decay = optax.cosine_decay_schedule(2e-3, num_steps)
+    optimizer = optax.adamw(decay, weight_decay=1_000 / budget)
+    result = fit(
+        SVI(sets, guide, optimizer, ForwardKL()),
+        jax.random.key(0),
+        Simulations(count, like=like, redraw_every=None),
+        batch_size=batch_size,
+        num_epochs=num_epochs,
+        validation=np.resize(seen, (for_stopping, *task.shape)),  # drawn anew for the loss
+        patience=max(10, num_epochs // 5),
+        progress_bar=False,
+    )
+    return Posterior(guide, result)
 
 
 def observations(
@@ -176,47 +92,75 @@ def observations(
     ]
 
 
-def read(path: Path) -> np.ndarray:
-    """Read a table of numbers with a line of names."""
-    return np.loadtxt(path, np.float32, delimiter=",", skiprows=1, ndmin=2)
+def score(exact: list[np.ndarray], draws: np.ndarray) -> str:
+    """Return the mean score, and that of each observation, as text."""
+    scores = [c2st(one, draws[: len(one), i]) for i, one in enumerate(exact)]
+    return f"C2ST {np.mean(scores):.3f}, by observation " + " ".join(f"{x:.3f}" for x in scores)
 
 
-def c2st(exact: np.ndarray, found: np.ndarray) -> float:
-    """Return the accuracy of the published classifier, on five folds."""
-    loc, scale = exact.mean(0), exact.std(0)
-    draws = (np.concatenate([exact, found]) - loc) / scale
-    labels = np.repeat([0, 1], [len(exact), len(found)])
-    width = 10 * draws.shape[1]
-    classifier = MLPClassifier((width, width), max_iter=1000, random_state=1)
-    folds = KFold(5, shuffle=True, random_state=1)
-    return cross_val_score(classifier, draws, labels, cv=folds, scoring="accuracy").mean()
+def repaired(posterior: Posterior, seen: np.ndarray, num_samples: int) -> tuple[np.ndarray, Any]:
+    """Return draws from several repairs, and what the first of them has measured."""
+    rounds = [
+        posterior.repair(jax.random.key(key), seen, np.arange(len(seen)), num_samples=ROUND)
+        for key in range(-(-num_samples // ROUND))
+    ]
+    draws = np.concatenate([found.groups["posterior"]["theta"] for found in rounds])
+    return draws[:num_samples], rounds[0].dataset
+
+
+def nuts(task: Task, x: np.ndarray, num_samples: int) -> float:
+    """Return the seconds that NUTS takes for the draws of one observation."""
+    started = time.perf_counter()
+    kernel = NUTS(task.model, init_strategy=init_to_sample)
+    MCMC(kernel, num_warmup=500, num_samples=num_samples, progress_bar=False).run(
+        jax.random.key(0), x
+    )
+    return time.perf_counter() - started
+
+
+def run(name: str, options: argparse.Namespace) -> None:
+    """Print the scores of a task."""
+    task, count, num_samples = TASKS[name], options.num_observations, options.num_samples
+    if options.references is None and task.exact is None:
+        print(f"{name:24} left out: it needs --references")
+        return
+    started = time.perf_counter()
+    posterior = train(task, options.num_simulations, options.num_steps)
+    seconds = time.perf_counter() - started
+    seen, exact = observations(name, options.references, count, num_samples)
+    draws = posterior.sample(jax.random.key(2), seen, num_samples)["theta"]
+    published = dict(zip(BUDGETS, task.published, strict=True)).get(options.num_simulations)
+    print(f"{name:24} {score(exact, draws)} (NPE: {published}; {seconds:.0f} s)", flush=True)
+    if options.repair:
+        started = time.perf_counter()
+        draws, measured = repaired(posterior, seen, num_samples)
+        seconds = time.perf_counter() - started
+        khats = " ".join(f"{khat:.2f}" for khat in measured["khat"].values)
+        methods = " ".join(measured["method"].values)
+        print(f"{'after repair':24} {score(exact, draws)} ({seconds:.0f} s)")
+        print(f"{'':24} k-hat {khats}; by {methods}")
+        one = nuts(task, seen[0], num_samples)
+        print(f"{'':24} NUTS takes {one:.0f} s for the first observation", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--num-simulations", type=int, default=10_000)
-    parser.add_argument("--num-steps", type=int, default=8_000)
+    parser.add_argument("--num-steps", type=int, help="by default 40 times the root of the budget")
     parser.add_argument("--num-observations", type=int, default=10)
     parser.add_argument("--num-samples", type=int, default=10_000, help="draws of each posterior")
     parser.add_argument("--references", type=Path, help="a folder of published ones")
+    parser.add_argument("--repair", action="store_true", help="also repair, and time NUTS")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes: does it run?")
     options = parser.parse_args()
     if options.smoke:
         options.tasks, options.num_simulations, options.num_steps = ["two_moons"], 256, 2
         options.num_observations, options.num_samples = 1, 50
+    options.num_steps = options.num_steps or round(40 * math.sqrt(options.num_simulations))
     print(f"{options.num_simulations} simulations, {options.num_steps} steps")
     for name in options.tasks:
-        if options.references is None and TASKS[name].exact is None:
-            print(f"{name:24} left out: it needs --references")
-            continue
-        posterior = train(TASKS[name], options.num_simulations, options.num_steps)
-        count, num_samples = options.num_observations, options.num_samples
-        seen, exact = observations(name, options.references, count, num_samples)
-        draws = posterior.sample(jax.random.key(2), seen, num_samples)["theta"]
-        scores = [c2st(one, draws[: len(one), i]) for i, one in enumerate(exact)]
-        told = " ".join(f"{score:.3f}" for score in scores)
-        print(f"{name:24} C2ST {np.mean(scores):.3f}, by observation {told}", flush=True)
+        run(name, options)
 
 
 if __name__ == "__main__":

@@ -159,8 +159,8 @@ class AutoAmortizedLowRankMultivariateNormal(AmortizedGuide):
 class AutoAmortizedFlow(AmortizedGuide):
     """A guide whose posterior of a datum is bent out of a Normal by a flow.
 
-    For posteriors that are curved or skewed; see `Flow`, an inverse autoregressive one. Of a
-    single latent it is no more than a Normal.
+    For posteriors that are curved or skewed, or have several modes: a neural spline flow, see
+    `Flow`.
 
     Args:
         model: a NumPyro model with latent sites in a plate.
@@ -179,7 +179,7 @@ class AutoAmortizedFlow(AmortizedGuide):
         model: Callable[..., Any],
         encoder: Encoder | None = None,
         *,
-        num_layers: int = 2,
+        num_layers: int = 4,
         hidden_sizes: Sequence[int] = (32,),
         scale: str | AbstractParameterization = "log_scale",
         **options: Unpack[GuideOptions],
