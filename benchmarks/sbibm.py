@@ -99,13 +99,17 @@ def score(exact: list[np.ndarray], draws: np.ndarray) -> str:
 
 
 def repaired(posterior: Posterior, seen: np.ndarray, num_samples: int) -> tuple[np.ndarray, Any]:
-    """Return draws from several repairs, and what the first of them has measured."""
-    rounds = [
-        posterior.repair(jax.random.key(key), seen, np.arange(len(seen)), num_samples=ROUND)
-        for key in range(-(-num_samples // ROUND))
-    ]
-    draws = np.concatenate([found.groups["posterior"]["theta"] for found in rounds])
-    return draws[:num_samples], rounds[0].dataset
+    """Return repaired draws, of several calls where they are weighed, and what was measured."""
+    repair = partial(posterior.repair, data=seen)
+    first = repair(jax.random.key(3), rows=np.arange(len(seen)), num_samples=num_samples)
+    draws = np.array(first.groups["posterior"]["theta"])
+    weighed = np.flatnonzero(first.dataset["method"].values != "nuts")
+    if weighed.size:
+        keys = jax.random.split(jax.random.key(4), -(-num_samples // ROUND))
+        rounds = [repair(key, rows=weighed, num_samples=ROUND) for key in keys]
+        every = np.concatenate([found.groups["posterior"]["theta"] for found in rounds])
+        draws[:, weighed] = every[:num_samples]
+    return draws, first.dataset
 
 
 def nuts(task: Task, x: np.ndarray, num_samples: int) -> float:

@@ -8,6 +8,7 @@ tell apart, it depends on the weights whether a network gets going before it is 
 """
 
 from functools import partial
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import jax
@@ -72,7 +73,7 @@ def _standardized(exact: np.ndarray, found: np.ndarray) -> tuple[np.ndarray, np.
 def _init(random: np.random.RandomState, num_inputs: int) -> list[tuple[np.ndarray, np.ndarray]]:
     """Return the weights of a network with one output."""
     sizes, layers = (num_inputs, 10 * num_inputs, 10 * num_inputs, 1), []
-    for a, b in zip(sizes[:-1], sizes[1:], strict=True):
+    for a, b in pairwise(sizes):
         bound = (6 / (a + b)) ** 0.5
         kernel, bias = random.uniform(-bound, bound, (a, b)), random.uniform(-bound, bound, b)
         layers.append((kernel.astype(np.float32), bias.astype(np.float32)))

@@ -118,33 +118,55 @@ def test_a_large_factor_of_low_rank_is_bounded_and_a_small_one_is_not():
         np.testing.assert_allclose(scale, [1, np.hypot(1, expected), 1], 6e-3)
 
 
+def layers_of(head, x):
+    """The layers, without what scales and shifts."""
+    return head.distribution(head(x)).transforms[:-1]
+
+
 def jacobian_of_layers(head, x):
-    """Of what the layers make of the noise, before it is scaled and shifted."""
-    *layers, _ = head.distribution(head(x)).transforms
-    push = functools.partial(functools.reduce, lambda x, f: f(x), layers)
+    push = functools.partial(functools.reduce, lambda x, f: f(x), layers_of(head, x))
     return jax.jacfwd(push)(jnp.linspace(-1, 1, head.loc.out_features))
 
 
 @pytest.mark.parametrize("size", [2, 5])
-def test_a_layer_of_a_flow_sees_the_values_before_and_two_see_all(size):
-    jacobian = jit(jacobian_of_layers, trained(Flow(1, (16, 16)), size), features())[::-1]
-    assert (np.triu(jacobian, 1) == 0).all()
-    assert (abs(jacobian[np.tril_indices(size)]) > 1e-4).all()
-    jacobian = jit(jacobian_of_layers, trained(Flow(2), size), features())
-    assert (abs(jacobian) > 1e-5).all()
+def test_a_layer_of_a_flow_bends_half_of_the_values_by_the_others_and_four_bend_all(size):
+    jacobian = jit(jacobian_of_layers, trained(Flow(1, (16, 16)), size), features())
+    half, off_diagonal = np.arange(size) % 2 == 0, ~np.eye(size, dtype=bool)
+    assert (jacobian[~half] == np.eye(size)[~half]).all()
+    assert (jacobian[np.ix_(half, half)][off_diagonal[np.ix_(half, half)]] == 0).all()
+    assert (abs(jacobian[np.ix_(half, ~half)]) > 1e-5).all()
+    jacobian = jit(jacobian_of_layers, trained(Flow(4), size), features())
+    assert (abs(jacobian) > 1e-6).all()
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_a_layer_of_a_flow_is_undone_also_beyond_the_splines(size):
+    values = np.random.default_rng(0).normal(size=(200, size)) * 3
+
+    def there_and_back(head, x, values):
+        layer = layers_of(head, x)[0]
+        y = layer(values)
+        return y, layer.inv(y), layer(layer.inv(values))
+
+    with jax.enable_x64(True):
+        found = jit(there_and_back, trained(Flow(1), size), features(), jnp.asarray(values))
+    assert abs(values).max() > 4
+    assert abs(found[0] - values).max() > 0.1
+    np.testing.assert_allclose(found[1], values, atol=1e-9)
+    np.testing.assert_allclose(found[2], values, atol=1e-9)
 
 
 def test_a_flow_starts_near_a_normal_and_does_not_stay_there():
     def distance(head, x):
         raw = head(x)
         values = draw(head, raw, (50,))
-        return log_prob(head, raw, values) - log_prob(fresh(DiagonalNormal()), raw[:2], values)
+        return log_prob(head, raw, values) - log_prob(
+            fresh(DiagonalNormal(), raw[0].shape[-1]), raw[:2], values
+        )
 
     assert abs(jit(distance, fresh(Flow()), features(5))).max() < 0.1
-    assert abs(jit(distance, trained(Flow()), features(5))).max() > 1.0
-    # A single value has none before it.
-    head = trained(Flow(), 1)
-    assert len(head.distribution(head(features(5))).transforms) == 1
+    for size in (1, SIZE):  # the datum bends a single value too
+        assert abs(jit(distance, trained(Flow(), size), features(5))).max() > 1.0
 
 
 @pytest.mark.parametrize("name", ["full rank", "rank 1", "flow"])
