@@ -159,8 +159,8 @@ class AutoAmortizedLowRankMultivariateNormal(AmortizedGuide):
 class AutoAmortizedFlow(AmortizedGuide):
     """A guide whose posterior of a datum is bent out of a Normal by a flow.
 
-    For posteriors that are curved or skewed; see `Flow`, an inverse autoregressive one. Of a
-    single latent it is no more than a Normal.
+    For posteriors that are curved, skewed, or of heavy tails; see `Flow`, an inverse
+    autoregressive one on top of a full covariance.
 
     Args:
         model: a NumPyro model with latent sites in a plate.

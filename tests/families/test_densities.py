@@ -119,10 +119,10 @@ def test_a_large_factor_of_low_rank_is_bounded_and_a_small_one_is_not():
 
 
 def jacobian_of_layers(head, x):
-    """Of what the layers make of the noise, before it is scaled and shifted."""
-    *layers, _ = head.distribution(head(x)).transforms
+    """Of what the layers make of the bent noise, before it is correlated, scaled and shifted."""
+    _, *layers, _, _ = head.distribution(head(x)).transforms
     push = functools.partial(functools.reduce, lambda x, f: f(x), layers)
-    return jax.jacfwd(push)(jnp.linspace(-1, 1, head.loc.out_features))
+    return jax.jacfwd(push)(jnp.linspace(-1, 1, head.normal.size))
 
 
 @pytest.mark.parametrize("size", [2, 5])
@@ -140,11 +140,28 @@ def test_a_flow_starts_near_a_normal_and_does_not_stay_there():
         values = draw(head, raw, (50,))
         return log_prob(head, raw, values) - log_prob(fresh(DiagonalNormal()), raw[:2], values)
 
-    assert abs(jit(distance, fresh(Flow()), features(5))).max() < 0.1
-    assert abs(jit(distance, trained(Flow()), features(5))).max() > 1.0
-    # A single value has none before it.
+    assert abs(jit(distance, fresh(Flow()), features(5))).mean() < 0.1
+    assert abs(jit(distance, trained(Flow()), features(5))).mean() > 0.5
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_weights_of_a_flow_are_bounded_where_the_posterior_is_normal(size):
+    """Its tails are the heavier ones, for a small part of a nat."""
+    head = fresh(Flow(), size)
+    loc, raw_scale, *others = head(features())
+    raw = (jnp.zeros(size), raw_scale + 0.02 / size**0.5, *others)
+    normal = fresh(DiagonalNormal(), size)
+    far = 8.0 * jnp.eye(size) * jnp.exp(raw_scale)
+    assert (jit(log_prob, head, raw, far) > jit(log_prob, normal, (loc * 0, raw_scale), far)).all()
+
+
+def test_a_flow_of_one_value_is_bent():
     head = trained(Flow(), 1)
-    assert len(head.distribution(head(features(5))).transforms) == 1
+    bend, *rest = head.distribution(head(features(5))).transforms
+    assert len(rest) == 2  # a single value has none before it, and so there are no layers
+    x = jnp.linspace(-3, 3, 7)[:, None, None] * jnp.ones((5, 1))
+    np.testing.assert_allclose(bend.inv(bend(x)), x, atol=1e-5)
+    np.testing.assert_allclose(bend(0 * x), 0, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["full rank", "rank 1", "flow"])
