@@ -15,10 +15,11 @@ from numpyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO
 from numpyro.infer.elbo import ELBO
 
 from numpyro_vae.data.arguments import require_count
-from numpyro_vae.data.arrays import ArrayData, is_in_memory, take_rows
+from numpyro_vae.data.arrays import is_in_memory, take_rows
 from numpyro_vae.data.stores import in_memory
-from numpyro_vae.encoders import MLP, RNN, ConvNet
+from numpyro_vae.encoders import RNN, ConvNet, ResidualMLP
 from numpyro_vae.guides.auto import (
+    AutoAmortizedFlow,
     AutoAmortizedLowRankMultivariateNormal,
     AutoAmortizedMultivariateNormal,
     AutoAmortizedNormal,
@@ -26,19 +27,18 @@ from numpyro_vae.guides.auto import (
 from numpyro_vae.guides.base import AmortizedGuide
 from numpyro_vae.inference.rows import Rows
 from numpyro_vae.model.simulate import NotSimulableError
-from numpyro_vae.objectives import ForwardKL
+from numpyro_vae.objectives import ForwardKL, ImportanceWeightedELBO
 from numpyro_vae.posterior import Posterior
 from numpyro_vae.training.fit import FitResult, fit
 from numpyro_vae.training.simulations import Simulations
 
 __all__ = ["amortize"]
 
-FULL_RANK = 32  # latents of a datum, up to which a Normal has a full covariance
+FLOW, FULL_RANK = 16, 32  # latents of a datum, up to which the family is a flow, or a full Normal
 IMAGE = 16  # pixels, from which on two axes of an observation are read as an image
 HELD_OUT = 0.1, 1000  # the share of the rows that are held out, and the most of them
 CHECKS, CHECKED = ("importance", "collapse"), 256  # and how many rows held out they look at
 TABLE, EPOCHS = 40_000, 8  # simulated rows at once, and passes over them
-SIMULATED = 2000  # rows, at least, that the second phase is validated with
 
 
 def amortize(
@@ -53,7 +53,7 @@ def amortize(
     batch_axes: Any = 0,
     batch_size: int | None = None,
     num_steps: int = 4000,
-    num_simulation_steps: int = 12_000,
+    num_simulation_steps: int = 18_000,
     to_data: Callable[[dict], Any] | None = None,
     static_kwargs: Mapping[str, Any] | None = None,
     progress_bar: bool = True,
@@ -61,9 +61,10 @@ def amortize(
     """Train a guide for a model, and return the posterior.
 
     First model and guide are trained by the ELBO on the data, until rows held out improve no more.
-    Then the model stays, and the guide alone is trained by `ForwardKL` on `Simulations`, until rows
-    simulated like those held out improve no more: of more data than there are it cannot learn the
-    noise by heart, and it covers each posterior, so that draws can be weighted.
+    Then the model stays, and the guide alone is trained on `Simulations`: of more data than there
+    are it cannot learn the noise by heart. Two thirds of these steps are taken with `ForwardKL`, so
+    that it covers each posterior. The rest is taken with the ELBO, whose gradient is without noise
+    where the guide is exact; what comes of it is kept if rows held out have better verdicts.
 
     Args:
         model: a NumPyro model with latent sites in a plate.
@@ -76,7 +77,7 @@ def amortize(
         batch_axes: the datum axis of each argument, as for `fit`.
         batch_size: rows in a batch, as for `fit`.
         num_steps: the most steps of the first phase.
-        num_simulation_steps: the most steps of the second phase; 0 leaves it out.
+        num_simulation_steps: steps on simulations, after the first phase; 0 leaves them out.
         to_data: see `Simulations`.
         static_kwargs: keyword arguments of the model that are the same in every call.
         progress_bar: whether to show progress, and to print what was chosen and found.
@@ -93,8 +94,8 @@ def amortize(
         >>> x = np.linspace(-2.0, 2.0, 100)
         >>> options = {"num_steps": 50, "num_simulation_steps": 0, "progress_bar": False}
         >>> posterior = amortize(model, jax.random.key(0), x, **options)
-        >>> posterior.encode(x)["z"].loc.shape
-        (100,)
+        >>> posterior.sample(jax.random.key(1), x, 10)["z"].shape
+        (10, 100)
     """
     num_steps = require_count("num_steps", num_steps)
     data, validation = in_memory(data), in_memory(validation)
@@ -112,7 +113,7 @@ def amortize(
     rows = Rows.read(guide, kwargs, data, batch_axes)
     say(_choices(guide, rows))
     cuts = not (rows.data.is_whole or rows.subsamples)
-    train, held_out, keys = data, validation, jax.random.split(rng_key, 4)
+    train, held_out, keys = data, validation, jax.random.split(rng_key, 6)
     if validation is None and cuts:
         train, held_out = _hold_out(data, batch_axes, rows.num_rows, keys[0])
     size = rows.num_rows if rows.data.is_whole else min(batch_size or 128, rows.num_rows)
@@ -120,21 +121,26 @@ def amortize(
     phase = partial(_phase, model, guide, optimizer or choose_optimizer, kwargs, options, say)
     steps = num_steps, max(num_steps * size // rows.num_rows, 1)
     result = phase("The ELBO of the data", keys[1], loss or _loss(guide), train, held_out, *steps)
-    if num_simulation_steps:
-        number = min(TABLE, max(num_simulation_steps * size // EPOCHS, 1))
-        table = Simulations(number, like=train, redraw_every=EPOCHS, to_data=to_data)
-        like = _repeated(held_out, batch_axes) if cuts and to_data is None else None
-        steps = num_simulation_steps, max(num_simulation_steps * size // number, 1)
-        more = {"init_params": result.params, "freeze": ("model", "globals")}
-        try:
-            result = phase("Simulations", keys[2], ForwardKL(), table, like, *steps, **more)
-        except NotSimulableError as reason:
-            say(f"No simulations. {reason}")
-    posterior = Posterior(guide, result)
+    found = [Posterior(guide, result)]
+    try:
+        for name, objective, number in _refining(guide, num_simulation_steps):
+            key = keys[1 + len(found)]
+            table = min(TABLE, max(number * size // EPOCHS, 1))
+            simulations = Simulations(table, like=train, redraw_every=EPOCHS, to_data=to_data)
+            more = {"init_params": result.params, "freeze": ("model", "globals")}
+            steps = number, max(number * size // table, 1)
+            result = phase(name, key, objective, simulations, None, *steps, **more)
+            found.append(Posterior(guide, result))
+    except NotSimulableError as reason:
+        say(f"No simulations. {reason}")
+    some = train if held_out is None else held_out
+    some = take_rows(some, batch_axes, slice(CHECKED)) if cuts else some
+    posterior = found[-1]
+    if len(found) == 3 and cuts:
+        posterior = min(found[:0:-1], key=partial(_mean_verdict, keys[4], some))
+        say("Kept: the latter." if posterior is found[-1] else "Kept: the former, better on data.")
     if progress_bar:
-        some = train if held_out is None else held_out
-        some = take_rows(some, batch_axes, slice(CHECKED)) if cuts else some
-        say(posterior.check(keys[3], some, CHECKS, progress_bar=False))
+        say(posterior.check(keys[5], some, CHECKS, progress_bar=False))
     return posterior
 
 
@@ -181,14 +187,6 @@ def _hold_out(data: Any, batch_axes: Any, number: int, rng_key: Array) -> tuple[
     return tuple(take_rows(data, batch_axes, rows) for rows in (order[:kept], order[kept:]))
 
 
-def _repeated(data: Any, batch_axes: Any) -> Any:
-    """Return data with rows again and again, so that those simulated like them are enough."""
-    if data is None:
-        return None
-    number = ArrayData.read(data, batch_axes).num_data
-    return take_rows(data, batch_axes, np.arange(max(SIMULATED, number)) % number)
-
-
 def choose_optimizer(num_steps: int) -> optax.GradientTransformation:
     """Return Adam with gradients clipped, a warm-up, and a rate that falls to zero.
 
@@ -210,9 +208,9 @@ def choose_guide(
     """Return a guide whose encoder and family fit a model and its data.
 
     The encoder is an `RNN` where latents are stacked by ``scan``, a `ConvNet` for images of at
-    least 16 x 16 pixels, and an `MLP` else. The latents of a datum have a Normal of full covariance
-    up to 32 of them and of low rank beyond; of one latent, or where the model masks some, they are
-    independent.
+    least 16 x 16 pixels, and a `ResidualMLP` else. The latents of a datum have a flow up to 16 of
+    them, a Normal of full covariance up to 32, and of low rank beyond; where the model masks some,
+    they are independent Normals.
 
     Args:
         model: a NumPyro model.
@@ -226,12 +224,12 @@ def choose_guide(
     size = sum(site.datum_size(guide.plate) for site in guide.local_sites)
     masked = any(site.name in reading.masks for site in guide.local_sites)
     family: Callable[..., AmortizedGuide] = AutoAmortizedNormal
-    if size > 1 and not masked and not (guide.plan and guide.plan.unlike):
-        joint = AutoAmortizedMultivariateNormal, AutoAmortizedLowRankMultivariateNormal
-        family = joint[size > FULL_RANK]
+    if not masked and not (guide.plan and guide.plan.unlike):
+        normal = AutoAmortizedMultivariateNormal, AutoAmortizedLowRankMultivariateNormal
+        family = AutoAmortizedFlow if size <= FLOW else normal[size > FULL_RANK]
     seen = [site.event_shape for site in guide.sites.observed(guide.plate.name)]
     image = len(seen) == 1 and len(seen[0]) in (2, 3) and min(seen[0][:2]) >= IMAGE
-    encoder: Any = ConvNet if image else MLP
+    encoder: Any = ConvNet if image else ResidualMLP
     if guide.plate.name not in reading.indices:  # it stands in a scan
         encoder = RNN
     return family(model, encoder)
@@ -242,6 +240,21 @@ def _loss(guide: AmortizedGuide) -> ELBO:
     if guide.sites.enumerated(guide.plate.name):
         return TraceEnum_ELBO()
     return TraceMeanField_ELBO() if guide.family.is_factorized else Trace_ELBO()
+
+
+def _refining(guide: AmortizedGuide, num_steps: int) -> list[tuple[str, ELBO, int]]:
+    """Return name, objective and number of steps of the phases on simulations."""
+    last = num_steps // 3
+    enumerates = guide.sites.enumerated(guide.plate.name)
+    elbo = TraceEnum_ELBO() if enumerates else ImportanceWeightedELBO(1, "stl")
+    forward = ("The forward KL of simulations", ForwardKL(), num_steps - last)
+    phases = [forward, ("The ELBO of simulations", elbo, last)]
+    return [phase for phase in phases if phase[-1]]
+
+
+def _mean_verdict(rng_key: Array, data: Any, posterior: Posterior) -> float:
+    """Return the mean of the verdicts on rows, from 0, all fine, to 3, none to be trusted."""
+    return posterior.check(rng_key, data, "importance", progress_bar=False).verdict.mean()
 
 
 def _choices(guide: AmortizedGuide, rows: Rows) -> str:

@@ -11,12 +11,13 @@ from helpers import SMALL
 from numpyro.contrib.control_flow import scan
 
 from numpyro_vae import (
-    MLP,
     RNN,
+    AutoAmortizedFlow,
     AutoAmortizedLowRankMultivariateNormal,
     AutoAmortizedMultivariateNormal,
     AutoAmortizedNormal,
     ConvNet,
+    ResidualMLP,
     amortize,
 )
 from numpyro_vae.amortization import choose_guide
@@ -71,9 +72,11 @@ def test_the_same_key_gives_the_same_posterior(posterior):
 def test_it_says_what_it_does(capsys):
     amortize(model, KEY, X, num_steps=20, num_simulation_steps=10)
     told = capsys.readouterr().out
-    assert "AutoAmortizedMultivariateNormal with MLP, for ['z'] of 600 rows" in told
+    assert "AutoAmortizedFlow with ResidualMLP, for ['z'] of 600 rows" in told
     assert "The ELBO of the data: 4 epochs" in told
-    assert "Simulations: 8 epochs" in told
+    assert "The forward KL of simulations: 8 epochs" in told
+    assert "The ELBO of simulations: 8 epochs" in told
+    assert "Kept: the " in told
     assert "60 data" in told  # a tenth is held out, and checked
 
 
@@ -108,7 +111,7 @@ def test_a_model_that_cannot_be_simulated_is_trained_on_the_data(capsys):
 
     posterior = amortize(improper, KEY, X, num_steps=20, num_simulation_steps=10)
     assert "No simulations. Site 'z' has an improper prior" in capsys.readouterr().out
-    assert np.isfinite(posterior.encode(X)["z"].loc).all()
+    assert np.isfinite(posterior.sample(KEY, X, 2)["z"]).all()
 
 
 @pytest.mark.slow
@@ -120,9 +123,10 @@ def test_models_that_take_their_data_whole():
             numpyro.sample("x", dist.Normal(loc, NOISE).to_event(1), obs=x[rows])
 
     options = {"num_steps": 20, "num_simulation_steps": 5, **QUIET}
-    assert amortize(selects, KEY, X, batch_size=60, **options).encode(X)["z"].loc.shape == (600,)
+    selected = amortize(selects, KEY, X, batch_size=60, **options)
+    assert selected.sample(KEY, X, 3)["z"].shape == (3, 600)
     whole = amortize(model, KEY, X[:50], batch_axes=None, **options)
-    assert whole.encode(X[:50])["z"].loc.shape == (50, 2)
+    assert whole.sample(KEY, X[:50], 3)["z"].shape == (3, 50, 2)
 
 
 @pytest.mark.parametrize(
@@ -151,13 +155,15 @@ class TestChoice:
         return choose_guide(model, np.zeros((4, *shape), np.float32))
 
     def test_the_family_follows_the_number_of_latents(self):
-        assert type(self.of_size(1)) is AutoAmortizedNormal
+        assert type(self.of_size(1)) is AutoAmortizedFlow
+        assert type(self.of_size(16)) is AutoAmortizedFlow
+        assert type(self.of_size(17)) is AutoAmortizedMultivariateNormal
         assert type(self.of_size(32)) is AutoAmortizedMultivariateNormal
         assert type(self.of_size(33)) is AutoAmortizedLowRankMultivariateNormal
 
     @pytest.mark.parametrize(
         ("shape", "encoder"),
-        [((3,), MLP), ((8, 8), MLP), ((16, 16), ConvNet), ((32, 32, 3), ConvNet)],
+        [((3,), ResidualMLP), ((8, 8), ResidualMLP), ((16, 16), ConvNet), ((32, 32, 3), ConvNet)],
     )
     def test_the_encoder_follows_the_shape_of_the_data(self, shape, encoder):
         assert self.of_size(2, shape).encoder is encoder

@@ -159,8 +159,8 @@ class AutoAmortizedLowRankMultivariateNormal(AmortizedGuide):
 class AutoAmortizedFlow(AmortizedGuide):
     """A guide whose posterior of a datum is bent out of a Normal by a flow.
 
-    For posteriors that are curved or skewed, or have several modes: a neural spline flow, see
-    `Flow`.
+    For posteriors that are curved, skewed, of heavy tails or of several modes: a neural spline flow
+    within a Normal of full covariance, see `Flow`.
 
     Args:
         model: a NumPyro model with latent sites in a plate.

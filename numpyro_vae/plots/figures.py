@@ -9,12 +9,14 @@ from collections.abc import Iterable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import jax
 import numpy as np
 
 from numpyro_vae.checks.collapse import Collapse
 from numpyro_vae.checks.importance import VERDICT_COLOURS, VERDICTS, Importance
 from numpyro_vae.checks.report import Report
 from numpyro_vae.comparison import Comparison
+from numpyro_vae.families import Flow
 from numpyro_vae.model.sites import Site
 from numpyro_vae.posterior import Posterior
 from numpyro_vae.training.fit import FitResult
@@ -30,6 +32,7 @@ __all__ = [
     "plot_training",
 ]
 
+NUM_DRAWS = 256  # of which the mean is drawn, where there is no loc
 MAX_LABELS = 20  # more distinct labels than this are taken as values on a scale
 
 
@@ -67,6 +70,8 @@ def plot_latents(
 ) -> Axes:
     """Plot the guide's ``loc`` of every datum in two dimensions of a local site.
 
+    Of a family without one, such as a flow, it is the mean of draws of the latents.
+
     Args:
         posterior: the trained posterior.
         data: as for `fit`, any number of rows.
@@ -81,9 +86,8 @@ def plot_latents(
     """
     from matplotlib import colormaps
 
-    encodings = posterior.encode(data)
     name = only_site(posterior.guide.local_sites, var_name, "local")
-    loc, scale = (part.reshape(len(part), -1) for part in encodings[name])
+    loc, scale = (part.reshape(len(part), -1) for part in _places(posterior, data, name))
     if loc.shape[1] < 2:
         raise ValueError(f"Site {name!r} has one dimension, and a map needs two.")
     first, second = np.argsort(-loc.var(0) / (scale**2).mean(0))[:2] if dims is None else dims
@@ -101,6 +105,14 @@ def plot_latents(
         ax.legend(frameon=False, markerscale=2, loc="center left", bbox_to_anchor=(1, 0.5))
     ax.set(xlabel=f"{name}[{first}]", ylabel=f"{name}[{second}]", title="Latents")
     return ax
+
+
+def _places(posterior: Posterior, data: Any, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return where the latents of each datum are, and how far they spread."""
+    if not isinstance(getattr(posterior.guide, "family", None), Flow):
+        return posterior.encode(data)[name]
+    draws = posterior.sample(jax.random.key(0), data, NUM_DRAWS, var_names=[name])[name]
+    return draws.mean(0), draws.std(0)
 
 
 def plot_khat(report: Report, *, ax: Axes | None = None) -> Axes:
