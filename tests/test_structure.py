@@ -152,7 +152,7 @@ ORDER = {
     "plots": ("figures", "images"),
     # Folders of plug-ins: each knows `base` and none of its siblings.
     "encoders": ("base", PLUG_INS),
-    "families": ("base", PLUG_INS),
+    "families": ("base", "multivariate_normal", PLUG_INS),
     "objectives": ("traces", "rows", "base", PLUG_INS),
 }
 # Installed with the library or by an extra, but loaded only by what needs them.
