@@ -138,7 +138,8 @@ def amortize(
     posterior = found[-1]
     if len(found) == 3 and cuts:
         posterior = min(found[:0:-1], key=partial(_mean_verdict, keys[4], some))
-        say("Kept: the latter." if posterior is found[-1] else "Kept: the former, better on data.")
+        if posterior is not found[-1]:
+            say("The last phase is undone: rows held out had better verdicts before it.")
     if progress_bar:
         say(posterior.check(keys[5], some, CHECKS, progress_bar=False))
     return posterior

@@ -172,9 +172,8 @@ def test_value_and_gradients_are_finite_at_extremes(family):
 def test_a_head_starts_at_the_initial_scale(family):
     _, draws = draws_of(fresh(family), 5)
     expected = 0.0 if is_point(family) else family.parameterization.init_scale
-    np.testing.assert_allclose(
-        draws.std(0), expected, rtol=0.06, atol=1e-6
-    )  # tails widen a flow by 3%
+    rtol = 0.06 if isinstance(family, Flow) else 0.04  # as the tails of a flow are heavier
+    np.testing.assert_allclose(draws.std(0), expected, rtol=rtol, atol=1e-6)
 
 
 def test_draws_have_the_marginals(family):
