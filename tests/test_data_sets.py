@@ -262,14 +262,6 @@ def test_simulations_train_the_posterior_of_any_data_set():
     np.testing.assert_allclose((draws.std(0) / scale).mean(), 1.0, atol=0.1)
 
 
-def test_latents_of_elements_are_told_apart(data):
-    """Where a latent stands in the plate of observations, no encoder may forget their order."""
-    sets = data_sets(schools)
-    inputs = sets.inputs(*data)
-    assert [x.shape for x in inputs] == [(NUM_SETS, 5)] * 2
-    assert isinstance(sets.encoder(inputs, rngs=nnx.Rngs(0)), MLP)
-
-
 def shared(y, x):
     mu = numpyro.sample("mu", dist.Normal(0.0, 1.0))
     numpyro.sample("y", dist.Normal(mu * x, 1.0).to_event(1), obs=y)

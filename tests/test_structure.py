@@ -40,6 +40,7 @@ FOLDERS = (
 ORDER = {
     "data": (
         "ragged",
+        "nested",
         "arguments",
         "shapes",
         "devices",
@@ -57,6 +58,8 @@ ORDER = {
         "stacked",
         "trace",
         "data_set",
+        "levels",
+        "exchangeable",
         "data_sets",
         "supports",
         "contents",

@@ -129,6 +129,7 @@ def sites_of_trace(trace: dict) -> ModelSites:
             _is_enumerated(msg),
             is_improper(msg["fn"]) or is_switched_off(msg["fn"]),
             _is_broadcast(msg),
+            msg["fn"].plates if isinstance(msg["fn"], Stacked) else (),
         )
     return ModelSites(sites, plates, deterministic)
 
