@@ -316,6 +316,24 @@ def test_arguments_that_are_no_data_sets_are_named(args, kwargs, message):
         run(schools, *args, **kwargs)
 
 
+def test_data_sets_of_different_shapes_are_to_be_padded():
+    data = [np.zeros(3), np.zeros(4)], np.zeros((2, 4))
+    with pytest.raises(ValueError, match=r"disagrees on the number.*say with sizes="):
+        run(schools, *data)
+
+
+def test_a_model_whose_plates_depend_on_values_is_named():
+    def model(y, count):
+        with numpyro.plate("row", int(count)):
+            numpyro.sample("y", dist.Normal(0.0, 1.0), obs=y[: int(count)])
+
+    sets, data = data_sets(model), (np.zeros((3, 4)), np.array([2, 3, 4]))
+    with pytest.raises(ValueError, match=r"asks for the values of its arguments.*sizes="):
+        run(model, *data)
+    with pytest.raises(ValueError, match=r"asks for the values of its arguments.*sizes="):
+        handlers.seed(AutoAmortizedNormal(sets), 0)(*data)
+
+
 def test_an_improper_prior_cannot_be_simulated(data):
     sets = data_sets(no_plate)
     data = data[0][:, 0], data[1]

@@ -319,3 +319,27 @@ def test_draws_are_those_of_a_saved_posterior(trained, data, tmp_path):
     assert draws[0]["theta"].shape == (3, 3, 4, 1)
     for name in draws[0]:
         np.testing.assert_array_equal(draws[0][name], draws[1][name])
+
+
+@pytest.mark.slow
+def test_sizes_that_were_never_seen_are_refused(data, tmp_path):
+    """Also after saving; a plate without sizes has the length of its arrays."""
+    sets, arguments = data_sets(groups), data | {"sizes": SIZES}
+    guide = AutoAmortizedNormal(sets, SMALL)
+    svi = SVI(sets, guide, optax.sgd(0.0), Trace_ELBO())
+    result = fit(svi, jax.random.key(0), arguments, num_epochs=1, progress_bar=False)
+    assert result.sizes == {"group": (2, 4), "row": (1, 6)}  # padding has no rows
+    posterior = Posterior(guide, result)
+    posterior.save(tmp_path / "saved")
+    loaded = Posterior.load(tmp_path / "saved", sets, inputs=sets.inputs)
+    more = padded(data, 0.0, more=2)
+    assert posterior.sample(jax.random.key(0), more, 1)["theta"].shape == (1, 3, 6, 1)
+    more["sizes"] = {"group": np.array([5, 2, 3]), "row": np.ones((3, 6), int)}
+    few = arguments | {"sizes": SIZES | {"group": np.array([4, 1, 3])}}
+    for found in (posterior, loaded):
+        with pytest.raises(ValueError, match=r"5 rows of plate 'group'.* with 2 to 4.*like="):
+            found.sample(jax.random.key(0), more, 1)
+        with pytest.raises(ValueError, match=r"with 1 rows of plate 'group'"):
+            found.check(jax.random.key(0), few, "importance")
+    with pytest.raises(ValueError, match=r"with 8 rows of plate 'row'.* with 1 to 6"):
+        posterior.encode(padded(data, 0.0, more=2) | {"sizes": {"group": GROUPS}})

@@ -59,6 +59,7 @@ ORDER = {
         "trace",
         "data_set",
         "levels",
+        "one_set",
         "exchangeable",
         "data_sets",
         "supports",

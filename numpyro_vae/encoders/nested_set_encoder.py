@@ -23,7 +23,7 @@ class NestedSetEncoder(nnx.Module):
 
     From the innermost level to the outermost, dense layers read what each element has, and what
     its own elements come to: the means of their features, and without any learning the mean and
-    spread of their values, their number, and the spread within those of the level below. Then,
+    spread of their values, their number, and the same of all that is within these. Then,
     from the outermost level to the innermost, dense layers read an element beside the features of
     what it is an element of. So the features of a group are made of its rows, and of those of all
     other groups. The order of elements does not matter (Zaheer et al., *Deep Sets*, NeurIPS 2017;
@@ -145,7 +145,7 @@ def _num_facts(sizes: Sequence[int]) -> int:
     """Return how much `_upwards` knows of an element without learning."""
     if len(sizes) == 1:
         return sizes[0]
-    within = sizes[2] + 1 if len(sizes) > 2 else 0
+    within = 2 * sizes[2] + 1 if len(sizes) > 2 else 0
     return sizes[0] + 2 * _num_facts(sizes[1:]) + 1 + within
 
 
@@ -170,12 +170,13 @@ def _summary(x: Array, there: Array) -> list[Array]:
 
 
 def _within(x: Array, there: Array) -> list[Array]:
-    """Return the spread of rows around the means of their sets, and how many rows there are."""
+    """Return the mean of all rows, their spread within their sets, and their number."""
     number = there.sum(-1)
     total = number.sum(-1)
     share = number / jnp.maximum(total, 1)[..., None]
+    mean = (share[..., None] * _mean(x, there)).sum(-2)
     variance = (share[..., None] * _variance(x, there)).sum(-2)
-    return [_log_spread(variance), _log_number(total)]
+    return [mean, _log_spread(variance), _log_number(total)]
 
 
 def _log_spread(variance: Array) -> Array:

@@ -22,7 +22,8 @@ from numpyro_vae.encoders import MLP, NestedSetEncoder, SetEncoder
 from numpyro_vae.model.data_set import DataSet
 from numpyro_vae.model.exchangeable import is_exchangeable
 from numpyro_vae.model.levels import Padding, axes_of, nested_inputs, nested_plates
-from numpyro_vae.model.trace import Model
+from numpyro_vae.model.one_set import likes, plates_of
+from numpyro_vae.model.trace import NEEDS_VALUES, Model
 from numpyro_vae.numpyro_internals import draw_improper
 
 __all__ = ["data_sets"]
@@ -145,11 +146,60 @@ class DataSets:
         is_set = not isinstance(example_inputs, tuple)
         return (SetEncoder if is_set else MLP)(example_inputs, rngs=rngs)
 
+    def sizes(
+        self, *args: Any, sizes: Mapping[str, Any] | None = None, **kwargs: Any
+    ) -> dict[str, tuple[int, int]]:
+        """Return by plate the least and the largest number of rows that data sets have of it.
+
+        Args:
+            args: the model's arguments, with an axis of data sets.
+            sizes: see `__call__`.
+            kwargs: the model's keyword arguments.
+        """
+        leaves, axes, treedef, num_sets = self._arguments(args, kwargs)
+        plates = plates_of(self.model, treedef, likes(leaves, axes))
+        lengths = {name: np.asarray(x) for name, x in _lengths(sizes or {}, num_sets).items()}
+        found = {name: (size, size) for name, size in plates.items()}
+        for name, length in lengths.items():
+            known = length[_of_rows(length, lengths, plates)]
+            if name in plates and known.size:
+                found[name] = (int(known.min()), int(known.max()))
+        return found
+
+    def require_seen(
+        self, seen: Mapping[str, tuple[int, int]], args: tuple, kwargs: Mapping[str, Any]
+    ) -> None:
+        """Raise if data sets have other numbers of rows than those that a guide was trained on.
+
+        Args:
+            seen: what `sizes` returned for those.
+            args: the model's arguments.
+            kwargs: its keyword arguments.
+
+        Raises:
+            ValueError: naming the plate and the numbers.
+        """
+        for name, (least, most) in self.sizes(*args, **kwargs).items():
+            low, high = seen.get(name, (least, most))
+            if least < low or most > high:
+                raise ValueError(
+                    f"There are data sets with {least if least < low else most} rows of plate "
+                    f"{name!r}; the guide was trained on data sets with {low} to {high}, and knows "
+                    "nothing of others. Train it on such sizes too, with Simulations(like=...) "
+                    "that have them."
+                )
+
     def _arguments(self, args: tuple, kwargs: dict[str, Any]) -> tuple[list, list, Any, int]:
         """Return the leaves of the arguments, their axes of data sets, structure, and number."""
         leaves, treedef = jax.tree.flatten((args, kwargs))
         data = args or kwargs
-        num_sets = count_rows(data, self.batch_axes)
+        try:
+            num_sets = count_rows(data, self.batch_axes)
+        except ValueError as error:
+            raise ValueError(
+                f"{error} Arrays hold all data sets along one axis: pad those of other shapes to "
+                "the largest, and say with sizes= how many rows each has."
+            ) from None
         axes = datum_axes(self.batch_axes, data)
         return leaves, axes + [None] * (len(leaves) - len(axes)), treedef, num_sets
 
@@ -165,10 +215,28 @@ class DataSets:
             with found[0]:
                 self.model(*args, **kwargs)
 
-        jax.vmap(one_set, in_axes=(0, 0, axes))(jnp.arange(num_sets), lengths, leaves)
+        try:
+            jax.vmap(one_set, in_axes=(0, 0, axes))(jnp.arange(num_sets), lengths, leaves)
+        except NEEDS_VALUES as error:
+            raise ValueError(
+                "The model asks for the values of its arguments, as a plate of a length that is a "
+                "value does, and all data sets run at once. Take lengths from the shapes of "
+                "arrays, and say with sizes= how many rows each data set has."
+            ) from error
         found[0].check_lengths()
         _check_range(lengths, found[0].plates)
         return found[0]
+
+
+def _of_rows(
+    length: np.ndarray, lengths: Mapping[str, np.ndarray], plates: Mapping[str, int]
+) -> np.ndarray:
+    """Return which lengths are those of rows of the plate around that are no padding."""
+    rows = length.shape[-1]
+    around = [x for name, x in lengths.items() if plates.get(name) == rows and x.ndim == 1]
+    if length.ndim == 1 or len(around) != 1:
+        return np.ones(length.shape, bool)
+    return np.arange(rows) < around[0][:, None]
 
 
 def _check_range(lengths: Mapping[str, Array], plates: Mapping[str, int]) -> None:

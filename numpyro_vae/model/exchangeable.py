@@ -12,8 +12,8 @@ import numpy as np
 from jaxtyping import Array
 from numpyro import handlers
 
-from numpyro_vae.data.arrays import is_array
 from numpyro_vae.model.levels import axes_of
+from numpyro_vae.model.one_set import Like, draw_all, likes
 from numpyro_vae.model.trace import Model
 from numpyro_vae.numpyro_internals import draw_improper
 
@@ -43,49 +43,24 @@ def is_exchangeable(
     Returns:
         True also where the model cannot be run on random numbers.
     """
-    specs = [_spec(leaf, axis) for leaf, axis in zip(leaves, axes, strict=True)]
-    return _is_exchangeable(model, treedef, tuple(specs), tuple(plates.items()))
-
-
-def _spec(leaf: Any, axis: int | None) -> Any:
-    """Return what an argument of one data set is like, to be hashed."""
-    if not is_array(leaf):
-        return leaf
-    shape = list(jnp.shape(leaf))
-    if axis is not None:
-        shape.pop(axis)
-    return _Like(tuple(shape), np.dtype(jnp.result_type(leaf)).name, axis is not None)
-
-
-class _Like(tuple):
-    """The shape and type of an array, and whether data sets have their own."""
-
-    def __new__(cls, *parts: Any) -> _Like:
-        return super().__new__(cls, parts)
+    found = likes(leaves, axes)
+    return _is_exchangeable(model, treedef, found, tuple(plates.items()))
 
 
 @lru_cache
 def _is_exchangeable(
-    model: Model, treedef: Any, specs: tuple[Any, ...], plates: tuple[tuple[str, int], ...]
+    model: Model, treedef: Any, found: tuple[Any, ...], plates: tuple[tuple[str, int], ...]
 ) -> bool:
-    rng = np.random.default_rng(0)
-    leaves = [_draw(rng, spec) if isinstance(spec, _Like) else spec for spec in specs]
+    leaves = draw_all(found)
     try:
         with jax.ensure_compile_time_eval():
-            first, values, dims = _run(model, treedef, leaves, {})
+            before = _run(model, treedef, leaves, {})
             return all(
-                _moves(model, treedef, specs, leaves, dict(plates), name, (first, values, dims))
+                _moves(model, treedef, found, leaves, dict(plates), name, before)
                 for name, _ in plates
             )
     except Exception:  # of any kind, as the model is run on numbers that are no data
         return True
-
-
-def _draw(rng: np.random.Generator, like: _Like) -> Any:
-    shape, dtype, _ = like
-    if np.issubdtype(dtype, np.floating):
-        return jnp.asarray(rng.uniform(0.5, 1.5, size=shape), dtype)
-    return jnp.asarray(rng.integers(0, 2, size=shape), dtype)
 
 
 def _run(
@@ -112,7 +87,7 @@ def _run(
 def _moves(
     model: Model,
     treedef: Any,
-    specs: tuple[Any, ...],
+    found: tuple[Any, ...],
     leaves: list[Any],
     plates: dict[str, int],
     name: str,
@@ -120,8 +95,8 @@ def _moves(
 ) -> bool:
     """Return whether all densities move with the rows of a plate."""
     moved = []
-    for leaf, spec in zip(leaves, specs, strict=True):
-        axes = axes_of(spec[0], plates) if isinstance(spec, _Like) and spec[2] else {}
+    for leaf, like in zip(leaves, found, strict=True):
+        axes = axes_of(like.shape, plates) if isinstance(like, Like) and like.is_own else {}
         moved.append(jnp.roll(leaf, 1, axes[name]) if name in axes else leaf)
     densities, values, dims = before
 
@@ -130,8 +105,8 @@ def _moves(
         return jnp.roll(x, 1, dim - event_dim * is_value) if dim else x
 
     given = {site: roll(x, site, is_value=True) for site, x in values.items()}
-    found, _, _ = _run(model, treedef, moved, given)
+    after, _, _ = _run(model, treedef, moved, given)
     return all(
-        np.allclose(found[site], roll(x, site, is_value=False), 1e-3, 1e-3, equal_nan=True)
+        np.allclose(after[site], roll(x, site, is_value=False), 1e-3, 1e-3, equal_nan=True)
         for site, x in densities.items()
     )
