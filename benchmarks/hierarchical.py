@@ -1,14 +1,14 @@
 """A hierarchical Normal of any number of groups of any size, beside its exact posterior.
 
-    python benchmarks/hierarchical.py [--num-steps 8000]
+    python benchmarks/hierarchical.py [--num-steps 12000]
 
 A data set has 3 to 30 groups of 2 to 40 rows; `mu`, `tau` and `sigma` are of the whole, `theta` is
 of a group. A guide learns from simulations by `ForwardKL`, and reads new data sets in one pass.
 Exact posteriors are sums over a grid of `tau` and `sigma`, given which all else is Normal. Reported
 are means and standard deviations beside the exact ones, of draws as they are and with their
-importance weights; calibration; k-hats, also of data sets that the model did not make; the time of
-a data set beside that of NUTS, of a step beside one written by hand, and of a simulation beside
-`Predictive`.
+importance weights; calibration; k-hats and novelty, also of data sets that the model did not make;
+the time of a data set beside that of NUTS, of a step beside one written by hand, and of a
+simulation beside `Predictive`.
 """
 
 import argparse
@@ -34,6 +34,7 @@ from numpyro_vae import (
     ForwardKL,
     Importance,
     NestedSetEncoder,
+    Novelty,
     Posterior,
     Simulations,
     data_sets,
@@ -283,15 +284,18 @@ def contaminated(data: Data) -> Data:
     return data | {"y": y.astype(np.float32)}
 
 
-def khats(posterior: Posterior, data: Data, num_samples: int) -> np.ndarray:
-    check = Importance(num_samples=num_samples)
-    report = posterior.check(jax.random.key(2), data, check, progress_bar=False)
-    return report.dataset["khat"].values
+def tell_checks(posterior: Posterior, data: Data, num_samples: int) -> None:
+    """Print what k-hats and novelty say of data sets."""
+    checks = [Importance(num_samples=num_samples), Novelty(simulate(400, seed=8)[0])]
+    for name, seen in {"simulated": data, "contaminated": contaminated(data)}.items():
+        found = posterior.check(jax.random.key(2), seen, checks, progress_bar=False).dataset
+        bad, novel = (found["khat"] > 0.7).mean().item(), (found["novelty"] <= 0.01).mean().item()
+        print(f"{name:12} data sets: {bad:.0%} with k-hat above 0.7, {novel:.0%} novel", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--num-steps", type=int, default=8_000)
+    parser.add_argument("--num-steps", type=int, default=12_000)
     parser.add_argument("--num-sets", type=int, default=50)
     parser.add_argument("--num-samples", type=int, default=2_000)
     parser.add_argument("--num-simulations", type=int, default=500, help="of the calibration")
@@ -310,9 +314,7 @@ def main() -> None:
     calibration = Calibration(num_simulations=options.num_simulations)
     more, _ = simulate(options.num_simulations, seed=7)
     print(posterior.check(jax.random.key(3), more, calibration, progress_bar=False))
-    for name, seen in {"simulated": data, "contaminated": contaminated(data)}.items():
-        found = khats(posterior, seen, options.num_samples)
-        print(f"{name:12} data sets with k-hat above 0.7: {np.mean(found > 0.7):.0%}")
+    tell_checks(posterior, data, options.num_samples)
     draw = lambda: posterior.sample(jax.random.key(4), data, 1_000)  # noqa: E731
     ours = 1e3 * seconds(draw, 3) / options.num_sets
     counts = [data["sizes"]["row"][i, : data["sizes"]["group"][i]] for i in range(2)]
