@@ -30,6 +30,7 @@ WITHOUT_DATA = (
     "serving.py",
     "global_sites.py",
     "sbibm.py",
+    "hierarchical.py",
     "larger_than_memory.py",
 )
 OPTIONAL_DATA = ("convolution.py",)

@@ -63,9 +63,9 @@ def train(num_data: int, num_epochs: int) -> Posterior:
     error = np.exp(rng.uniform(np.log(5.0), np.log(25.0), size=(num_data, 8))).astype(np.float32)
     experiments = data_sets(model)
 
-    def inputs(effect: jax.Array, error: jax.Array) -> jax.Array:
+    def inputs(effect: jax.Array, error: jax.Array) -> Any:
         """Effects on a scale on which those that a HalfCauchy spreads widely are not far."""
-        return jnp.concatenate([jnp.arcsinh(effect / 10.0), jnp.log(error)], -1)
+        return experiments.inputs(jnp.arcsinh(effect / 10.0), jnp.log(error))
 
     guide = AutoAmortizedFlow(experiments, inputs=inputs)
     num_steps = num_epochs * -(-num_data // 256)

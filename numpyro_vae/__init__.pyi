@@ -12,12 +12,14 @@ from .checks import (
 )
 from .comparison import Comparison, compare
 from .data.columns import Columns
+from .data.nested import Nested
 from .data.ragged import Masked, Segments
 from .encoders import (
     MLP,
     RNN,
     ConvNet,
     Fusion,
+    NestedSetEncoder,
     ResidualMLP,
     SetEncoder,
 )
@@ -84,6 +86,8 @@ __all__ = [
     "LogScaleNormal",
     "LogVariance",
     "Masked",
+    "Nested",
+    "NestedSetEncoder",
     "Novelty",
     "Posterior",
     "Predictive",

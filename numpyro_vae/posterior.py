@@ -103,6 +103,7 @@ class Posterior:
         self.params = with_state(params)
         known = (self.static_kwargs, batch_axes, getattr(params, "num_data", None))
         self._runner = Runner(trained, self.params, *known, Devices.of(mesh).own)
+        self._runner.sizes = dict(getattr(params, "sizes", {}))
 
     save, load, export = save_posterior, classmethod(load_posterior), export_posterior
 

@@ -262,14 +262,6 @@ def test_simulations_train_the_posterior_of_any_data_set():
     np.testing.assert_allclose((draws.std(0) / scale).mean(), 1.0, atol=0.1)
 
 
-def test_latents_of_elements_are_told_apart(data):
-    """Where a latent stands in the plate of observations, no encoder may forget their order."""
-    sets = data_sets(schools)
-    inputs = sets.inputs(*data)
-    assert [x.shape for x in inputs] == [(NUM_SETS, 5)] * 2
-    assert isinstance(sets.encoder(inputs, rngs=nnx.Rngs(0)), MLP)
-
-
 def shared(y, x):
     mu = numpyro.sample("mu", dist.Normal(0.0, 1.0))
     numpyro.sample("y", dist.Normal(mu * x, 1.0).to_event(1), obs=y)
@@ -322,6 +314,24 @@ def test_what_has_no_place_in_a_data_set_is_named(data):
 def test_arguments_that_are_no_data_sets_are_named(args, kwargs, message):
     with pytest.raises(ValueError, match=message):
         run(schools, *args, **kwargs)
+
+
+def test_data_sets_of_different_shapes_are_to_be_padded():
+    data = [np.zeros(3), np.zeros(4)], np.zeros((2, 4))
+    with pytest.raises(ValueError, match=r"disagrees on the number.*say with sizes="):
+        run(schools, *data)
+
+
+def test_a_model_whose_plates_depend_on_values_is_named():
+    def model(y, count):
+        with numpyro.plate("row", int(count)):
+            numpyro.sample("y", dist.Normal(0.0, 1.0), obs=y[: int(count)])
+
+    sets, data = data_sets(model), (np.zeros((3, 4)), np.array([2, 3, 4]))
+    with pytest.raises(ValueError, match=r"asks for the values of its arguments.*sizes="):
+        run(model, *data)
+    with pytest.raises(ValueError, match=r"asks for the values of its arguments.*sizes="):
+        handlers.seed(AutoAmortizedNormal(sets), 0)(*data)
 
 
 def test_an_improper_prior_cannot_be_simulated(data):

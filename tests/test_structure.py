@@ -40,6 +40,7 @@ FOLDERS = (
 ORDER = {
     "data": (
         "ragged",
+        "nested",
         "arguments",
         "shapes",
         "devices",
@@ -57,6 +58,9 @@ ORDER = {
         "stacked",
         "trace",
         "data_set",
+        "levels",
+        "one_set",
+        "exchangeable",
         "data_sets",
         "supports",
         "contents",

@@ -27,8 +27,9 @@ from numpyro_vae.inference.encoded import EncodedBatch
 from numpyro_vae.inference.quantities import observed, sample
 from numpyro_vae.inference.rows import Rows
 from numpyro_vae.model.densities import predicted_rows
+from numpyro_vae.model.run import Run
 from numpyro_vae.model.simulate import places, why_not_simulable
-from numpyro_vae.model.sites import ModelSites
+from numpyro_vae.model.sites import ModelSites, Site
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -58,7 +59,8 @@ class Calibration(AbstractCheck):
     ``contraction_<site>`` compare the draws with it and with the prior (Betancourt, *Towards A
     Principled Bayesian Workflow*, 2020); ``coverage_<site>`` is the share of simulations inside
     central intervals; and ``tarp`` ranks the distance from a random point, for all latents together
-    (Lemos et al., *Sampling-Based Accuracy Testing of Posterior Estimators*, ICML 2023).
+    (Lemos et al., *Sampling-Based Accuracy Testing of Posterior Estimators*, ICML 2023). What the
+    model masks is NaN.
 
     Args:
         num_simulations: how many rows are simulated, at least.
@@ -100,14 +102,15 @@ class Calibration(AbstractCheck):
         pits = dict(_pits(dataset))
         level = LEVEL / sum(2 * pit.shape[1] for pit in pits.values())
         for name, pit in pits.items():
-            tests = [[kstest(x, "uniform") for x in (u, abs(2 * u - 1))] for u in pit.T]
+            ranks = [u[~np.isnan(u)] for u in pit.T]
+            tests = [[kstest(x, "uniform") for x in (u, abs(2 * u - 1))] for u in ranks if u.size]
             bad = sum(
                 any(test.pvalue < level and test.statistic > DEVIATION for test in pair)
                 for pair in tests
             )
             worst = max(test.statistic for pair in tests for test in pair)
             text = (
-                f"{bad} of {pit.shape[1]} dimensions of site {name[4:]!r} have non-uniform ranks "
+                f"{bad} of {len(tests)} dimensions of site {name[4:]!r} have non-uniform ranks "
                 f"(largest deviation {worst:.2f}, {len(pit):,} simulations)"
             )
             if name == "tarp":
@@ -118,7 +121,8 @@ class Calibration(AbstractCheck):
         """Draw how far the ranks of each dimension are from uniform, and the limits of that."""
         grid = np.linspace(0, 1, 201)
         for pit in (pit for name, pits in _pits(dataset) if name != "tarp" for pit in pits.T):
-            below = np.searchsorted(np.sort(pit), grid, side="right") / len(pit)
+            pit = np.sort(pit[~np.isnan(pit)])
+            below = np.searchsorted(pit, grid, side="right") / max(len(pit), 1)
             ax.plot(grid, below - grid, color=COLOURS[0], linewidth=0.8, alpha=0.7)
         for bound in (-DEVIATION, DEVIATION):
             ax.axhline(bound, color="grey", linestyle="--", linewidth=0.8)
@@ -138,15 +142,23 @@ def _compared(
 ) -> dict[str, Any]:
     """Return the variables of one site, from simulated values and the guide's draws."""
     dims = [f"{name}_dim_{axis}" for axis in range(truth.ndim - 1)]
+    masked = np.isnan(truth)
     pit = _rank(drawn < truth[:, None], drawn == truth[:, None], rng)
+    pit = np.where(masked, np.nan, pit)
     mean, sd = drawn.mean(1), drawn.std(1)
-    inside = [(np.abs(pit - 0.5) < level / 2).mean(0) for level in INTERVALS]
+    inside = [_mean(np.abs(pit - 0.5) < level / 2, masked) for level in INTERVALS]
+    prior = np.maximum(_mean((truth - _mean(truth, masked)) ** 2, masked), 1e-30)
     return {
         f"pit_{name}": (["simulation", *dims], pit),
         f"z_score_{name}": (["simulation", *dims], (mean - truth) / np.maximum(sd, 1e-12)),
-        f"contraction_{name}": (dims, 1 - (sd**2).mean(0) / truth.var(0)),
+        f"contraction_{name}": (dims, 1 - _mean(sd**2, masked) / prior),
         f"coverage_{name}": (["interval", *dims], np.stack(inside)),
     }
+
+
+def _mean(x: np.ndarray, masked: np.ndarray) -> np.ndarray:
+    """Return the mean over simulations of what is not masked; NaN of nothing."""
+    return np.ma.filled(np.ma.masked_array(x, masked, dtype=float).mean(0), np.nan)
 
 
 def _simulate_and_sample(
@@ -199,10 +211,18 @@ def _simulate(batch: EncodedBatch, rng_key: Any, globals_: dict) -> dict[str, di
     trace = require_drawn(batch.trace(globals_, key, observed=False))
     run = batch.encoding.run
     latent = {
-        site.name: jnp.moveaxis(trace[site.name]["value"], site.axis(run.plate), 0)
+        site.name: jnp.moveaxis(_unmasked(trace, run, site), site.axis(run.plate), 0)
         for site in batch.encoding.sites
     }
     return {"latent": latent, "observed": predicted_rows(trace, run)}
+
+
+def _unmasked(trace: dict[str, Any], run: Run, site: Site) -> Array:
+    """Return the values of a latent site, NaN where the model masks them."""
+    value, mask = trace[site.name]["value"], run.mask(site)
+    if mask is None:
+        return value
+    return jnp.where(mask.reshape(mask.shape + (1,) * (value.ndim - mask.ndim)), value, jnp.nan)
 
 
 def _require_simulable(sites: ModelSites, given: dict[str, Any]) -> None:
@@ -252,7 +272,11 @@ def _tarp(truths: ByName, draws: ByName, rng: np.random.Generator) -> np.ndarray
     nearer, distance = np.zeros((number, NUM_SAMPLES)), np.zeros(number)
     for name, truth in truths.items():
         flat, drawn = truth.reshape(number, -1), draws[name].reshape(number, NUM_SAMPLES, -1)
-        scale = np.maximum(flat.std(0), 1e-12)
-        distance += (((flat - flat[point]) / scale) ** 2).sum(-1)
-        nearer += (((drawn - flat[point][:, None]) / scale) ** 2).sum(-1)
+        masked = np.isnan(flat)
+        spread = np.sqrt(_mean((flat - _mean(flat, masked)) ** 2, masked))
+        scale = np.maximum(np.nan_to_num(spread), 1e-12)
+        flat, away = np.nan_to_num(flat), masked | masked[point]  # of which nothing is compared
+        distance += np.where(away, 0, ((flat - flat[point]) / scale) ** 2).sum(-1)
+        apart = ((drawn - flat[point][:, None]) / scale) ** 2
+        nearer += np.where(away[:, None], 0, apart).sum(-1)
     return _rank(nearer < distance[:, None], nearer == distance[:, None], rng)

@@ -172,8 +172,13 @@ class NoveltyReference(NamedTuple):
 
 
 def row_features(batch: EncodedBatch) -> Array:
-    """Return the encoder's features of each row, as one vector."""
-    leaves = [x.reshape(x.shape[0], -1) for x in jax.tree.leaves(features_of(batch))]
+    """Return the encoder's features of each row, as one vector.
+
+    Of features by plate they are those of the whole, which are made of all elements, whatever their
+    number and order.
+    """
+    found, plate = features_of(batch), batch.encoding.run.plate.name
+    leaves = [x.reshape(x.shape[0], -1) for x in jax.tree.leaves(found.get(plate, found))]
     return jnp.concatenate(leaves, axis=1)
 
 

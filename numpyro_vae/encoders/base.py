@@ -19,6 +19,9 @@ by site name, or in the place of an array a `Masked` one, of which some entries 
   has ``steps`` as the leading part of a datum's shape (time, positions): the head is applied
   step by step;
 * a **dict** of features by site name, each as above, and every site gets a head of its own;
+* of data sets, a **dict** of features by plate, ``(batch, *elements, k)``, see
+  `numpyro_vae.model.data_sets`: sites in a plate share a head, applied element by element, which
+  reads the sampled values of the sites around;
 * the **pair** ``(loc, raw_scale)``, and nothing is added. Each is one array
   ``(batch, size)`` for all local sites, in the model's order, or a dict of arrays by site name,
   ``(batch, *event_shape)``. What ``raw_scale`` means is what the guide's ``scale=`` declares: a

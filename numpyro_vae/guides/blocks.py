@@ -69,7 +69,8 @@ class Block(nnx.Module):
         sites: the sites, in the model's order.
         plate: the local plate.
         steps: the shape of the features between their first and last axis.
-        reads: the names of the sites whose values it reads, global and local ones.
+        reads: the sites whose values it reads, global and local ones: how many leading axes of the
+            steps each of them has, so that a step reads its own part.
         head: from features to a distribution over the values of a step.
         context: lets the head read those values; None if it reads none.
     """
@@ -79,11 +80,12 @@ class Block(nnx.Module):
         sites: tuple[Site, ...],
         plate: Plate,
         steps: tuple[int, ...],
-        reads: tuple[str, ...],
+        reads: Mapping[str, int],
         head: AbstractHead,
         context: Context | None,
     ):
-        self.sites, self.plate, self.steps, self.reads = sites, plate, steps, reads
+        self.sites, self.plate, self.steps = sites, plate, steps
+        self.reads, self.depths = tuple(reads), tuple(reads.values())
         self.head, self.context = head, context
 
     def release(self) -> Block:
@@ -93,7 +95,7 @@ class Block(nnx.Module):
         """
         if self.context is not None:
             return self
-        return Block(self.sites, self.plate, self.steps, (), Released(self.head), None)
+        return Block(self.sites, self.plate, self.steps, {}, Released(self.head), None)
 
     @property
     def num_values(self) -> int:
@@ -112,15 +114,20 @@ class Block(nnx.Module):
         """
         if self.context is None:
             return self.head(features)
-        read = [values[name] for name in self.reads]
+        pairs = zip(self.reads, self.depths, strict=True)
+        read = [self._read_by_step(values[name], depth) for name, depth in pairs]
         lead = jnp.broadcast_shapes(*(value.shape[:-1] for value in read))
         read = [jnp.broadcast_to(value, (*lead, value.shape[-1])) for value in read]
         context = jnp.concatenate(read, axis=-1)
-        context = context.reshape(*context.shape[:-1], *[1] * len(self.steps), context.shape[-1])
         shape = jnp.broadcast_shapes(features.shape[:-1], context.shape[:-1])
         features = jnp.broadcast_to(features, (*shape, features.shape[-1]))
         context = jnp.broadcast_to(context, (*shape, context.shape[-1]))
         return self.head(self.context(features, context))
+
+    def _read_by_step(self, value: Array, depth: int) -> Array:
+        """Return the values of a site, ``(*batch, *steps, size)``, with 1 for steps it has not."""
+        missing = [1] * (len(self.steps) - depth)
+        return value.reshape(*value.shape[:-1], *self.steps[:depth], *missing, -1)
 
     def distribution(
         self, raw: Any, mask: Bool[Array, "*batch num_values"] | None = None
@@ -137,6 +144,8 @@ class Block(nnx.Module):
         if mask is None:
             return self.head.distribution(raw).to_event(len(self.steps))
         fn = self.head.part(raw, self.by_step(mask))
+        if fn is None and self.num_values == math.prod(self.steps):  # one value in each step
+            fn = self.head.distribution(raw).mask(self.by_step(mask)[..., 0])
         if fn is None:
             names = [site.name for site in self.sites]
             raise ValueError(
@@ -213,3 +222,26 @@ class Block(nnx.Module):
         parts = [dict((site.name, part) for site, part in self.split(leaf)) for leaf in leaves]
         for site in self.sites:
             yield site, jax.tree.unflatten(treedef, [part[site.name] for part in parts])
+
+
+def features_of(output: Any, block: Block) -> Any:
+    """Return a block's part of an encoder's output; a pair packed to one row a datum."""
+    names = [site.name for site in block.sites]
+    if isinstance(output, tuple):
+        return tuple(_pack(part, names) for part in output)
+    if isinstance(output, Mapping):
+        return output[key_of(output, block.sites[0], block.plate)]
+    return output
+
+
+def key_of(output: Mapping[str, Any], site: Site, plate: Plate) -> str:
+    """Return under what name the features of a site stand: its own, or its innermost plate's."""
+    names = (site.name, *reversed(site.inner_plates), plate.name)
+    return next((name for name in names if name in output), site.name)
+
+
+def _pack(part: Array | Mapping[str, Array], names: list[str]) -> Float[Array, "batch size"]:
+    if not isinstance(part, Mapping):
+        return part
+    rows = [part[name].reshape(part[name].shape[0], -1) for name in names]
+    return jnp.concatenate(rows, axis=-1)

@@ -150,11 +150,15 @@ class Encoding(AbstractEncoding):
         for name, block in self.blocks.items():
             part = packed[..., start : start + block.num_values]
             raw = block.raw(features[name], values)
-            counts = None if mask is None else mask[start : start + block.num_values]
+            counts = mask[start : start + block.num_values] if self._is_masked(block) else None
             total += block.log_prob(raw, part, counts, self.family.is_factorized)
             values |= {site.name: unpacked for site, unpacked in block.unpack(part)}
             start += block.num_values
         return total
+
+    def _is_masked(self, block: Block) -> bool:
+        """Whether the model masks latents of a block."""
+        return any(self.run.mask(site) is not None for site in block.sites)
 
     def _over_rows(self, fn: Callable[..., Array], packed: Array) -> Array:
         """Apply a function of a row's features, mask and packed latents to all rows."""

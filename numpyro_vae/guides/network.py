@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
@@ -10,13 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpyro
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array
 from numpyro.primitives import mutable
 
 from numpyro_vae.data.ragged import Segments
 from numpyro_vae.encoders.adapters import as_module
 from numpyro_vae.families import AbstractFamily
-from numpyro_vae.guides.blocks import Block, Context
+from numpyro_vae.guides.blocks import Block, Context, features_of, key_of
 from numpyro_vae.model.sites import Plate, Site
 
 Encoder = Any  # a module of flax or Equinox, an (init, apply) pair, or a builder of one
@@ -32,26 +33,11 @@ class Amortizer(nnx.Module):
     def __call__(self, inputs: Any) -> dict[str, Any]:
         """Return what each block reads of the data, by its name."""
         output = self.encoder(inputs)
-        return {name: _features(output, self.blocks[name]) for name in self.order}
+        return {name: features_of(output, self.blocks[name]) for name in self.order}
 
     def in_order(self) -> dict[str, Block]:
         """Return the blocks in the order in which they are sampled."""
         return {name: self.blocks[name] for name in self.order}
-
-
-def _features(output: Any, block: Block) -> Any:
-    """Return a block's part of the encoder's output; a pair packed to one row a datum."""
-    names = [site.name for site in block.sites]
-    if isinstance(output, tuple):
-        return tuple(_pack(part, names) for part in output)
-    return output[names[0]] if isinstance(output, Mapping) else output
-
-
-def _pack(part: Array | Mapping[str, Array], names: list[str]) -> Float[Array, "batch size"]:
-    if not isinstance(part, Mapping):
-        return part
-    rows = [part[name].reshape(part[name].shape[0], -1) for name in names]
-    return jnp.concatenate(rows, axis=-1)
 
 
 @dataclass(frozen=True)
@@ -185,35 +171,83 @@ class Network:
         """Return the blocks that the encoder's output needs, by name."""
         if isinstance(output, tuple) and len(output) == 2:
             return {"joint": self._pair(output, batch)}
-        by_site = isinstance(output, Mapping)
-        if by_site and set(output) != set(self._names()):
+        if isinstance(output, Mapping):
+            return self._by_name(output, batch, rngs)
+        groups = [(site,) for site in self.sites] if self._ordered() else [self.sites]
+        return {
+            group[0].name if len(group) == 1 else "joint": self._block(
+                group, output, self._reads(group), batch, rngs
+            )
+            for group in groups
+        }
+
+    def _by_name(self, output: Mapping[str, Any], batch: int, rngs: nnx.Rngs) -> dict[str, Block]:
+        """Return the blocks of features by site, or by the plate that sites lie in."""
+        groups: dict[str, list[Site]] = {}
+        for site in self.sites:
+            groups.setdefault(key_of(output, site, self.plate), []).append(site)
+        if set(output) != set(groups):
             raise ValueError(
                 f"The encoder's features cover the sites {sorted(output)}; plate "
                 f"{self.plate.name!r} has the local sites {self._names()}. Return exactly these."
             )
-        groups = [(site,) for site in self.sites] if by_site or self._ordered() else [self.sites]
-        return {
-            group[0].name if len(group) == 1 else "joint": self._block(
-                group, output[group[0].name] if by_site else output, batch, rngs
+        if set(groups) == set(self._names()):
+            pairs = ((name, tuple(sites)) for name, sites in groups.items())
+            return {
+                name: self._block(sites, output[name], self._reads(sites), batch, rngs)
+                for name, sites in pairs
+            }
+        return self._by_plate(output, groups, batch, rngs)
+
+    def _by_plate(
+        self,
+        output: Mapping[str, Any],
+        groups: Mapping[str, list[Site]],
+        batch: int,
+        rngs: nnx.Rngs,
+    ) -> dict[str, Block]:
+        """Return a block for each plate, from the outermost; its head reads the sites before."""
+        if self._ordered():
+            raise ValueError(
+                f"The encoder returned features of the plates {sorted(groups)}, of which each head "
+                "reads all sites of the plates around it. Leave out dependencies=."
             )
-            for group in groups
-        }
+        found: dict[str, Block] = {}
+        before: dict[str, tuple[int, int]] = {}
+        for name in sorted(groups, key=lambda name: output[name].ndim):
+            sites, steps = tuple(groups[name]), output[name].ndim - 2
+            found[name] = self._block(sites, output[name], dict(before), batch, rngs)
+            before |= {site.name: (site.datum_size(self.plate), steps) for site in sites}
+        return found
+
+    def _reads(self, sites: tuple[Site, ...]) -> dict[str, tuple[int, int]]:
+        """Return what the head of sites reads: how many values of each site, of no steps."""
+        return {name: (size, 0) for name, size in self.reads.get(sites[0].name, {}).items()}
 
     def _ordered(self) -> bool:
         """Whether a site reads another one that is served here."""
         names = set(self._names())
         return any(names & set(reads) for reads in self.reads.values())
 
-    def _block(self, sites: tuple[Site, ...], features: Any, batch: int, rngs: nnx.Rngs) -> Block:
+    def _block(
+        self,
+        sites: tuple[Site, ...],
+        features: Any,
+        reads: Mapping[str, tuple[int, int]],
+        batch: int,
+        rngs: nnx.Rngs,
+    ) -> Block:
+        """Return the block of sites; ``reads`` has of others the values and the axes of steps."""
         steps = self._steps(sites, features, batch)
-        reads = self.reads.get(sites[0].name, {})
         num_features, context = features.shape[-1], None
         if reads:
-            context = Context(num_features, sum(reads.values()), rngs=rngs)
+            sizes = [size // math.prod(steps[:depth]) for size, depth in reads.values()]
+            context = Context(num_features, sum(sizes), rngs=rngs)
             num_features = context.size
         size = sum(_size_of_step(site, self.plate, len(steps)) for site in sites)
         head = self.family.head(num_features, size, rngs=rngs)
-        return Block(sites, self.plate, steps, tuple(reads), head, context)
+        depths = {name: depth for name, (_, depth) in reads.items()}
+        return Block(sites, self.plate, steps, depths, head, context)
 
     def _steps(self, sites: tuple[Site, ...], features: Any, batch: int) -> tuple[int, ...]:
         """Return the axes of the features between the data and the features themselves."""
@@ -249,7 +283,7 @@ class Network:
         size = sum(site.datum_size(self.plate) for site in self.sites)
         for part, meaning in zip(output, ("loc", "raw_scale"), strict=True):
             self._check_part(part, meaning, batch, size)
-        return Block(self.sites, self.plate, (), (), self.family.pair(), None)
+        return Block(self.sites, self.plate, (), {}, self.family.pair(), None)
 
     def _check_part(self, part: Any, meaning: str, batch: int, size: int) -> None:
         if isinstance(part, Mapping):
@@ -282,10 +316,7 @@ class Network:
 
 
 def _size_of_step(site: Site, plate: Plate, num_steps: int) -> int:
-    size = 1
-    for length in site.datum_shape(plate)[num_steps:]:
-        size *= length
-    return size
+    return math.prod(site.datum_shape(plate)[num_steps:])
 
 
 def apply_network(

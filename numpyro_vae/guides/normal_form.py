@@ -75,7 +75,7 @@ def normal_encoding(trace: Mapping[str, Any], run: Run, sites: tuple[Site, ...])
         for parts, value in zip((locs, log_scales), found, strict=True):
             parts[site.name] = site.flat_rows(jnp.broadcast_to(value, shape), run.plate)
     family = DiagonalNormal()
-    block = Block(sites, run.plate, (), (), family.pair(), None)
+    block = Block(sites, run.plate, (), {}, family.pair(), None)
     features = {"local": (block.pack(locs), block.pack(log_scales))}
     return Encoding(run, features, {"local": block}, family)
 

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Array
 
 from numpyro_vae.data.arguments import require_key
+from numpyro_vae.data.arrays import ArrayData
 from numpyro_vae.data.batch import Batch
 from numpyro_vae.data.devices import ONE_DEVICE, Devices
 from numpyro_vae.guides.abstract import AbstractGuide
@@ -27,6 +28,7 @@ from numpyro_vae.inference.functions import (
 )
 from numpyro_vae.inference.memory import require_memory, size_of
 from numpyro_vae.inference.rows import Rows, rounded
+from numpyro_vae.model.data_sets import DataSets
 from numpyro_vae.numpyro_internals import HANDLERS
 
 ROWS = 256  # rows at once
@@ -60,6 +62,7 @@ class Runner:
         self.guide, self.params, self.devices = guide, devices.put(params), devices
         self.static_kwargs, self.batch_axes = static_kwargs, batch_axes
         self.num_data = num_data
+        self.sizes: dict[str, tuple[int, int]] = {}  # of the data sets that it was trained on
 
     @property
     def local_names(self) -> tuple[str, ...]:
@@ -79,6 +82,8 @@ class Runner:
         """
         read = partial(Rows.read, self.guide, self.static_kwargs, data, devices=self.devices)
         rows = read(self.batch_axes)
+        if self.sizes and isinstance(rows.data, ArrayData):
+            self._require_sizes(rows.data)
         if not rows.data.is_whole:
             with HANDLERS:
                 first = partial(rows.batch, jnp.arange(1))
@@ -91,6 +96,13 @@ class Runner:
                 "without, and draw latents from their prior."
             )
         return rows
+
+    def _require_sizes(self, data: ArrayData) -> None:
+        """Raise if data sets have sizes that a guide of them was not trained on."""
+        model, (args, kwargs) = self.guide.model, data.whole()
+        if isinstance(model, DataSets):
+            with HANDLERS:
+                model.require_seen(self.sizes, args, {**kwargs, **self.static_kwargs})
 
     def draw_globals(self, rng_key: Array, rows: Rows, num_samples: int) -> dict[str, Array]:
         """Draw the global sites, one set for all rows.

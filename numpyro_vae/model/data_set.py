@@ -27,7 +27,7 @@ class DataSet(outwards):
     def __init__(self, plate: Any, number: Array, lengths: Mapping[str, Array]):
         self.plate, self.number, self.lengths = plate, number, lengths
         self.plates: dict[str, int] = {}
-        self.sites: list[tuple[bool, frozenset[str]]] = []  # observed or not, and the plates
+        self.sites: list[tuple[bool, tuple[str, ...]]] = []  # observed or not, plates by their dims
         super().__init__(None)
 
     def process_message(self, msg: Any) -> None:
@@ -37,8 +37,7 @@ class DataSet(outwards):
         if msg["type"] == "plate":
             self.plates[msg["name"]] = msg["args"][0]
         if msg["type"] == "sample":
-            names = frozenset(frame.name for frame in msg["cond_indep_stack"])
-            self.sites.append((msg["is_observed"], names))
+            self.sites.append((msg["is_observed"], _names(msg)))
             msg["value"], msg["stop"] = self._sample(msg), True
         if msg["type"] == "deterministic":
             self._send_value(msg)
@@ -57,15 +56,15 @@ class DataSet(outwards):
                 f"sizes= names the plates {wrong}; the model has {sorted(self.plates)}. Name these."
             )
 
-    def set_size(self) -> int | None:
-        """Return how many elements a data set has if it is a set; None if it is none.
+    def set_plate(self) -> str | None:
+        """Return the plate of the elements of a data set if it is a set; None if it is none.
 
         It is one if all observations lie in one plate, and no latent does.
         """
         seen = {names for is_observed, names in self.sites if is_observed}
-        latent = frozenset().union(*(names for is_observed, names in self.sites if not is_observed))
-        plates = next(iter(seen)) if len(seen) == 1 else frozenset()
-        return self.plates[min(plates)] if len(plates) == 1 and not plates & latent else None
+        latent = {name for is_observed, names in self.sites if not is_observed for name in names}
+        plates = next(iter(seen)) if len(seen) == 1 else ()
+        return plates[0] if len(plates) == 1 and plates[0] not in latent else None
 
     def _sample(self, msg: dict[str, Any]) -> Array:
         """Return the value of a site in a data set, of which the handlers around decide."""
@@ -82,7 +81,9 @@ class DataSet(outwards):
             found = {name: _every(parts[name], axes[name], num_sets) for name in ("mask", "value")}
             return {
                 **msg,
-                "fn": Stacked(parts["fn"], axes["fn"], bounds, found["mask"], num_sets),
+                "fn": Stacked(
+                    parts["fn"], axes["fn"], bounds, found["mask"], num_sets, _names(msg)
+                ),
                 "value": found["value"],
                 "scale": parts["scale"],
                 "plate_to_scale": {} if parts["scale"] is None else {None: parts["scale"]},
@@ -112,8 +113,7 @@ class DataSet(outwards):
             value = jnp.broadcast_to(value, fn.batch_shape + event)
         for frame in msg["cond_indep_stack"]:
             if frame.name in self.lengths:
-                rows = jnp.arange(frame.size) < self.lengths[frame.name]
-                fn = fn.mask(rows.reshape(-1, *[1] * (-frame.dim - 1)))
+                fn = fn.mask(_rows_there(msg, frame, self.lengths[frame.name]))
         return fn, value
 
     def _send(
@@ -150,6 +150,37 @@ class DataSet(outwards):
             return jnp.asarray(sent["value"], dtype), True
 
         return value_of(self.number, leaves)
+
+
+def _names(msg: dict[str, Any]) -> tuple[str, ...]:
+    """Return the names of the plates around a site, by their dims."""
+    return tuple(frame.name for frame in sorted(msg["cond_indep_stack"], key=lambda x: x.dim))
+
+
+def _rows_there(msg: dict[str, Any], frame: Any, length: Array) -> Array:
+    """Return which rows of a plate are no padding, to be broadcast to the batch of a site.
+
+    Args:
+        msg: of the site.
+        frame: of the plate.
+        length: how many of its rows there are, or how many for each row of another plate.
+    """
+    there = jnp.arange(frame.size) < length[..., None]
+    if not length.ndim:
+        return there.reshape(-1, *[1] * (-frame.dim - 1))
+    others = [x for x in msg["cond_indep_stack"] if x.name != frame.name and x.size == len(length)]
+    if len(others) != 1:
+        raise ValueError(
+            f"sizes= gives plate {frame.name!r} the length of each of {len(length)} rows of "
+            f"another plate, but site {msg['name']!r} lies in the plates {list(_names(msg))}, of "
+            f"which {len(others)} others have that length. Give one length for each data set, or "
+            "nest the plate in one other plate of that length."
+        )
+    outer = others[0]
+    there = there if outer.dim < frame.dim else there.T
+    first, last = sorted((outer.dim, frame.dim))
+    rows, columns = there.shape
+    return there.reshape(rows, *[1] * (last - first - 1), columns, *[1] * (-last - 1))
 
 
 def _axes(flags: list[bool]) -> Axes:

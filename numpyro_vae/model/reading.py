@@ -19,16 +19,7 @@ from numpyro_vae.data.arrays import ArrayData, Layout
 from numpyro_vae.model.contents import Reading, Values, reading_of, values_of
 from numpyro_vae.model.provenance import sources
 from numpyro_vae.model.sites import ModelSites, Reads
-from numpyro_vae.model.trace import Model, Rows, trace_model
-
-# What JAX raises when a model asks for the values of an abstract array.
-NEEDS_VALUES = (
-    jax.errors.ConcretizationTypeError,
-    jax.errors.TracerArrayConversionError,
-    jax.errors.TracerIntegerConversionError,
-    jax.errors.TracerBoolConversionError,
-    jax.errors.NonConcreteBooleanIndexError,
-)
+from numpyro_vae.model.trace import NEEDS_VALUES, Model, Rows, trace_model
 
 
 class ModelReader:

@@ -105,8 +105,8 @@ class Run:
                 "plate in this call. Call the model as when the guide was set up."
             )
         found, expected = now.datum_shape(plate), site.datum_shape(plate)
-        same = now.unconstrained_shape == site.unconstrained_shape
-        if not same or len(found) != len(expected):  # steps may be more or fewer
+        same = now.unconstrained_shape == site.unconstrained_shape or bool(now.inner_plates)
+        if not same or len(found) != len(expected):  # steps and inner plates may be longer
             raise ValueError(
                 f"Local site {site.name!r} has shape {found} for each datum of plate "
                 f"{plate.name!r}; the guide was set up with {expected}. Use a new guide for data "

@@ -26,10 +26,11 @@ class Stacked(dist.Distribution):
         support: that of the values of a data set, see `stacked_support`.
         mask: which entries of a site count, ``(num_sets, *leading part of the event)``.
         num_sets: the number of data sets.
+        plates: the names of the plates around the site in a data set, by their dims.
     """
 
     pytree_data_fields = ("base_dist", "mask_by_set", "_bounds")
-    pytree_aux_fields = ("axes", "_fixed", "inner_ndim")
+    pytree_aux_fields = ("axes", "_fixed", "inner_ndim", "plates")
 
     def __init__(
         self,
@@ -38,8 +39,10 @@ class Stacked(dist.Distribution):
         support: Any,
         mask: Bool[Array, "sets ..."] | None,
         num_sets: int,
+        plates: tuple[str, ...] = (),
     ):
         self.base_dist, self.axes, self.mask_by_set = base, axes, mask
+        self.plates = plates
         self.inner_ndim = len(base.batch_shape)
         has_bounds = bool(jax.tree.leaves(support))
         self._bounds, self._fixed = (support, None) if has_bounds else (None, support)

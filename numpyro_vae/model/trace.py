@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpyro.distributions as dist
 from jaxtyping import Array
@@ -24,6 +25,16 @@ from numpyro_vae.numpyro_internals import (
 
 Model = Callable[..., Any]
 Rows = dict[str, tuple[int, Any]]  # by plate its size, and the rows that it holds
+
+
+# What JAX raises when a model asks for the values of an abstract array.
+NEEDS_VALUES = (
+    jax.errors.ConcretizationTypeError,
+    jax.errors.TracerArrayConversionError,
+    jax.errors.TracerIntegerConversionError,
+    jax.errors.TracerBoolConversionError,
+    jax.errors.NonConcreteBooleanIndexError,
+)
 
 
 def trace_model(
@@ -129,6 +140,7 @@ def sites_of_trace(trace: dict) -> ModelSites:
             _is_enumerated(msg),
             is_improper(msg["fn"]) or is_switched_off(msg["fn"]),
             _is_broadcast(msg),
+            msg["fn"].plates if isinstance(msg["fn"], Stacked) else (),
         )
     return ModelSites(sites, plates, deterministic)
 

@@ -14,8 +14,8 @@ from numpyro_vae.data.shapes import argument_shapes
 from numpyro_vae.guides.base import AmortizedGuide
 from numpyro_vae.model.plan import GuidePlan
 from numpyro_vae.model.plates import all_rows
-from numpyro_vae.model.reading import NEEDS_VALUES
 from numpyro_vae.model.sites import Plate, Site
+from numpyro_vae.model.trace import NEEDS_VALUES
 from numpyro_vae.saving.codec import CannotStoreError, Json, pack, unpack
 
 REMEDY = "Pass the model, and what else it was trained with, as they were."

@@ -18,7 +18,7 @@ GUIDES: dict[str, type[AmortizedGuide]] = {
     "AmortizedGuide": AmortizedGuide,
     **{name: getattr(auto, name) for name in auto.__all__},
 }
-ENCODERS = ("MLP", "RNN", "ConvNet", "Fusion", "ResidualMLP", "SetEncoder")
+ENCODERS = ("MLP", "RNN", "ConvNet", "Fusion", "NestedSetEncoder", "ResidualMLP", "SetEncoder")
 FAMILIES = ("DiagonalNormal", "Flow", "FullRankNormal", "LowRankNormal", "PointEstimate")
 OF_FLAX = (
     "GRUCell",

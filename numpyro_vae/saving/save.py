@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jax.sharding import Mesh
@@ -67,6 +67,7 @@ def save_posterior(self: Any, path: str | os.PathLike[str]) -> None:  # noqa: D4
         "static_kwargs": {name: store_option(x) for name, x in self.static_kwargs.items()},
         "batch_axes": pack(self.batch_axes),
         "params": params,
+        "sizes": {name: list(size) for name, size in self._runner.sizes.items()},
     }
     write_folder(Path(path).absolute(), content, arrays)
 
@@ -133,7 +134,16 @@ def load_posterior[P](  # noqa: D417 - a method
             "version of numpyro_vae? Upgrade, or save the posterior once more."
         ) from error
     guide, params, kwargs, batch_axes = loaded
-    return cls(guide, params, static_kwargs=kwargs, batch_axes=batch_axes, mesh=mesh)
+    sizes = {name: tuple(size) for name, size in manifest.get("sizes", {}).items()}
+    found = Trained(params, sizes)
+    return cls(guide, found, static_kwargs=kwargs, batch_axes=batch_axes, mesh=mesh)
+
+
+class Trained(NamedTuple):
+    """What a loaded posterior is made of beside its guide, as of a `FitResult`."""
+
+    params: dict[str, Any]
+    sizes: dict[str, tuple[int, int]]
 
 
 def _restore(

@@ -19,7 +19,7 @@ from numpyro_vae.checks.novelty import NoveltyReference
 from numpyro_vae.data.arguments import require_count
 from numpyro_vae.inference.rows import Rows
 from numpyro_vae.inference.runner import Runner
-from numpyro_vae.model.reading import NEEDS_VALUES
+from numpyro_vae.model.trace import NEEDS_VALUES
 from numpyro_vae.numpyro_internals import HANDLERS
 from numpyro_vae.saving.codec import Json
 from numpyro_vae.saving.manifest import require_new, write_files

@@ -20,6 +20,7 @@ from numpyro_vae.data.arrays import count_rows, is_in_memory
 from numpyro_vae.data.devices import Devices
 from numpyro_vae.data.sparse import as_rows
 from numpyro_vae.data.stores import is_stored
+from numpyro_vae.model.data_sets import DataSets
 from numpyro_vae.model.missing import require_finite_observations
 from numpyro_vae.numpyro_internals import param_transforms, set_param_transforms
 from numpyro_vae.training.callbacks import (
@@ -70,6 +71,8 @@ class FitResult(NamedTuple):
         static_kwargs: the SVI's keyword arguments that are the same in every call.
         batch_axes: the datum axis of each argument, as it was given.
         num_data: how many rows of data there were; None if the model took them whole.
+        sizes: of a guide of data sets, by plate the least and the largest number of rows in memory
+            that it was trained on.
     """
 
     params: dict[str, Any]
@@ -80,6 +83,7 @@ class FitResult(NamedTuple):
     static_kwargs: dict[str, Any] = {}  # noqa: RUF012 - never written to
     batch_axes: Any = 0
     num_data: int | None = None
+    sizes: dict[str, tuple[int, int]] = {}  # noqa: RUF012 - never written to
 
 
 def fit(
@@ -211,7 +215,17 @@ def fit(
         static_kwargs=dict(svi.static_kwargs),
         batch_axes=batch_axes,
         num_data=None if source.data.is_whole else source.first().num_data,
+        sizes=_sizes(svi, source),
     )
+
+
+def _sizes(svi: SVI, source: Source) -> dict[str, tuple[int, int]]:
+    """Return by plate how many rows data sets have; of none where they are not all at hand."""
+    model = getattr(svi.guide, "model", None)
+    if not isinstance(model, DataSets) or not isinstance(source, ArraySource | SimulationSource):
+        return {}
+    args, kwargs = source.data.whole()
+    return model.sizes(*args, **{**kwargs, **svi.static_kwargs})
 
 
 def _train(
