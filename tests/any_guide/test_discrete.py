@@ -156,7 +156,7 @@ def test_infinitely_many_values_cannot_be_summed_over():
             numpyro.sample("k", dist.Poisson(jnp.exp(0.1 * x)))
 
     with pytest.raises(
-        ValueError, match=r"Site 'k'.*infinitely many values cannot be.*: marginalize"
+        ValueError, match=r"Site 'k'.*infinitely many values cannot.*: marginalize"
     ):
         Posterior(guide, {}, model=model).check(KEY, X, **QUIET)
 
