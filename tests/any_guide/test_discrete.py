@@ -155,9 +155,7 @@ def test_infinitely_many_values_cannot_be_summed_over():
         with numpyro.plate("data", len(x)):
             numpyro.sample("k", dist.Poisson(jnp.exp(0.1 * x)))
 
-    with pytest.raises(
-        ValueError, match=r"Site 'k'.*infinitely many values cannot.*: marginalize"
-    ):
+    with pytest.raises(ValueError, match=r"Site 'k'.*infinitely many values cannot.*: marginalize"):
         Posterior(guide, {}, model=model).check(KEY, X, **QUIET)
 
 
