@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Array
 
-from numpyro_vae.checks.base import NotApplicableError, require_variable
-from numpyro_vae.checks.choose import Checks
+from numpyro_vae.checks.base import AbstractCheck, NotApplicableError
+from numpyro_vae.checks.choose import Checks, choose_checks
+from numpyro_vae.checks.importance import Importance
 from numpyro_vae.checks.report import Report
+from numpyro_vae.guides.global_sites import NoDensityError
+from numpyro_vae.inference.global_weights import weigh_whole
+from numpyro_vae.inference.psis import pareto_khat
 from numpyro_vae.posterior import Posterior
 
 if TYPE_CHECKING:
@@ -20,7 +25,33 @@ if TYPE_CHECKING:
 
 __all__ = ["Comparison", "compare"]
 
+NUM_DRAWS = 1000  # of all latents together
+OF_WHOLE = ("joint_elbo", "joint_diff", "joint_mcse", "joint_khat")
+OF_ROWS = ("elbo", "elbo_diff", "dse", "log_evidence", "fine", "reliable", "bad")
 GAPS = ("gap_amortization", "gap_approximation")
+
+
+class Whole(NamedTuple):
+    """What importance weights of all latents of all rows together say.
+
+    Attributes:
+        elbo: the mean of their logarithms, which estimates the ELBO, in nats a datum.
+        mcse: its Monte Carlo standard error.
+        khat: their Pareto k-hat, as `numpyro.infer.importance.psis_diagnostic` has it.
+    """
+
+    elbo: float
+    mcse: float
+    khat: float
+
+    @classmethod
+    def of(cls, log_weights: np.ndarray, num_rows: int) -> Whole:
+        """Summarize log weights; a draw without density makes the bound minus infinity."""
+        if not np.isfinite(log_weights).all():
+            return cls(-np.inf, np.nan, np.inf)
+        (khat,) = pareto_khat(log_weights[:, None])
+        mcse = log_weights.std(ddof=1) / np.sqrt(len(log_weights))
+        return cls(float(log_weights.mean()) / num_rows, float(mcse) / num_rows, float(khat))
 
 
 @dataclass(frozen=True)
@@ -28,12 +59,15 @@ class Comparison:
     """What `compare` found.
 
     Attributes:
-        reports: by name the report of each posterior.
-        seconds: by name how long its checks took, compiling included.
-        skipped: by name of a posterior that has none of its rows, why.
+        reports: by name the report of each posterior; where rows have no posteriors of their own,
+            that of the globals check, if it applies.
+        wholes: by name what the weights of all latents together say.
+        seconds: by name how long it took, compiling included.
+        skipped: by name of a posterior that has not all of the checks, why.
     """
 
     reports: dict[str, Report]
+    wholes: dict[str, Whole]
     seconds: dict[str, float]
     skipped: dict[str, str]
 
@@ -41,30 +75,51 @@ class Comparison:
     def table(self) -> DataFrame:
         """A row for each posterior, the best bound first; in nats a datum where not said otherwise.
 
-        ``elbo`` and ``log_evidence`` are means over rows; ``elbo_diff`` is how much the best
-        posterior's bound is above, and ``dse`` the standard error of that difference over rows,
-        as in `arviz.compare`; ``fine`` is the share of rows whose draws are usable as they are,
-        ``reliable`` that of rows with a k-hat below the threshold, and ``bad`` that of rows not to
-        be trusted. Gaps are there if that check was run.
+        Of all rows and the global latents together are ``joint_elbo``, the bound that training
+        maximizes; ``joint_diff``, how much the best posterior's is above it; ``joint_mcse``, its
+        Monte Carlo standard error; and ``joint_khat``. That k-hat grows with the number of rows,
+        even if each of them is fine, so compare it among guides only.
+
+        The others are of rows, given draws of the global latents, and NaN where rows have no
+        posteriors of their own. ``elbo`` and ``log_evidence`` are means over rows; ``elbo_diff`` is
+        how much the best posterior's bound is above, and ``dse`` the standard error of that
+        difference over rows, as in `arviz.compare`; ``fine`` is the share of rows whose draws are
+        usable as they are, ``reliable`` that of rows with a k-hat below the threshold, and ``bad``
+        that of rows not to be trusted. Gaps are there if that check was run.
         """
         import pandas as pd
 
-        elbo = {name: report.dataset["elbo"].values for name, report in self.reports.items()}
+        elbo = {name: self.reports[name].dataset["elbo"].values for name in self.by_row}
         best = max(elbo.values(), key=np.nanmean, default=np.zeros(0))
-        rows = {
-            name: {**_row(report, best - elbo[name]), "seconds": self.seconds[name]}
-            for name, report in self.reports.items()
-        }
+        highest = max((whole.elbo for whole in self.wholes.values()), default=np.nan)
+        rows = {}
+        for name, seconds in self.seconds.items():
+            found = _of_whole(self.wholes[name], highest) if name in self.wholes else {}
+            found |= _of_rows(self.reports[name], best - elbo[name]) if name in elbo else {}
+            rows[name] = found | {"seconds": seconds}
         table = pd.DataFrame.from_dict(rows, orient="index")
-        return table.sort_values("elbo", ascending=False) if rows else table
+        gaps = [gap for gap in GAPS if gap in table]
+        table = table.reindex(columns=[*OF_WHOLE, *OF_ROWS, *gaps, "seconds"])
+        return table.sort_values(["joint_elbo", "elbo"], ascending=False)
+
+    @property
+    def by_row(self) -> tuple[str, ...]:
+        """The names of the posteriors whose rows were checked."""
+        return tuple(name for name, report in self.reports.items() if "khat" in report.dataset)
 
     def __str__(self) -> str:
-        """Return the table as text, and why a posterior is not in it."""
-        lines = [self.table.to_string(float_format="{:.3f}".format)]
-        return "\n".join(lines + [f"{name}: not compared: {x}" for name, x in self.skipped.items()])
+        """Return the table as text, and what is not in it, with the reason."""
+        lines = [self.table.to_string(float_format="{:.3f}".format, na_rep="-")]
+        return "\n".join(lines + [f"{name}: {reason}" for name, reason in self.skipped.items()])
 
 
-def _row(report: Report, behind: np.ndarray) -> dict[str, float]:
+def _of_whole(whole: Whole, highest: float) -> dict[str, float]:
+    elbo, mcse, khat = whole
+    columns = (elbo, highest - elbo, mcse, khat)
+    return dict(zip(OF_WHOLE, columns, strict=True))
+
+
+def _of_rows(report: Report, behind: np.ndarray) -> dict[str, float]:
     dataset, verdict = report.dataset, report.verdict
     behind = behind[np.isfinite(behind)]
     found = {
@@ -91,13 +146,16 @@ def compare(
     """Check several posteriors on the same rows, with the same random key.
 
     The guides may be of any kind, and of different models of the same data; bounds are of the same
-    quantity only if the models observe the same.
+    quantity only if the models observe the same. Where rows have no posteriors of their own, as of
+    ``AutoMultivariateNormal``, what is said is said of the whole.
 
     Args:
         posteriors: each `Posterior` by the name that it is to have.
         rng_key: the random key.
         data: as for `Posterior.check`, the same rows for all.
-        checks: as for `Posterior.check`, the importance check among them.
+        checks: as for `Posterior.check`, the importance check among them. If one of them does not
+            apply to a guide, only the importance check is run of it; if that does not, the globals
+            check.
         progress_bar: whether to show one for each.
 
     Raises:
@@ -121,20 +179,65 @@ def compare(
         >>> found = compare(both, jax.random.key(0), np.linspace(-1.0, 1.0, 20)).table
         >>> found.index.tolist(), found["elbo_diff"].round(1).tolist()
         (['exact', 'shifted'], [0.0, 1.0])
+        >>> found["joint_diff"].round(1).tolist()
+        [0.0, 1.0]
     """
     if not posteriors:
         raise ValueError("posteriors is empty, expected a Posterior by each name.")
-    reports, seconds, skipped = {}, {}, {}
+    importance = _importance(checks)
+    reports, wholes, seconds, skipped = {}, {}, {}, {}
     for name, posterior in posteriors.items():
         if not isinstance(posterior, Posterior):
             found = type(posterior).__name__
             raise TypeError(f"posteriors[{name!r}] is of type {found}, expected a Posterior.")
         start = time.perf_counter()
-        try:
-            reports[name] = posterior.check(rng_key, data, checks, progress_bar=progress_bar)
-            require_variable(reports[name].dataset, "khat", "importance")
-        except NotApplicableError as reason:
-            skipped[name] = str(reason)
-            continue
+        check = partial(posterior.check, rng_key, data, progress_bar=progress_bar)
+        reports[name], of_rows = _first_that_applies(check, (checks, importance, "globals"))
+        wholes[name], of_whole = _weighed(posterior, rng_key, data)
         seconds[name] = time.perf_counter() - start
-    return Comparison(reports, seconds, skipped)
+        skipped[name] = of_rows or posterior.guide.no_density or of_whole
+    reports, wholes = _without_none(reports), _without_none(wholes)
+    known = {name: seconds[name] for name in seconds if name in {*reports, *wholes}}
+    skipped = {name: reason for name, reason in skipped.items() if reason}
+    return Comparison(reports, wholes, known, skipped)
+
+
+def _importance(checks: Checks) -> AbstractCheck:
+    """Return the importance check among some.
+
+    Raises:
+        ValueError: if it is not there.
+    """
+    chosen = {check.name: check for check in choose_checks(checks).values()}
+    if Importance.name not in chosen:
+        raise ValueError(
+            f"The checks are {list(chosen)}, without 'importance', by which guides are compared. "
+            "Add it to them."
+        )
+    return chosen[Importance.name]
+
+
+def _first_that_applies(
+    check: Callable[[Checks], Report], attempts: Iterable[Checks]
+) -> tuple[Report | None, str]:
+    """Return the report of the first checks that apply, and why the first of all do not."""
+    reasons: list[str] = []
+    for checks in attempts:
+        try:
+            return check(checks), reasons[0] if reasons else ""
+        except NotApplicableError as reason:
+            reasons.append(str(reason))
+    return None, reasons[0]
+
+
+def _weighed(posterior: Posterior, rng_key: Array, data: Any) -> tuple[Whole | None, str]:
+    """Return what the weights of all latents together say; if there are none, why."""
+    rows = posterior._runner.read(data)
+    try:
+        return Whole.of(weigh_whole(posterior._runner, rows, rng_key, NUM_DRAWS), rows.num_rows), ""
+    except NoDensityError as reason:
+        return None, str(reason)
+
+
+def _without_none(found: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in found.items() if value is not None}

@@ -340,6 +340,26 @@ def diagonal_parts(guide: AutoDiagonalNormal) -> dict[str, tuple[Any, list[Any],
     }
 
 
+def batched_site(guide: Any) -> tuple[str, Any, str] | None:
+    """Return the site, its prior and its plate of a guide with a Normal for each row.
+
+    NumPyro cuts the vector of all latents into as many equal parts as there are rows. A part is a
+    row of the data if there is one site, in one plate; of several, one after another in that
+    vector, it has values of several rows. Then, or if it has not been set up, None is returned.
+    """
+    trace: Any = guide.prototype_trace or {}
+    latent = [msg for msg in trace.values() if msg["type"] == "sample" and not msg["is_observed"]]
+    if len(latent) != 1 or guide.batch_ndim != 1 or len(latent[0]["fn"].batch_shape) != 1:
+        return None
+    (frames,) = (msg["cond_indep_stack"] for msg in latent)
+    return (latent[0]["name"], latent[0]["fn"], frames[0].name) if len(frames) == 1 else None
+
+
+def batched_parts(guide: Any, plate: str) -> tuple[Any, Any]:
+    """Return the Normals of all rows of such a guide, and a new plate around them."""
+    return guide._get_batched_posterior(), guide._create_plates()[plate]
+
+
 def laplace_run(guide: AutoLaplaceApproximation, params: dict[str, Any]) -> Callable[..., Any]:
     """Return the guide with the Normal that it is after training in place of a point."""
     found = copy.copy(guide)

@@ -20,6 +20,7 @@ EXAMPLES = [path.stem for path in sorted((ROOT / "examples").glob("*.py"))]
 # Those of which the reader gives the data, and the form of the file.
 WITH_DATA = {
     "amortize_check_repair": ".npz",
+    "compare_radon": ".npz",
     "deep_markov": ".mat",
     "item_response": ".csv",
     "radon": ".npz",
@@ -123,13 +124,27 @@ def test_digits_vae(runs):
         assert "ess_bulk" in az.summary(tree.isel(image=slice(2)), var_names=["z"])
 
 
+def assert_has_colours(path):
+    picture = matplotlib.image.imread(path)
+    assert len(np.unique((picture[:, :, :3] * 255).astype(int).reshape(-1, 3), axis=0)) > 20
+
+
 @pytest.mark.slow
 def test_compare_guides(runs):
     printed = runs["compare_guides"].finish()
     assert re.search(r"AutoNormal +-\d+\.\d+", printed)
     assert re.search(r"by hand: \d+ of \d+ values of site 'z' are off", printed)
-    picture = matplotlib.image.imread(runs["compare_guides"].folder / "compare_guides.png")
-    assert len(np.unique((picture[:, :, :3] * 255).astype(int).reshape(-1, 3), axis=0)) > 20
+    assert re.search(r"AutoMultivariateNormal +-\d+\.\d+ .* -  ", printed)  # nothing by row
+    assert_has_colours(runs["compare_guides"].folder / "compare_guides.png")
+
+
+@pytest.mark.slow
+def test_compare_radon(runs):
+    printed = runs["compare_radon"].finish()
+    for name in ("AutoMultivariateNormal", "AutoIAFNormal", "by hand", "amortized flow"):
+        assert re.search(rf"{name} +-\d+\.\d+", printed)
+        assert re.search(rf"{name}: \d+ of 12 values of site 'intercept' are off", printed)
+    assert_has_colours(runs["compare_radon"].folder / "compare_radon.png")
 
 
 @pytest.mark.slow
@@ -152,6 +167,8 @@ def test_serve_digits(runs):
     assert (runs["serve_digits"].folder / "served_digits" / "manifest.json").is_file()
 
 
+PICTURED = ("compare_guides", "compare_radon", "digits_vae", "parameterizations", "serve_digits")
+
 # What each of the others prints that it could not print had it failed.
 PRINTED = {
     "amortize_check_repair": r"repaired by importance +\d+[^$]*chosen, repaired +\d+\.\d+",
@@ -170,11 +187,7 @@ PRINTED = {
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
-    [
-        name
-        for name in EXAMPLES
-        if name not in ("compare_guides", "digits_vae", "parameterizations", "serve_digits")
-    ],
+    [name for name in EXAMPLES if name not in PICTURED],
 )
 def test_the_others_end_in_a_picture_and_a_datatree(runs, name):
     assert re.search(PRINTED[name], runs[name].finish())

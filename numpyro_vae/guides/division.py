@@ -41,6 +41,8 @@ def why_joint(reading: GuideReading, plan: GuidePlan) -> str:
         plan: what the model does.
     """
     local, plate = {site.name for site in plan.local}, plan.plate.name
+    if not local and plan.sites.enumerated(plate):
+        return ""  # as nothing of a row is left to the guide
     if not local:
         return (
             "The model has no latent sites in a plate, so there are no posteriors of rows; what "

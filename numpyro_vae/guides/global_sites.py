@@ -88,9 +88,11 @@ def drawn_with_density(
     auxiliary = any(sites[name]["infer"].get("is_auxiliary") for name in random)
     points = [name for name in names if not auxiliary and name not in random]
     if points:
+        name = getattr(guide, "__name__", type(guide).__name__)
         raise NoDensityError(
-            f"The guide of the global sites {points} is {type(guide).__name__}, a point without a "
-            "density. Train with global_guide=AutoNormal or AutoMultivariateNormal."
+            f"The guide of the global sites {points} is {name}, a point without a density. Train "
+            "with global_guide=AutoNormal or AutoMultivariateNormal, or draw them from a "
+            "distribution in a guide of your own."
         )
     terms = [log_prob_of(site).sum() for name, site in sites.items() if name not in others]
     return {name: trace[name]["value"] for name in names}, jnp.stack(terms).sum()

@@ -31,12 +31,13 @@ from numpyro_vae.guides.reading import (
     trace_guide,
 )
 from numpyro_vae.guides.traced_encoding import TracedEncoding
+from numpyro_vae.model.enumeration import enumerated
 from numpyro_vae.model.plan import GuidePlan, choose_any, plan_any
 from numpyro_vae.model.plates import all_rows, observed_plates
 from numpyro_vae.model.provenance import LOOKED_UP
 from numpyro_vae.model.reading import ModelReader
-from numpyro_vae.model.run import run_model
-from numpyro_vae.model.sites import ModelSites, Plate
+from numpyro_vae.model.run import Run, run_model
+from numpyro_vae.model.sites import ModelSites, Plate, Site
 from numpyro_vae.model.trace import Rows
 from numpyro_vae.numpyro_internals import set_up
 
@@ -65,8 +66,8 @@ class TracedGuide(AbstractGuide):
         plate: str | None = None,
         segments: Mapping[str, Callable[..., Any]] | None = None,
     ):
-        self.guide, self.model, self.params = guide, observed_plates(model), params
-        self.plate_name = plate
+        self.guide, self.params, self.plate_name = guide, params, plate
+        self.model = observed_plates(enumerated(model, plate))
         self.segments = dict(segments or {})
         self.reader = ModelReader(self.model)
         self.plan: GuidePlan | None = None
@@ -194,13 +195,20 @@ class TracedGuide(AbstractGuide):
         sites = run.same_sites(self.local_sites)
         if not sites or self.is_unobserved(run.sites):
             return Encoding(run, {}, {}, DiagonalNormal())
-        latent = {site.name for site in self.sites.latent()}
+        discrete = self._discrete(run)
+        read = {site.name for site in (*self.sites.latent(), *discrete)}
         trace = partial(self._trace, params, static_kwargs=static_kwargs)
-        if not any(self.reading.sites[site.name].reads & latent for site in sites):
+        if not any(self.reading.sites[site.name].reads & read for site in sites):
             found = normal_encoding(trace(batch), run, sites)
             if found is not None:
                 return found
-        return TracedEncoding(run, trace, batch, sites)
+        return TracedEncoding(run, trace, batch, sites, discrete=discrete)
+
+    def _discrete(self, run: Run) -> tuple[Site, ...]:
+        """Return the discrete sites of the local plate that the guide draws and others read."""
+        found = run.sites.enumerated(self.plate.name)
+        read = frozenset().union(*(self.reading.origins(site.name) for site in self.local_sites))
+        return tuple(site for site in found if site.name in read & self.reading.sites.keys())
 
     def _trace(
         self,
@@ -290,4 +298,4 @@ class TracedGuide(AbstractGuide):
 
 
 def _values(names: tuple[str, ...], trace: dict[str, Any]) -> dict[str, Array]:
-    return {name: trace[name]["value"] for name in names}
+    return {name: jnp.asarray(trace[name]["value"]) for name in names}

@@ -8,12 +8,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.scipy.special import logsumexp
 from jaxtyping import Array, Float, Shaped
 from numpyro.distributions import biject_to
 
 from numpyro_vae.data.batch import Batch
 from numpyro_vae.guides.abstract import AbstractEncoding
 from numpyro_vae.guides.normal_form import unconstrained_form
+from numpyro_vae.model.enumeration import Enumeration
 from numpyro_vae.model.run import Run
 from numpyro_vae.model.sites import Site
 
@@ -30,12 +32,14 @@ class TracedEncoding(AbstractEncoding):
         batch: the rows.
         local: the local sites, in packing order.
         given: values of the global sites, by name, with axes of draws in front or without.
+        discrete: the discrete sites that the guide draws; its density is summed over them.
     """
 
     trace: Trace
     batch: Batch
     local: tuple[Site, ...]
     given: Mapping[str, Array] = field(default_factory=dict)
+    discrete: tuple[Site, ...] = ()
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -100,9 +104,22 @@ class TracedEncoding(AbstractEncoding):
         return found.reshape(packed.shape[:-1])
 
     def _log_prob(self, packed: Array) -> Array:
+        enumeration = Enumeration.read(self.run, self.discrete)
+
+        def given(combination: Array) -> Array:
+            chosen = enumeration.assign(jnp.full(packed.shape[0], combination))
+            return self._log_prob_given(packed, chosen)
+
+        return logsumexp(jax.vmap(given)(jnp.arange(enumeration.num_combinations)), axis=0)
+
+    def _log_prob_given(self, packed: Array, discrete: Mapping[str, Array]) -> Array:
+        """Return the log-density of packed latents and of values of the discrete sites."""
         values, _ = self.constrain(packed)
-        trace = self.trace(self.batch, values={**self.given, **values})
+        trace = self.trace(self.batch, values={**self.given, **values, **discrete})
         total = jnp.zeros(packed.shape[:-1])
+        for site in self.discrete:
+            log_prob = trace[site.name]["fn"].log_prob(discrete[site.name])
+            total += _by_row(log_prob, site, self.run)
         for site, unconstrained in self.unpack(packed):
             support = self.run.support(site)
             fn = unconstrained_form(trace[site.name]["fn"], support)

@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from numpyro_vae.guides.global_sites import NoDensityError
+from numpyro_vae.inference.encoded import EncodedBatch
 from numpyro_vae.inference.marginal import (
     PARTICLES,
     Globals,
     LogDensity,
+    chunks,
+    global_scale,
     log_density,
+    outside_of,
     precise_log_density,
+    require_density,
 )
 from numpyro_vae.inference.psis import smooth
+from numpyro_vae.inference.quantities import weigh
 from numpyro_vae.inference.rows import Rows
 from numpyro_vae.inference.runner import Runner
 
@@ -156,3 +164,54 @@ def draw_whole(
         return runner.draw_globals(rng_key, rows, num_samples), {}
     log_p = log_density(runner, rows, rng_key, draws, PARTICLES[0]).values
     return draws, {"log_p": log_p, "log_q": np.asarray(log_q, float)}
+
+
+def weigh_whole(
+    runner: Runner, rows: Rows, rng_key: Array, num_samples: int
+) -> Float[np.ndarray, "num_samples"]:
+    r"""Return the log importance weights of draws of all latents of all rows together.
+
+    .. math:: \log w_s = \log p(x, z_s, g_s) - \log q(z_s, g_s \mid x)
+
+    They are those of `numpyro.infer.importance.psis_diagnostic`, and their mean estimates the ELBO
+    that NumPyro trains. They are of any guide, also where rows have no posteriors of their own.
+
+    Args:
+        runner: the trained guide.
+        rows: the data.
+        rng_key: the random key.
+        num_samples: how many draws.
+
+    Raises:
+        NoDensityError: if the guide of a site has no density.
+        ValueError: if the model scales its global sites by unlike factors.
+    """
+    require_density(runner)
+    draw_key, row_key = jax.random.split(rng_key)
+    globals_, log_q = runner.weigh_globals(draw_key, rows, num_samples)
+    of_globals = runner.once(_outside_all, rows, row_key, globals_, num_samples=num_samples)
+    total = of_globals.astype(float)
+    run = partial(runner.per_draw, _scaled_weights, num_samples=num_samples)
+    for chunk in chunks(rows):
+        total = total + run(chunk, row_key, globals_).astype(float).sum(1)
+    return total / global_scale(runner, rows) - np.asarray(log_q, float)
+
+
+def _outside_all(
+    batch: EncodedBatch, rng_key: Array, globals_: Globals, *, num_samples: int
+) -> Float[Array, "num_samples"]:
+    """Return the log-density of all that belongs to no row, also where there are no globals."""
+
+    def one(_: Array, globals_: Globals) -> Array:
+        return outside_of(batch, rng_key, globals_)
+
+    return batch.over_draws(one, jnp.arange(num_samples), globals_)
+
+
+def _scaled_weights(
+    batch: EncodedBatch, rng_key: Array, globals_: Globals, *, num_samples: int
+) -> Float[Array, "num_samples batch"]:
+    """Return log weights of draws of each row, which count as the model scales its latents."""
+    found = weigh(batch, rng_key, globals_, num_samples=num_samples)["log_weights"]
+    scale = batch.encoding.run.row_scale((*batch.encoding.sites, *batch.enumeration.sites))
+    return found if scale is None or not batch.guide.global_names else scale * found

@@ -90,12 +90,12 @@ def log_density(
         NoDensityError: if local sites have no density, or a global one is summed over.
         ValueError: if the model scales its global sites by unlike factors.
     """
-    _require_density(runner)
+    require_density(runner)
     of_globals = runner.once(outside, rows, rng_key, globals_).astype(float)
     errors = np.zeros((REPLICATES, len(of_globals)))
     rng = np.random.default_rng(np.asarray(jax.random.key_data(rng_key)))
     values = of_globals
-    for chunk in _chunks(rows):
+    for chunk in chunks(rows):
         sizes = {"num_draws": particles, "row_axis": 1, "particles": particles}
         by_row, error = runner.per_batch(row_densities, chunk, rng_key, globals_, **sizes)
         values = values + by_row.astype(float).sum(1)
@@ -134,14 +134,14 @@ def can_double(rows: Rows, particles: int) -> bool:
     return particles < PARTICLES[1] and 2 * particles * rows.num_rows <= EVALUATIONS
 
 
-def _chunks(rows: Rows) -> Iterator[Rows]:
+def chunks(rows: Rows) -> Iterator[Rows]:
     """Yield all rows in parts, of data that the model takes whole in one."""
     number = 1 if rows.data.is_whole else -(-rows.num_rows // CHUNK)
     for part in np.array_split(np.arange(rows.num_rows), number):
         yield rows.choose(part)
 
 
-def _require_density(runner: Runner) -> None:
+def require_density(runner: Runner) -> None:
     """Raise NoDensityError if local sites have no density, or no guide draws a global one."""
     if runner.guide.local_sites and runner.guide.no_density:
         raise NoDensityError(runner.guide.no_density)
@@ -155,7 +155,7 @@ def _require_density(runner: Runner) -> None:
 
 
 def global_scale(runner: Runner, rows: Rows) -> float:
-    """Return the factor by which the model scales its global sites.
+    """Return the factor by which the model scales its global sites; one if there are none.
 
     Raises:
         ValueError: if they have several.
@@ -164,14 +164,14 @@ def global_scale(runner: Runner, rows: Rows) -> float:
     with HANDLERS:
         reading = guide.reader.read(rows.args, rows.kwargs, rows.held)
     scales = [np.asarray(reading.scales.get(name, 1.0)) for name in guide.global_names]
-    found = np.unique(np.concatenate([scale.ravel() for scale in scales]))
+    found = np.unique([value for scale in scales for value in scale.flat])
     if len(found) > 1:
         raise ValueError(
             f"The model scales its global sites {list(guide.global_names)} by unlike factors, "
             f"{found.tolist()}, so that there is no posterior which the ELBO leads to. Put all of "
             "them into one handlers.scale."
         )
-    return float(found[0])
+    return float(found[0]) if scales else 1.0
 
 
 # -- in compiled code ------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,13 +39,14 @@ class Enumeration:
     supports: dict[str, Array]
 
     @classmethod
-    def read(cls, run: Run) -> Enumeration:
-        """Read the enumerated sites of a model's run.
+    def read(cls, run: Run, sites: tuple[Site, ...] | None = None) -> Enumeration:
+        """Read the enumerated sites of a model's run, or some of them.
 
         Raises:
             ValueError: if there are too many combinations to sum over.
         """
-        plate, sites = run.plate, tuple(run.sites.enumerated(run.plate.name))
+        plate = run.plate
+        sites = tuple(run.sites.enumerated(plate.name)) if sites is None else sites
         supports = {site.name: _support(run, site) for site in sites}
         sizes = {site.name: (len(supports[site.name]),) * site.datum_size(plate) for site in sites}
         lengths = [length for name in sizes for length in sizes[name]]
@@ -109,3 +111,20 @@ def _support(run: Run, site: Site) -> Any:
             "latent is a scalar. Put its entries into a plate."
         )
     return jnp.asarray(run.reading.choices[site.name]).reshape(-1)
+
+
+def enumerated(model: Callable[..., Any], plate: str | None) -> Callable[..., Any]:
+    """Return a model whose discrete latents in a plate are marked to be summed over.
+
+    Args:
+        model: the model.
+        plate: the local plate; by default sites in any plate are marked.
+    """
+
+    def mark(msg: dict[str, Any]) -> dict[str, str]:
+        plates = {frame.name for frame in msg["cond_indep_stack"]}
+        inside = plate in plates if plate is not None else bool(plates)
+        latent = msg["type"] == "sample" and not msg["is_observed"] and inside
+        return {"enumerate": "parallel"} if latent and msg["fn"].has_enumerate_support else {}
+
+    return handlers.infer_config(model, config_fn=mark)

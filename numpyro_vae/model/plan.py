@@ -168,7 +168,8 @@ def _check_continuous(site: Site, plate: Plate) -> None:
             "enumerated; a guide needs continuous latents. Mark it with "
             'infer={"enumerate": "parallel"}, or wrap the model in '
             "numpyro.contrib.funsor.config_enumerate for SVI and guide alike, and train with "
-            "TraceEnum_ELBO."
+            "TraceEnum_ELBO. One with infinitely many values cannot be summed over: marginalize it "
+            "in the model."
         )
 
 

@@ -159,36 +159,62 @@ def plot_collapse(report: Report, *, ax: Axes | None = None) -> Axes:
 def plot_comparison(comparison: Comparison, *, ax: Axes | None = None) -> Axes:
     """Plot by posterior how far its bound is below the best, and the verdicts on its rows.
 
-    The dot is the difference in nats a datum, with two standard errors; the bar is of the shares of
-    the rows by verdict, in the colours of `plot_khat`.
+    The dot is the difference of the bounds of all latents together in nats a datum, with two
+    standard errors of the difference over rows; the bar is of the shares of the rows by verdict, in
+    the colours of `plot_khat`. Where rows have no posteriors of their own, and so no verdicts, the
+    dot is hollow, its error that of Monte Carlo, and the joint k-hat stands in place of the bar.
 
     Example:
         >>> import xarray as xr
+        >>> from numpyro_vae.comparison import Whole
         >>> columns = {"elbo": [-1.0, -2.0], "log_evidence": [-1.0, -1.0], "khat": [0.1, 1.2]}
         >>> columns |= {"divergence": [0.0, 1.0], "divergence_mcse": [0.0, 0.1]}
         >>> attrs = {"khat_threshold": 0.7, "max_divergence": 0.1}
         >>> report = Report(xr.Dataset({k: ("data", x) for k, x in columns.items()}, attrs=attrs))
-        >>> ax = plot_comparison(Comparison({"one": report}, {"one": 1.0}, {}))
+        >>> whole = Whole(-1.5, 0.1, 0.9)
+        >>> ax = plot_comparison(Comparison({"one": report}, {"one": whole}, {"one": 1.0}, {}))
         >>> [label.get_text() for label in ax.get_yticklabels()]
         ['one']
     """
     ax, table = axes_or_new(ax), comparison.table
-    places = np.arange(len(table))
-    room = max(float(table["elbo_diff"].max()), 0.1)
+    which = "joint_diff" if table["joint_diff"].notna().any() else "elbo_diff"
+    behind, by_row = table[which].to_numpy(), table.index.isin(comparison.by_row)
+    room = max(1.05 * float(np.max(behind, initial=0.0, where=np.isfinite(behind))), 0.01)
     for place, name in enumerate(table.index):
-        shares = np.bincount(comparison.reports[name].verdict, minlength=len(VERDICTS))
-        left = 0.0
-        for share, label, colour in zip(shares, VERDICTS, VERDICT_COLOURS, strict=True):
-            width = room * share / max(shares.sum(), 1)
-            text = label if not place else None
-            ax.barh(place, width, left=left, height=0.5, color=colour, alpha=0.35, label=text)
-            left += width
-    ax.errorbar(table["elbo_diff"], places, xerr=2 * table["dse"], fmt="o", color="black")
-    ax.set_yticks(places, list(table.index))
+        if by_row[place]:
+            _draw_shares(ax, place, room, comparison.reports[name])
+        else:
+            text = f"all rows jointly, k-hat {table['joint_khat'].iloc[place]:.2f}"
+            side = ("left", 0.01) if behind[place] > room / 2 else ("right", 0.99)
+            ax.text(side[1] * room, place, text, color="grey", va="center", ha=side[0])
+    for chosen, error, fill in ((by_row, "dse", "full"), (~by_row, "joint_mcse", "none")):
+        xerr = 2 * table[error].fillna(0.0).to_numpy()[chosen]
+        draw = partial(ax.errorbar, fmt="o", color="black")
+        draw(behind[chosen], np.flatnonzero(chosen), xerr=xerr, fillstyle=fill)
+    ax.set_yticks(np.arange(len(table)), list(table.index))
     ax.invert_yaxis()
     ax.set(xlabel="nats a datum below the best bound", title="Comparison")
-    ax.legend(frameon=False, title="bars: shares of the rows")
+    beside = {"loc": "center left", "bbox_to_anchor": (1, 0.5)}
+    ax.legend(*_each_once(ax), frameon=False, title="bars: shares of the rows", **beside)
     return ax
+
+
+def _draw_shares(ax: Axes, place: int, room: float, report: Report) -> None:
+    """Draw the shares of the rows by verdict as parts of a bar."""
+    shares = np.bincount(report.verdict, minlength=len(VERDICTS))
+    left = 0.0
+    for share, label, colour in zip(shares, VERDICTS, VERDICT_COLOURS, strict=True):
+        width = room * share / max(shares.sum(), 1)
+        ax.barh(place, width, left=left, height=0.5, color=colour, alpha=0.35, label=label)
+        left += width
+
+
+def _each_once(ax: Axes) -> tuple[list, list]:
+    """Return handles and labels of the legend, of each label the first."""
+    handles, labels = ax.get_legend_handles_labels()
+    found = {label: handle for handle, label in reversed(list(zip(handles, labels, strict=True)))}
+    names = [label for label in VERDICTS if label in found]
+    return [found[label] for label in names], names
 
 
 def axes_or_new(ax: Axes | None) -> Axes:

@@ -17,7 +17,7 @@ from numpyro_vae.inference.marginal import global_scale
 from numpyro_vae.inference.rows import Rows
 from numpyro_vae.inference.runner import Runner
 from numpyro_vae.numpyro_internals import end_adaptation
-from numpyro_vae.repair.global_proposals import MIN_ESS, StudentT
+from numpyro_vae.repair.global_proposals import StudentT
 
 NUM_CHAINS = 4
 ITERATIONS = 250  # of a round: the first to adapt in
@@ -40,14 +40,15 @@ class Chains(NamedTuple):
     rhat: float
     ess: float
 
-    @property
-    def passes(self) -> bool:
-        """Whether the chains agree, and their draws suffice."""
-        return self.rhat <= MAX_RHAT and self.ess >= MIN_ESS
-
 
 def run_chains(
-    runner: Runner, rows: Rows, rng_key: Array, density_key: Array, particles: int, near: StudentT
+    runner: Runner,
+    rows: Rows,
+    rng_key: Array,
+    density_key: Array,
+    particles: int,
+    near: StudentT,
+    min_ess: float,
 ) -> Chains:
     """Run chains until they agree and their draws suffice, or are too many.
 
@@ -62,6 +63,7 @@ def run_chains(
         density_key: that of the density.
         particles: local draws of each row.
         near: a distribution near the posterior.
+        min_ess: how many effective draws suffice.
     """
     parts, scale = _parts(rows.in_memory(), particles), global_scale(runner, rows)
     frame = tuple(jnp.asarray(x, float) for x in near)
@@ -80,7 +82,7 @@ def run_chains(
             state, drawn = advance(keys[len(kept)], state, adapts=False)
             kept.append(drawn)
         found = _judged(np.concatenate(kept, axis=1))
-        if found.passes:
+        if found.rhat <= MAX_RHAT and found.ess >= min_ess:
             break
     return found
 

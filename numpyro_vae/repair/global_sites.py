@@ -16,10 +16,11 @@ from numpyro_vae.inference.global_space import flatten, unflatten_all
 from numpyro_vae.inference.global_weights import weigh_globals
 from numpyro_vae.inference.make_datatree import make_datatree
 from numpyro_vae.inference.marginal import PARTICLES, LogDensity, can_double, log_density
+from numpyro_vae.inference.psis import khat_threshold
 from numpyro_vae.inference.rows import Rows
 from numpyro_vae.inference.runner import Runner
-from numpyro_vae.repair.global_chains import run_chains
-from numpyro_vae.repair.global_proposals import NUM_PROPOSALS, StudentT, Weighted, adapt
+from numpyro_vae.repair.global_chains import MAX_RHAT, run_chains
+from numpyro_vae.repair.global_proposals import MIN_ESS, NUM_PROPOSALS, StudentT, Weighted, adapt
 from numpyro_vae.repair.methods import resample, spread
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ __all__ = ["GlobalRepair"]
 
 METHODS = ("importance", "nuts")
 AROUND = 0.3  # the standard deviation to begin with around a point
+NUM_POINTS = 2000  # of chains that are weighed
 TINY = np.finfo(float).tiny
 MAX_ERROR = 0.1  # sds by which the particles' error may move a mean
 
@@ -44,7 +46,7 @@ class GlobalRepair:
         particles: local draws of each row, by which its latents were integrated out.
         error: how far the Monte Carlo error of these moves a mean, in posterior standard
             deviations, at most.
-        khat: the Pareto k-hat of the importance weights; NaN of NUTS.
+        khat: the Pareto k-hat of the importance weights, of NUTS those of the chains' draws.
         ess: effective draws, of NUTS the fewest of any value.
         rhat: the largest r-hat of any value; NaN of importance sampling.
         runner: the trained guide, which draws the rows' latents.
@@ -64,7 +66,7 @@ class GlobalRepair:
         """Return what was done and found, as plain text."""
         sites = ", ".join(map(repr, self.draws))
         weighed = self.method == "importance"
-        judged = f"k-hat {self.khat:.2f}" if weighed else f"r-hat {self.rhat:.3f}"
+        judged = f"k-hat {self.khat:.2f}" + ("" if weighed else f", r-hat {self.rhat:.3f}")
         lines = [
             f"global latents {sites}: {'repaired' if self.passed else 'not repaired'}",
             f"  method                  {self.method}",
@@ -142,6 +144,17 @@ class _Target:
         found = log_density(self.runner, self.rows, self.rng_key, globals_, self.particles)
         return replace(found, values=found.values + log_det)
 
+    def finer(self, times: float) -> _Target:
+        """Return the density with more particles, for an error so many times smaller.
+
+        The error falls with their square root. They are at most four times as many, as the error
+        of what has not converged says little.
+        """
+        particles = 2 * self.particles
+        if times > 2**0.5 and can_double(self.rows, particles):
+            particles *= 2
+        return replace(self, particles=particles)
+
     def values(self, points: np.ndarray) -> dict[str, np.ndarray]:
         """Return the values of the global sites at points."""
         return self.runner.once(unflatten_all, self.rows, jnp.asarray(points, float))[0]
@@ -174,7 +187,7 @@ def _adapt(target: _Target, first: Weighted, rng: np.random.Generator) -> tuple[
         found = adapt(first, target, rng, max_error)
         if found.error <= max_error:
             return target, found
-        target, first = replace(target, particles=2 * target.particles), found
+        target, first = target.finer(found.error / max_error), found
 
 
 def _by_weights(
@@ -188,16 +201,24 @@ def _by_weights(
 
 
 def _by_chains(target: _Target, found: Weighted, rng_key: Array, num_samples: int) -> GlobalRepair:
-    """Return draws of chains, evenly thinned."""
+    """Return draws of chains that run with few particles, resampled by what more of them say.
+
+    The two densities are near each other, so that their ratios are good importance weights; and
+    every step of a chain, of which there are many, costs a fraction of what it would.
+    """
     near = StudentT.fitted(found.points, found.log_weights)
-    given = (target.runner, target.rows, rng_key, target.rng_key, target.particles, near)
-    chains = run_chains(*given)
-    (points,) = spread(chains.points[None], num_samples)
-    equal = np.full(num_samples, -np.log(num_samples))
-    error = Weighted(points, target(points), equal, np.nan).error
-    said = {"khat": np.nan, "ess": chains.ess, "rhat": chains.rhat, "error": error}
-    passed = chains.passes and error <= MAX_ERROR
-    return _repair(target, points, "nuts", passed=passed, **said)
+    coarse = replace(target, particles=PARTICLES[0])
+    given = (target.runner, target.rows, rng_key, target.rng_key, coarse.particles, near)
+    chains = run_chains(*given, 1.5 * MIN_ESS)  # as their weights will cost some
+    (points,) = spread(chains.points[None], min(len(chains.points), max(NUM_POINTS, num_samples)))
+    weighted = Weighted.of(points, target(points), coarse(points).values)
+    ess = chains.ess * weighted.ess / len(points)
+    rng = np.random.default_rng(np.asarray(jax.random.key_data(rng_key)))
+    (chosen,) = resample(np.exp(weighted.log_weights)[None], num_samples, rng)
+    said = {"khat": weighted.khat, "ess": ess, "rhat": chains.rhat, "error": weighted.error}
+    good = weighted.khat < khat_threshold(len(points)) and ess >= MIN_ESS
+    passed = good and chains.rhat <= MAX_RHAT and weighted.error <= MAX_ERROR
+    return _repair(target, points[chosen], "nuts", passed=passed, **said)
 
 
 def _repair(target: _Target, points: np.ndarray, method: str, **said: Any) -> GlobalRepair:

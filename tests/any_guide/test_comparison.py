@@ -7,8 +7,9 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import pytest
-from numpyro.infer import MCMC, NUTS
-from numpyro.infer.autoguide import AutoMultivariateNormal
+from numpyro.infer import MCMC, NUTS, Trace_ELBO
+from numpyro.infer.autoguide import AutoDelta, AutoMultivariateNormal
+from numpyro.infer.importance import psis_diagnostic
 from scipy import stats
 
 from numpyro_vae import Importance, Posterior, Reference, compare, plot_comparison
@@ -120,19 +121,88 @@ class TestCompare:
         assert "shifted" in str(found)
         assert len(plot_comparison(found).get_yticks()) == 3
 
-    def test_a_guide_of_the_whole_is_left_out_with_the_reason(self):
-        whole = AutoMultivariateNormal(normal_model)
-        size = len(X)
-        params = {"auto_loc": np.zeros(size), "auto_scale_tril": np.eye(size)}
-        both = {"exact": posterior_of(), "whole": Posterior(whole, params)}
-        found = compare(both, KEY, X)
+    def test_a_guide_of_the_whole_beside_one_of_rows(self):
+        """The same distribution, said of the whole and by row, has the same bound and k-hat."""
+        loc, scale = 0.8 * X + 0.2, np.full(len(X), 1.2 * VARIANCE**0.5)
+        params = {"auto_loc": loc, "auto_scale_tril": np.diag(scale)}
+        params = {name: np.float32(value) for name, value in params.items()}
+        whole = Posterior(AutoMultivariateNormal(normal_model), params)
+        by_row = posterior_of(shift=0.2, factor=1.2)
+        found = compare({"exact": posterior_of(), "rows": by_row, "whole": whole}, KEY, X)
+        table = found.table
+        evidence = stats.norm(0, 1.25**0.5).logpdf(X).mean()
+        kl = 0.04 / 2 / VARIANCE + (1.44 - 1) / 2 - np.log(1.2)
+        np.testing.assert_allclose(table.loc["exact", "joint_elbo"], evidence, atol=1e-4)
+        for name in ("rows", "whole"):
+            bound = table.loc[name]
+            error = 4 * bound["joint_mcse"]
+            np.testing.assert_allclose(bound["joint_elbo"], evidence - kl, atol=error)
+            np.testing.assert_allclose(bound["joint_diff"], kl, atol=error)
+            assert error < 0.1 * kl
+        assert table.loc["exact", "joint_khat"] == -np.inf
+        rows = ["elbo", "elbo_diff", "dse", "log_evidence", "fine", "reliable", "bad"]
+        assert table.loc["whole", rows].isna().all()
+        assert table.drop("whole").notna().to_numpy().all()
+        assert "whole: The rows have no posteriors of their own" in str(found)
+        assert "globals_khat" in found.reports["whole"].dataset
+        ax = plot_comparison(found)
+        assert [label.get_text() for label in ax.get_yticklabels()] == list(table.index)
+        assert any("all rows jointly, k-hat" in text.get_text() for text in ax.texts)
+
+    def test_the_bound_of_the_whole_is_numpyros(self):
+        """With a global site, whose guide is part of the bound."""
+
+        def guide(x):
+            mu = numpyro.sample("mu", dist.Normal(0.1, 0.4))
+            with numpyro.plate("data", len(x)):
+                numpyro.sample("z", dist.Normal(0.8 * x + 0.1 * mu, 0.5))
+
+        posterior, x = Posterior(guide, {}, model=hierarchical_model), X[:8]
+        found = compare({"one": posterior}, KEY, x).table.loc["one"]
+        loss = Trace_ELBO(num_particles=4000).loss(KEY, {}, hierarchical_model, guide, x)
+        atol = 5 * found["joint_mcse"]
+        np.testing.assert_allclose(found["joint_elbo"], -loss / len(x), atol=atol)
+        of_global = 0.5 * (0.4**2 + 0.1**2 - 1) - np.log(0.4)  # the divergence, of all rows at once
+        given = found["elbo"] - of_global / len(x)
+        np.testing.assert_allclose(found["joint_elbo"], given, atol=atol)
+        assert of_global / len(x) > atol
+        stated = psis_diagnostic(KEY, {}, hierarchical_model, guide, x, num_particles=4000)
+        assert abs(found["joint_khat"] - stated) < 0.35
+
+    def test_points_have_no_place(self):
+        point = Posterior(AutoDelta(normal_model), {"z_auto_loc": np.zeros_like(X)})
+        found = compare({"exact": posterior_of(), "point": point}, KEY, X)
         assert found.table.index.tolist() == ["exact"]
-        assert "whole: not compared: The rows have no posteriors of their own" in str(found)
+        assert "point: The guide is a point at the local sites ['z']" in str(found)
+
+    def test_global_points_leave_the_rows(self):
+        def guide(x):
+            mu = numpyro.sample("mu", dist.Delta(0.3))
+            with numpyro.plate("data", len(x)):
+                numpyro.sample("z", dist.Normal(0.8 * x + 0.2 * mu, VARIANCE**0.5))
+
+        found = compare({"one": Posterior(guide, {}, model=hierarchical_model)}, KEY, X)
+        assert np.isnan(found.table.loc["one", "joint_elbo"])
+        assert found.table.loc["one", "fine"] == 1
+        assert "the global sites ['mu'] is guide, a point" in found.skipped["one"]
+        assert len(plot_comparison(found).get_yticks()) == 1
+
+    def test_a_check_that_does_not_apply_costs_no_row(self):
+        def student(x):
+            with numpyro.plate("data", len(x)):
+                numpyro.sample("z", dist.StudentT(30.0, 0.8 * x, VARIANCE**0.5))
+
+        both = {"exact": posterior_of(), "t": Posterior(student, {}, model=normal_model)}
+        found = compare(both, KEY, X, (Importance(500), "gap"))
+        assert found.table["fine"].tolist() == [1, 1]
+        assert np.isnan(found.table.loc["t", "gap_amortization"])
+        assert found.reports["t"].dataset.attrs["num_samples"] == 500
+        assert "are no Normals" in found.skipped["t"]
 
     def test_bad_input(self):
         with pytest.raises(ValueError, match="posteriors is empty"):
             compare({}, KEY, X)
         with pytest.raises(TypeError, match=r"'one'.*expected a Posterior"):
             compare({"one": guide}, KEY, X)
-        with pytest.raises(ValueError, match="importance check was not run"):
+        with pytest.raises(ValueError, match="without 'importance'"):
             compare({"one": posterior_of()}, KEY, X, "collapse")
