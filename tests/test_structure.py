@@ -103,6 +103,7 @@ ORDER = {
         "progress",
         "identity",
         "leaves",
+        "locking",
         "checkpoints",
         "convergence",
         "options",
