@@ -22,7 +22,7 @@ from numpyro_vae.checks.stored import (
 )
 from numpyro_vae.inference.datatree import require_known_dims
 from numpyro_vae.inference.fingerprint import NAME
-from numpyro_vae.inference.labels import with_row_labels
+from numpyro_vae.inference.labels import require_length, with_row_labels
 from numpyro_vae.inference.runner import Runner
 
 NOT_QUICK = (
@@ -51,6 +51,7 @@ def run_checks(
     judges_globals = checks is not None or not runner.guide.local_sites
     others = {} if judges_globals or not runner.guide.global_names else {Globals.name: NOT_QUICK}
     coords = with_row_labels(coords, data, runner.batch_axes, subject.plate)
+    require_length(coords, subject.plate, subject.rows.num_rows)
     if store is not None:
         stored = StoredChecks(chosen, subject, progress_bar, named, coords, others)
         dataset, done, skipped = stored.write(store)

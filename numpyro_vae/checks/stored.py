@@ -18,7 +18,7 @@ from numpyro_vae.checks.choose import CHECKS
 from numpyro_vae.checks.report import Report
 from numpyro_vae.inference.datatree import for_tree, require_known_dims, tree_name
 from numpyro_vae.inference.fingerprint import NAME
-from numpyro_vae.inference.make_datatree import coords_of_part, require_length
+from numpyro_vae.inference.make_datatree import coords_of_part
 from numpyro_vae.inference.regions import (
     Regions,
     identify,
@@ -72,7 +72,6 @@ class StoredChecks:
         rows, plate = self.subject.rows, self.subject.plate
         whole = rows.data.is_whole or not any(self._rowwise())
         size = rows.num_rows if whole else rows_of_part(ROW_BYTES, rows.num_rows)
-        require_length(self.coords, plate, rows.num_rows)
         regions = Regions(Path(store), self._identity(), tree_name(plate), rows.num_rows, size)
         with tqdm(total=rows.num_rows, disable=not self.progress_bar, unit="row") as bar:
 

@@ -86,6 +86,19 @@ class Batch:
         return self.layout.whole(self.arrays)
 
 
+@partial(jax.jit, static_argnums=(2, 3, 4))
+def permuted(
+    rng_key: Array, epoch: Array, num_data: int, num_steps: int, batch_size: int
+) -> Int[Array, "num_steps batch"]:
+    """Return the rows of each step of an epoch, filled up with those of the next permutation."""
+    order = jax.random.permutation(jax.random.fold_in(rng_key, epoch), num_data)
+    missing = num_steps * batch_size - num_data
+    if missing:
+        following = jax.random.permutation(jax.random.fold_in(rng_key, epoch + 1), num_data)
+        order = jnp.concatenate([order, following[:missing]])
+    return order.reshape(num_steps, batch_size)
+
+
 def padded_batches(num_data: int, batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yield ``(indices, weights)`` of every row in order, the last batch filled up.
 

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,8 @@ from jaxtyping import Array, Int
 
 HOST, DEVICE = "host", "device"  # the axes of the mesh: processes, and the devices of each
 ROWS = (HOST, DEVICE)
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -123,6 +125,31 @@ class Devices:
                     "every step with as many rows: give each the same number, leaving out what is "
                     "over."
                 )
+
+    def together(self, read: Callable[[], T]) -> T:
+        """Return what each host makes of its own rows, or raise on all if one of them cannot.
+
+        A host that goes on alone would wait for the others in vain.
+
+        Raises:
+            ValueError: naming the hosts that raised an error, on those that did not.
+        """
+        if self.num_hosts == 1:
+            return read()
+        found = error = None
+        try:
+            found = read()
+        except Exception as raised:  # of any kind, as it is raised again
+            error = raised
+        failed = np.flatnonzero(self.gather(np.array(error is not None)))
+        if error is not None:
+            raise error
+        if failed.size:
+            raise ValueError(
+                f"The data of the hosts {failed.tolist()} were refused, of {self.num_hosts} hosts "
+                "that train together: none goes on. What is wrong with them is said there."
+            )
+        return cast("T", found)
 
     def gather(self, array: np.ndarray) -> np.ndarray:
         """Return an array of each host, side by side along a new axis in front."""

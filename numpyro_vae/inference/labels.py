@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from numpyro_vae.data.arrays import as_arguments, datum_axes
+from numpyro_vae.inference.datatree import tree_name
 from numpyro_vae.inference.gathering import arguments_by_name, rows_first, site_dims
 
 if TYPE_CHECKING:
@@ -90,6 +91,16 @@ def with_labels(
             if index is not None:
                 found.setdefault(dim, np.asarray(index))
     return found
+
+
+def require_length(coords: Mapping[str, Any], plate: str, num_rows: int) -> None:
+    """Raise ValueError if the coordinates of the rows are not as many as these."""
+    for name in {plate, tree_name(plate)} & set(coords):
+        if len(coords[name]) != num_rows:
+            raise ValueError(
+                f"coords[{name!r}] has {len(coords[name])} values, and the data have {num_rows} "
+                "rows. Give one for each row."
+            )
 
 
 def _indexes(leaf: Any) -> list[Any]:

@@ -20,7 +20,7 @@ from numpyro_vae.inference.datatree import (
     tree_name,
 )
 from numpyro_vae.inference.gathering import Gathering, Groups
-from numpyro_vae.inference.labels import with_labels
+from numpyro_vae.inference.labels import require_length, with_labels
 from numpyro_vae.inference.regions import Identity, Regions, identify, rows_of_part
 from numpyro_vae.inference.runner import Runner
 from numpyro_vae.training.identity import digest
@@ -72,6 +72,7 @@ def make_datatree(
         given=globals_,
     )
     coords = with_labels(coords, gathering, data)
+    require_length(coords, rows.plate, rows.num_rows)
     if store is not None:
         return write_datatree(gathering, coords, store)
     found = gathering.of_rows(rows)
@@ -99,7 +100,7 @@ def write_datatree(
 
     Raises:
         ValueError: if a deterministic site is of all rows at once, of which there are several
-            parts; if a coordinate has another length than its dimension, or there is other data.
+            parts, or there is other data.
     """
     import xarray as xr
 
@@ -108,7 +109,6 @@ def write_datatree(
     size = rows_of_part(_row_bytes(gathering), rows.num_rows, at_once)
     size = rows.num_rows if rows.data.is_whole else size
     _require_by_row(gathering, size)
-    require_length(coords, plate, rows.num_rows)
 
     def make(start: int, stop: int, size: int) -> DataTree:
         part = rows if size == rows.num_rows else rows.part(start, stop, size)
@@ -137,16 +137,6 @@ def _identity(gathering: Gathering, coords: Mapping[str, Any]) -> Identity:
         var_names=sorted(gathering.names),
         coords=digest({str(dim): np.asarray(coord).tolist() for dim, coord in coords.items()}),
     )
-
-
-def require_length(coords: Mapping[str, Any], plate: str, num_rows: int) -> None:
-    """Raise ValueError if the coordinates of the rows are not as many as these."""
-    for name in {plate, tree_name(plate)} & set(coords):
-        if len(coords[name]) != num_rows:
-            raise ValueError(
-                f"coords[{name!r}] has {len(coords[name])} values, and the data have {num_rows} "
-                "rows. Give one for each row."
-            )
 
 
 def coords_of_part(coords: Mapping[str, Any], plate: str, start: int, stop: int) -> dict[str, Any]:

@@ -13,11 +13,13 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
+import jax
 import numpy as np
 
 from numpyro_vae.training.callbacks import StopReason
 from numpyro_vae.training.identity import STEP, digest
 from numpyro_vae.training.leaves import leaves_of, pack, unpack, with_leaves
+from numpyro_vae.training.locking import FolderLock
 from numpyro_vae.training.progress import Progress
 from numpyro_vae.versions import versions
 
@@ -66,7 +68,8 @@ def open_checkpoints(
         num_epochs: how many epochs are wanted in all.
 
     Raises:
-        ValueError: if the folder has other files, checkpoints of another fit, or of a later epoch.
+        ValueError: if the folder has other files, checkpoints of another fit, or of a later epoch;
+            or another fit writes to it.
     """
     wanted = wanted if isinstance(wanted, Checkpoints) else Checkpoints(wanted)
     folder = CheckpointFolder(wanted, identity, progress)
@@ -78,7 +81,7 @@ def open_checkpoints(
                 f"{progress.num_epochs}. Pass a larger number, or another folder."
             )
     except Exception:
-        folder.manager.close()
+        folder.close()
         raise
     return folder
 
@@ -93,7 +96,7 @@ class CheckpointFolder:
         progress: of the fit, which `resume` sets to where it was.
 
     Raises:
-        ValueError: if the folder has other files than checkpoints.
+        ValueError: if the folder has other files than checkpoints, or another fit writes to it.
     """
 
     wanted: Checkpoints
@@ -105,7 +108,15 @@ class CheckpointFolder:
     def __post_init__(self) -> None:
         self.time, self.path = monotonic(), Path(self.wanted.path).absolute()
         self._require_ours()
+        self.lock = self._lock()
         self._open()
+
+    def _lock(self) -> FolderLock | None:
+        """Keep other fits out, before Orbax removes what they have not written to its end."""
+        if jax.process_index():
+            return None
+        self.path.mkdir(parents=True, exist_ok=True)
+        return FolderLock(self.path)
 
     def _open(self) -> None:
         """Let Orbax look at the folder, and remove what was not written to its end."""
@@ -235,7 +246,13 @@ class CheckpointFolder:
         if kind is None and is_last and self.written < self.complete:
             self._write()
             self._attempt(self.manager.wait_until_finished)
+        self.close()
+
+    def close(self) -> None:
+        """Let others have the folder."""
         self.manager.close()
+        if self.lock is not None:
+            self.lock.release()
 
 
 def _is_checkpoint(path: Path) -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -62,7 +63,7 @@ class ChunkSource:
         devices: Devices = ONE_DEVICE,
     ):
         self.trainer, self.batch_axes, self.devices = trainer, batch_axes, devices
-        self.store = Store(data, batch_axes, read_bytes=read_bytes)
+        self.store = devices.together(partial(Store, data, batch_axes, read_bytes=read_bytes))
         self.num_data, hosts = self.store.num_rows, devices.num_hosts
         devices.require_same("rows", self.num_data)
         require_batch_size(batch_size, self.num_data * hosts)
@@ -74,7 +75,7 @@ class ChunkSource:
         self.window_steps = -(-num_steps // -(-num_steps // most))  # of windows of like size
         # What else is asked of a source is that of an iterable which begins with these rows.
         devices.require_same("rows read at once", self.window_steps)
-        sample, number = [self._sample()], self.num_data * hosts
+        sample, number = [devices.together(self._sample)], self.num_data * hosts
         self.like = IterableSource(trainer, sample, number, batch_axes, plate, devices)
         self.data, self.sites, self.num_steps = self.like.data, self.like.sites, num_steps
         self._run: Callable[..., Any] | None = None

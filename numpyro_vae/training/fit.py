@@ -16,7 +16,7 @@ from numpyro.infer import SVI
 from numpyro.infer.svi import SVIState
 
 from numpyro_vae.data.arguments import require_count, require_key
-from numpyro_vae.data.arrays import count_rows, is_in_memory
+from numpyro_vae.data.arrays import ArrayData, count_rows, is_in_memory
 from numpyro_vae.data.devices import Devices
 from numpyro_vae.data.sparse import as_rows
 from numpyro_vae.data.stores import is_stored
@@ -186,7 +186,7 @@ def fit(
     check_guide(trainer, source.first(), source.sites, state)
     if isinstance(source, SimulationSource):
         source.require_frozen()
-    score = _validator(trainer, source, validation, batch_axes, validation_key)
+    score = _validator(trainer, source, devices, validation, batch_axes, validation_key)
     settled = settled_epoch(svi.loss, state, source.num_steps, num_epochs)
     progress = Progress(state, None if patience is None else EarlyStopping(patience, settled))
     folder: Any = nullcontext()
@@ -195,8 +195,8 @@ def fit(
         start = {"rng_key": rng_key, "init_params": init_params, "init_state": init_state}
         identity = identify(trainer, source, state, options, start | {"validation": validation})
         folder = open_checkpoints(checkpoint, identity, progress, num_epochs)
-        progress.state = devices.put(progress.state)
     with folder, ProgressBar(num_epochs, progress.num_epochs, is_shown=progress_bar) as bar:
+        progress.state = devices.put(progress.state)
         own = (UndeclaredScale(trainer, source.first()),)
         own = own if progress.stopping is None else (*own, progress.stopping)
         run = partial(source.run, rng_key=order_key)
@@ -309,7 +309,7 @@ def _source(
         if is_stored(data, batch_axes):
             size = _size(batch_size, count_rows(data, batch_axes) * devices.num_hosts)
             return ChunkSource(trainer, data, size, batch_axes, plate, devices=devices)
-        arrays = trainer.read(data, batch_axes)
+        arrays = devices.together(partial(trainer.read, data, batch_axes))
         if arrays.is_whole:
             _require_one(devices, "with batch_axes=None the model takes all data at once")
             if batch_size is not None:
@@ -344,21 +344,21 @@ def _size(batch_size: int | None, num_data: int) -> int:
 
 
 def _validator(
-    trainer: Trainer, source: Source, validation: Any, batch_axes: Any, rng_key: Array
+    trainer: Trainer,
+    source: Source,
+    devices: Devices,
+    validation: Any,
+    batch_axes: Any,
+    rng_key: Array,
 ) -> Score:
     """Return a function from a state to its validation loss per datum, if there are such data."""
     if validation is None:
         return lambda state: {}
-    data = trainer.read(validation, batch_axes, "validation")
-    if data.layout != source.data.layout:
-        raise ValueError(
-            f"validation has the structure {data.layout}, the data {source.data.layout}. Pass "
-            "validation data in the form of the training data."
-        )
+    data = devices.together(partial(_read_validation, trainer, source, validation, batch_axes))
     batches, real = zip(*source.batches(data), strict=True)
-    require_finite_observations(
-        trainer.reader, data, trainer.svi.static_kwargs, batches[0].every(data.num_data)
-    )
+    rows = batches[0].every(data.num_data)
+    given = (trainer.reader, data, trainer.svi.static_kwargs, rows)
+    devices.together(partial(require_finite_observations, *given))
     keys = jax.random.split(rng_key, len(batches))
 
     def score(state: SVIState) -> dict[str, float]:
@@ -367,3 +367,15 @@ def _validator(
         return {"validation_loss": float(np.average(jax.device_get(losses), weights=real))}
 
     return score
+
+
+def _read_validation(
+    trainer: Trainer, source: Source, validation: Any, batch_axes: Any
+) -> ArrayData:
+    data = trainer.read(validation, batch_axes, "validation")
+    if data.layout != source.data.layout:
+        raise ValueError(
+            f"validation has the structure {data.layout}, the data {source.data.layout}. Pass "
+            "validation data in the form of the training data."
+        )
+    return data

@@ -9,14 +9,13 @@ from functools import partial
 from itertools import chain
 from typing import Any, Protocol, runtime_checkable
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 from numpyro.infer.svi import SVIState
 
 from numpyro_vae.data.arrays import ArrayData
-from numpyro_vae.data.batch import Batch, each_step, padded_batches, prefetch
+from numpyro_vae.data.batch import Batch, each_step, padded_batches, permuted, prefetch
 from numpyro_vae.data.devices import ONE_DEVICE, Devices
 from numpyro_vae.model.missing import require_finite_observations
 from numpyro_vae.model.sites import ModelSites, choose_plate
@@ -107,8 +106,8 @@ class ArraySource:
         # in the order of their values.
         chosen = np.random.default_rng(0).choice(data.num_data, self.part, replace=False)
         self._first = self._batch(self.held, chosen, None)
-        rows = self._first.every(data.num_data)
-        require_finite_observations(trainer.reader, data, trainer.svi.static_kwargs, rows)
+        given = (trainer.reader, data, trainer.svi.static_kwargs, self._first.every(data.num_data))
+        devices.together(partial(require_finite_observations, *given))
         self._run: Callable[..., Any] | None = None
 
     def _read(self, plate: str | None) -> Taking:
@@ -158,7 +157,7 @@ class ArraySource:
     def order(self, rng_key: Array, epoch: int) -> Int[Array, "num_steps batch"]:
         """Return the rows of each step of an epoch."""
         key = self.devices.own_key(rng_key)
-        order = _permuted(key, epoch, self.data.num_data, self.num_steps, self.part)
+        order = permuted(key, epoch, self.data.num_data, self.num_steps, self.part)
         return self._numbers(order, axis=1)
 
     def run(self, state: SVIState, rng_key: Array, epoch: int) -> tuple[SVIState, np.ndarray]:
@@ -170,18 +169,6 @@ class ArraySource:
         if ok:
             return new_state, np.asarray(losses)
         return guarded_steps(self.trainer, state, map(batch.at, each_step(order)), epoch)
-
-
-@partial(jax.jit, static_argnums=(2, 3, 4))
-def _permuted(
-    rng_key: Array, epoch: Array, num_data: int, num_steps: int, batch_size: int
-) -> Int[Array, "num_steps batch"]:
-    order = jax.random.permutation(jax.random.fold_in(rng_key, epoch), num_data)
-    missing = num_steps * batch_size - num_data
-    if missing:
-        following = jax.random.permutation(jax.random.fold_in(rng_key, epoch + 1), num_data)
-        order = jnp.concatenate([order, following[:missing]])
-    return order.reshape(num_steps, batch_size)
 
 
 class WholeSource:
@@ -256,12 +243,7 @@ class IterableSource:
         self.trainer, self.num_data, self.batch_axes = trainer, num_data, batch_axes
         self.devices = devices
         self.iterable, self.num_seen = batches, 0
-        first = next(iter(batches), None)
-        if first is None:
-            raise ValueError("data yields no batch. Pass an iterable that can be iterated anew.")
-        if isinstance(batches, Iterator):  # it does not yield the first one again
-            self.iterable = chain([first], batches)
-        self.data = ArrayData.read(as_tuple(first), batch_axes, "the first batch")
+        self.data = devices.together(partial(self._begin, batches))
         self.part = self.data.num_data
         self.batch_size = self.part * devices.num_hosts
         devices.require_same("rows in a batch", self.part)
@@ -269,7 +251,16 @@ class IterableSource:
         self.num_steps = -(-num_data // self.batch_size)
         self.taking = self._take(plate)
         self.sites, self.plate = self.taking.sites, self.taking.plate.name
-        self._require_finite(self.data)
+        devices.together(partial(self._require_finite, self.data))
+
+    def _begin(self, batches: Iterable) -> ArrayData:
+        """Read the first batch."""
+        first = next(iter(batches), None)
+        if first is None:
+            raise ValueError("data yields no batch. Pass an iterable that can be iterated anew.")
+        if isinstance(batches, Iterator):  # it does not yield the first one again
+            self.iterable = chain([first], batches)
+        return ArrayData.read(as_tuple(first), self.batch_axes, "the first batch")
 
     def _take(self, plate: str | None) -> Taking:
         """Return how the model takes the rows of a batch."""

@@ -61,6 +61,18 @@ def test_coordinates_that_are_given_come_first(posterior):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("ask", ["to_datatree", "check"])
+def test_coordinates_of_other_rows_are_refused_before_anything_is_computed(
+    posterior, ask, monkeypatch
+):
+    def compute(*_):
+        raise AssertionError("something is computed")
+
+    monkeypatch.setattr("numpyro_vae.inference.compiled.Compiled.__call__", compute)
+    with pytest.raises(ValueError, match=r"coords\['cells'\] has 3 values, and the data have 12"):
+        getattr(posterior, ask)(KEY, DATA, coords={"cells": range(3)})
+
+
 def test_labels_of_arguments_that_are_not_observed():
     def model(x, design):
         with numpyro.plate("cells", len(x)):

@@ -89,9 +89,24 @@ def main() -> None:
         "by hand": by_hand(svi),
         "draws": float(np.abs(draws - one).max()),
         "error": error(lambda: train(svi, mesh, OWN[: 20 + NUMBER])),
+        "refused": refusals(svi, mesh),
     }
     found["iterable"] = found["iterable"].tolist()
     print(json.dumps(found))
+
+
+def refusals(svi, mesh) -> list[str]:
+    """What is wrong with the data of the second host alone is said on both."""
+    bad = OWN if NUMBER == 0 else np.where(OWN > 1, np.nan, OWN)
+    text, mine = OWN.astype(str), NUMBER == 1
+    runs = [
+        lambda: train(svi, mesh, bad),
+        lambda: train(svi, mesh, text if mine else OWN),
+        lambda: train(svi, mesh, [bad[:8]], batch_size=None, num_data=32),
+        lambda: train(svi, mesh, validation=bad[:11]),
+        lambda: train(svi, mesh, validation={"x": OWN[:11]} if mine else OWN[:11]),
+    ]
+    return list(map(error, runs))
 
 
 def stop(*_) -> bool:
@@ -101,7 +116,7 @@ def stop(*_) -> bool:
 def error(run) -> str:
     try:
         run()
-    except ValueError as found:
+    except (TypeError, ValueError) as found:
         return str(found)
     return "no error"
 

@@ -318,6 +318,22 @@ def test_folders_of_something_else_are_refused(tmp_path):
         Checkpoints(tmp_path, every_minutes=-1.0)
 
 
+def test_a_folder_that_another_fit_writes_to_is_refused(tmp_path):
+    """And free again after it, also where it failed."""
+    path = tmp_path / "checkpoints"
+
+    def meanwhile(epoch, *_):
+        with pytest.raises(ValueError, match=r"Another fit, of this process .* writes checkpoints"):
+            refit(path)
+        raise KeyError(epoch)
+
+    svi = make_svi(hierarchical_model, SMALL)
+    options = {"num_epochs": 2, "progress_bar": False, "checkpoint": always(path)}
+    with pytest.raises(KeyError):
+        fit(svi, jax.random.key(0), X[:, 0], callbacks=[meanwhile], **options)
+    assert fit(svi, jax.random.key(0), X[:, 0], **options).history["loss"].shape == (2,)
+
+
 def test_checkpoints_are_some_time_apart(tmp_path, monkeypatch):
     """Here an epoch takes forty seconds, so that every second one is written, and the last."""
     now, written = [0.0], []

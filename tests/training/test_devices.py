@@ -130,3 +130,11 @@ def test_a_host_draws_for_its_own_rows(hosts):
 def test_hosts_with_different_numbers_of_rows(hosts):
     for host in hosts:
         assert "different numbers of rows: [20, 21]" in host["error"]
+
+
+def test_what_one_host_is_given_wrongly_ends_all(hosts):
+    first, second = (host["refused"] for host in hosts)
+    for message in first:
+        assert "The data of the hosts [1] were refused, of 2 hosts" in message
+    for message, match in zip(second, ["NaN", "<U", "NaN", "NaN", "structure"], strict=True):
+        assert match in message
