@@ -29,7 +29,7 @@ from numpyro_vae.scales.parameterization import (
 __all__ = ["Flow"]
 
 MAX_LOG_SCALE = 3.0  # the scales of a layer lie between exp(-MAX_LOG_SCALE) and exp(MAX_LOG_SCALE)
-MAX_LOG_TAIL = 0.7  # how far a log-tail may lie above the least
+MAX_SKEW, MAX_LOG_TAIL = 2.0, 0.7  # of a bend
 TAIL = 0.1  # the least log-tail of one latent; of n it is TAIL / sqrt(n), which costs the same
 START = -0.3  # of the raw outputs for the log-tails, near the least
 
@@ -38,6 +38,7 @@ Raw = tuple[
     Vector,
     Vector,
     Float[Array, "*batch lower"],
+    Vector,
     Vector,
     tuple[Float[Array, "*batch hidden"], ...],
 ]
@@ -51,50 +52,59 @@ def _halves(number: int, size: int) -> tuple[np.ndarray, np.ndarray]:
     another digit of their binary numbers, so that any two values are apart in some pair.
     """
     values = np.arange(size)
-    if size == 1:
-        return values[:0], values
     digit = (number // 2) % (size - 1).bit_length()
     transformed = (values >> digit) % 2 == number % 2
     return values[~transformed], values[transformed]
 
 
-class HeavyTails(Transform):
-    r"""Makes the tails of Normal values heavier, each value by itself.
+class Bend(Transform):
+    r"""Makes a Normal value skewed, and its tails heavier or lighter, each value by itself.
 
-    .. math:: y = \sinh(\delta \operatorname{asinh}(x)) / \delta, \qquad \delta \ge 1,
+    .. math::
+        y = \frac{\sinh(\delta (\operatorname{asinh}(x) + \epsilon)) - \sinh(\delta \epsilon)}
+                 {\delta \cosh(\delta \epsilon)}
 
-    is the symmetric sinh-arcsinh transform of Jones and Pewsey (*Sinh-arcsinh distributions*,
-    Biometrika 2009), scaled to keep the slope at 0.
+    is the sinh-arcsinh transform of Jones and Pewsey (*Sinh-arcsinh distributions*, Biometrika
+    2009), shifted and scaled to keep 0 and the slope there, so that it does not take the part of a
+    location and a scale.
 
     Args:
-        log_tail: :math:`\log \delta`.
+        skew: :math:`\epsilon`; 0 is symmetric.
+        log_tail: :math:`\log \delta`; tails are heavier above 0, and lighter below.
     """
 
     domain = constraints.real_vector
     codomain = constraints.real_vector
 
-    def __init__(self, log_tail: Vector):
-        self.log_tail = log_tail
+    def __init__(self, skew: Vector, log_tail: Vector):
+        self.skew, self.log_tail = skew, log_tail
 
     def __call__(self, x: Vector) -> Vector:
         """Return ``y``."""
-        tail = jnp.exp(self.log_tail)
-        return jnp.sinh(tail * jnp.arcsinh(x)) / tail
+        tail, shift, slope = self._constants()
+        return (jnp.sinh(tail * (jnp.arcsinh(x) + self.skew)) - shift) / slope
 
     def log_abs_det_jacobian(
         self, x: Array, y: Array, intermediates: Array | None = None
     ) -> Float[Array, "*shape"]:
         """Return the sum of the logarithms of the slopes."""
+        tail, _, slope = self._constants()
         start = jnp.arcsinh(x)
-        return (_log_cosh(jnp.exp(self.log_tail) * start) - _log_cosh(start)).sum(-1)
+        slopes = _log_cosh(tail * (start + self.skew)) - _log_cosh(start) + jnp.log(tail / slope)
+        return slopes.sum(-1)
 
     def tree_flatten(self) -> tuple[tuple, tuple]:
-        """Return the array as a leaf."""
-        return (self.log_tail,), (("log_tail",), {})
+        """Return both arrays as leaves."""
+        return (self.skew, self.log_tail), (("skew", "log_tail"), {})
 
     def _inverse(self, y: Vector) -> Vector:
+        tail, shift, slope = self._constants()
+        return jnp.sinh(jnp.arcsinh(y * slope + shift) / tail - self.skew)
+
+    def _constants(self) -> tuple[Vector, Vector, Vector]:
+        """Return delta, and the value and the slope at 0 that are taken away."""
         tail = jnp.exp(self.log_tail)
-        return jnp.sinh(jnp.arcsinh(tail * y) / tail)
+        return tail, jnp.sinh(tail * self.skew), tail * jnp.cosh(tail * self.skew)
 
 
 def _log_cosh(x: Vector) -> Vector:
@@ -196,8 +206,7 @@ class Conditioner(nnx.Module):
         self.number = number
         linear = functools.partial(nnx.Linear, rngs=rngs)
         self.context = linear(num_features, hidden_sizes[0])
-        # A single value has none beside it: the datum alone chooses the spline.
-        self.first = linear(len(seen), hidden_sizes[0], use_bias=False) if size > 1 else None
+        self.first = linear(len(seen), hidden_sizes[0], use_bias=False)
         self.hidden = nnx.List(linear(*sizes) for sizes in itertools.pairwise(hidden_sizes))
         outputs = len(changed) * (2 + NUM_OUTPUTS)  # a shift, a log-scale and a spline each
         self.last = linear(hidden_sizes[-1], outputs, kernel_init=initializers.normal(1e-3))
@@ -205,38 +214,39 @@ class Conditioner(nnx.Module):
     def layer(self, context: Float[Array, "*batch hidden"]) -> CouplingLayer:
         """Return the transform of the data with these contexts."""
         others = [nnx.to_pure_dict(nnx.state(layer)) for layer in (*self.hidden, self.last)]
-        width = self.context.out_features
-        first = jnp.zeros((0, width)) if self.first is None else self.first.kernel[...]
-        kernels = (first, *(layer["kernel"] for layer in others))
+        kernels = (self.first.kernel[...], *(layer["kernel"] for layer in others))
         return CouplingLayer(kernels, tuple(o["bias"] for o in others), context, self.number)
 
 
 class FlowHead(AbstractHead):
-    """Linear maps to the outputs of a Normal, log-tails and contexts, and the layers' weights."""
+    """Linear maps to the outputs of a Normal, bends and contexts, and the layers' weights."""
 
     def __init__(self, num_features: int, size: int, family: Flow, *, rngs: nnx.Rngs):
         parameterization = for_heads(family.parameterization)
         self.normal = CholeskyHead(num_features, size, parameterization, rngs=rngs)
+        self.skew = constant_linear(num_features, size, 0.0, rngs=rngs)
         self.log_tail = constant_linear(num_features, size, START, rngs=rngs)
+        # A single value has none beside it.
         self.conditioners = nnx.List(
             Conditioner(num_features, size, family.hidden_sizes, number, rngs=rngs)
-            for number in range(family.num_layers)
+            for number in range(family.num_layers if size > 1 else 0)
         )
 
     def __call__(self, features: Float[Array, "*batch k"]) -> Raw:
-        """Return ``(loc, raw_scale, lower, log_tail, contexts)``."""
+        """Return ``(loc, raw_scale, lower, skew, log_tail, contexts)``."""
         contexts = tuple(conditioner.context(features) for conditioner in self.conditioners)
-        return *self.normal(features), self.log_tail(features), contexts
+        return *self.normal(features), self.skew(features), self.log_tail(features), contexts
 
     def distribution(self, raw: Raw) -> dist.TransformedDistribution:
-        """Return noise of heavy tails, sent through the layers, correlated, scaled and shifted."""
-        loc, raw_scale, lower, log_tail, contexts = raw
+        """Return Normal noise, bent, sent through the layers, correlated, scaled and shifted."""
+        loc, raw_scale, lower, skew, log_tail, contexts = raw
         normal = self.normal.distribution((loc, raw_scale, lower))
+        bend = Bend(MAX_SKEW * jnp.tanh(skew / MAX_SKEW), _log_tail(log_tail))
         layers = [
             conditioner.layer(context)
             for conditioner, context in zip(self.conditioners, contexts, strict=True)
         ]
-        transforms = [HeavyTails(_log_tail(log_tail)), *layers, *normal.transforms]
+        transforms = [bend, *layers, *normal.transforms]
         return dist.TransformedDistribution(normal.base_dist, transforms)
 
     def marginals(self, raw: Raw) -> None:
@@ -255,7 +265,7 @@ class Flow(AbstractFamily):
 
     .. math::
         z = \text{loc} + \text{diag}(\text{scale})\, C\,
-        (f_L \circ \dots \circ f_1 \circ t)(\varepsilon), \qquad
+        (f_L \circ \dots \circ f_1 \circ b)(\varepsilon), \qquad
         f_l(x)_i = \begin{cases}
             m_{l,i} + e^{s_{l,i}} \, g_{l,i}(x_i) & i \in A_l \\
             x_i & i \notin A_l
@@ -268,12 +278,12 @@ class Flow(AbstractFamily):
     1906.04032). Layers take turns in which half they bend, and pairs of layers in how values are
     divided.
 
-    `HeavyTails` :math:`t` make every tail a little heavier than a Normal's, or much heavier. So
-    importance weights are bounded, and their k-hat is low, where the guide is near the posterior;
-    if that is Normal, it costs 0.001 nats.
+    A `Bend` :math:`b` of each value by itself skews it, and gives it tails a little heavier than a
+    Normal's, or much heavier. So importance weights are bounded, and their k-hat is low, where the
+    guide is near the posterior; if that is Normal, it costs 0.001 nats.
 
     A draw and the density of any value take one pass. It starts near the diagonal Normal with this
-    ``loc`` and ``scale``. A single latent value is bent as the datum says.
+    ``loc`` and ``scale``. A single latent value has the bend alone.
 
     Args:
         num_layers: how many :math:`f_l`; with 4 or more, every value depends on every other.
