@@ -51,7 +51,7 @@ def _halves(number: int, size: int) -> tuple[np.ndarray, np.ndarray]:
     Pairs of layers transform both halves of the values in turn, and each pair divides them by
     another digit of their binary numbers, so that any two values are apart in some pair.
     """
-    values = np.arange(size)
+    values = np.arange(size, dtype=np.int32)  # as JAX adds to indices, whatever its precision
     digit = (number // 2) % (size - 1).bit_length()
     transformed = (values >> digit) % 2 == number % 2
     return values[~transformed], values[transformed]

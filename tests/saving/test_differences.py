@@ -161,7 +161,7 @@ def test_options_of_a_family_are_compared(tmp_path):
     start = partial(AutoNormal, init_loc_fn=init_to_median)
     guide = AutoAmortizedFlow(make_model(), hidden_sizes=(4,), global_guide=start)
     initial(guide, X).save(tmp_path / "saved")
-    with pytest.raises(ValueError, match=r"num_layers=2, and now it is 3"):
+    with pytest.raises(ValueError, match=r"num_layers=4, and now it is 3"):
         Posterior.load(tmp_path / "saved", make_model(), num_layers=3)
 
 
