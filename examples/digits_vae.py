@@ -169,7 +169,7 @@ def main() -> None:
     num_steps = 60 if args.quick else num_steps
 
     model = make_model(data, hidden_size)
-    # A Normal, whose heights of the picture's bars are known; its k-hats are no worse than a flow's.
+    # A Normal: here its k-hats are no worse than a flow's, and its dimensions can be drawn.
     conv = partial(ConvNet, features=hidden_size) if args.encoder == "conv" else None
     guide = AutoAmortizedMultivariateNormal(model, conv)
     posterior = amortize(

@@ -37,6 +37,7 @@ def test_features_of_any_batch(encoder_case):
     assert len(widths) == 1
 
 
+@pytest.mark.slow
 def test_rows_do_not_see_each_other(encoder_case):
     encoder, inputs, _ = encoder_case
     some = apply(*encoder, rows(inputs(7), 2, 5))

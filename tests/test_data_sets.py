@@ -211,6 +211,7 @@ def test_padding_has_no_density_in_the_guide(guide_of_sizes, data):
     np.testing.assert_allclose(totals, [expected] * 2, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_padding_changes_nothing(guide_of_sizes, data):
     posterior = Posterior(*guide_of_sizes)
     weights = [

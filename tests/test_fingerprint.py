@@ -186,6 +186,7 @@ def test_results_of_other_rows_do_not_get_into_a_tree(posterior, report, repair,
         assert name.replace("report", "checks") in result.add_to(tree).children
 
 
+@pytest.mark.slow
 def test_results_do_not_get_into_a_tree_of_another_length(posterior, report, repair):
     longer = posterior.to_datatree(KEY, np.concatenate([X, X]), 20)
     for name, result in {"report": report, "repair": repair}.items():
@@ -194,6 +195,7 @@ def test_results_do_not_get_into_a_tree_of_another_length(posterior, report, rep
             result.add_to(longer)
 
 
+@pytest.mark.slow
 def test_a_tree_from_a_file_knows_its_rows(posterior, report, repair, tree, tmp_path):
     tree.to_netcdf(tmp_path / "tree.nc")
     with az.from_netcdf(tmp_path / "tree.nc") as opened:

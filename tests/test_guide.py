@@ -55,6 +55,7 @@ def test_every_objective_learns(model, loss):
     assert np.isfinite(result.losses).all()
 
 
+@pytest.mark.slow
 def test_mean_field_elbo_uses_the_analytic_divergence():
     """With the likelihood gone, the analytic loss is the KL: the same for every key."""
 
@@ -220,6 +221,7 @@ def test_a_global_guide_written_by_hand():
     np.testing.assert_allclose(draws["mu"], result.params["mu_loc"], atol=0.1)
 
 
+@pytest.mark.slow
 def test_predictive_and_new_data_of_any_size():
     guide = AutoAmortizedNormal(normal_model, SMALL)
     _, result = run(normal_model, guide, X)
@@ -230,6 +232,7 @@ def test_predictive_and_new_data_of_any_size():
         assert draws["z"].shape == (rows,)
 
 
+@pytest.mark.slow
 def test_a_subsampling_guide_encodes_all_rows_in_order():
     def model(x):
         with numpyro.plate("data", len(x), subsample_size=5) as rows:

@@ -67,6 +67,7 @@ def test_what_is_computed_of_draws_in_parts_is_of_the_same_draws(posterior, cut)
     assert tree.log_likelihood["x"].shape == (1, NUM_SAMPLES, 6)
 
 
+@pytest.mark.slow
 def test_rows_do_not_show_in_draws_in_parts(posterior, cut):
     np.testing.assert_array_equal(
         posterior.sample(KEY, X[:2], NUM_SAMPLES)["z"],
@@ -101,6 +102,7 @@ def test_repaired_draws_in_parts(posterior, cut):
     np.testing.assert_allclose(found.groups["posterior_predictive"]["x"], z, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_data_taken_whole_are_cut_along_draws(cut):
     group = np.repeat(np.arange(3), [1, 2, 3])
 

@@ -148,6 +148,7 @@ def log_q(guide, params, arguments, values):
     return encoding.log_prob(encoding.pack(values))
 
 
+@pytest.mark.slow
 def test_padding_changes_nothing_however_much_there_is(trained, data):
     values = latents_of(data_sets(groups), **data, sizes=SIZES)
     expected = log_q(*trained, padded(data, 0.0), values)
@@ -301,6 +302,7 @@ def test_an_encoder_of_nested_sets_names_other_inputs():
         NestedSetEncoder(np.zeros((3, 4)), rngs=nnx.Rngs(0))
 
 
+@pytest.mark.slow
 def test_far_values_do_not_send_features_far():
     rows = jnp.ones((2, 3, 5, 1)).at[1, 0, 0].set(1e6)
     inputs = Nested((jnp.zeros((2, 0)), jnp.zeros((2, 3, 0)), rows), ("all", "group", None))

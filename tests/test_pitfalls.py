@@ -110,6 +110,7 @@ def first_params(svi, *args):
     return svi.get_params(svi.init(jax.random.key(0), *args))
 
 
+@pytest.mark.slow
 def test_the_log_likelihood_is_that_of_the_trained_model():
     """Of its network, its parameters and its static arguments; against a sum by hand."""
     linear = nnx.Linear(1, 1, rngs=nnx.Rngs(0))
@@ -274,6 +275,7 @@ def test_parameters_of_lists_of_layers_survive_serialization():
     jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
+@pytest.mark.slow
 def test_float32_parameters_under_x64():
     """A whole training and posterior, the model's numbers in double precision."""
     with jax.enable_x64(True):

@@ -102,6 +102,7 @@ def legend(ax):
     return [text.get_text() for text in ax.get_legend().get_texts()]
 
 
+@pytest.mark.slow
 def test_training_draws_the_history(fitted):
     result, _ = fitted
     ax = plot_training(result)
@@ -152,6 +153,7 @@ def images(x, subsample_size=None):
         numpyro.sample("x", dist.Normal(mean, NOISE).to_event(2), obs=x[rows])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["rows", "whole", "subsampled"])
 def test_many_images_are_computed_in_batches(form, x, key):
     """Each row has the draws that it has in any batch, however the model takes the data."""
@@ -177,6 +179,7 @@ def memory(name):
     return next(int(line.split()[1]) for line in lines if line.startswith(name)) / 1024
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_does_not_grow_with_the_draws(key):
     """The means of 200 draws of every row, held at once, would be 800 MB."""

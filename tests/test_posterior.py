@@ -59,6 +59,7 @@ def wide():
     return trained(model, data, guide=AutoAmortizedNormal(model, SMALL, plate="data")), data
 
 
+@pytest.mark.slow
 def test_what_is_drawn_weighed_and_predicted_is_the_same(hierarchical):
     """The weights, by hand from the draws and the encoding."""
     draws = hierarchical.sample(KEY, X, 50)
@@ -72,6 +73,7 @@ def test_what_is_drawn_weighed_and_predicted_is_the_same(hierarchical):
     assert np.abs((predicted - draws["z"]).std() - 0.5) < 0.03
 
 
+@pytest.mark.slow
 def test_weights_of_constrained_sites(wide):
     posterior, (x, offset) = wide
     draws = posterior.sample(KEY, (x, offset), 20)
@@ -86,6 +88,7 @@ def test_weights_of_constrained_sites(wide):
     np.testing.assert_allclose(weights, log_p - log_q, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_batches_do_not_show(hierarchical, monkeypatch):
     expected = hierarchical.sample(KEY, X, 5), hierarchical.log_weights(KEY, X, 5)
     monkeypatch.setattr(runner, "ROWS", 7)
@@ -104,6 +107,7 @@ def test_rows_stay_in_order_and_do_not_see_each_other(hierarchical):
     np.testing.assert_allclose(hierarchical.encode(X[:1])["z"].loc, encoded.loc[:1], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_subsampling_model_gives_the_same(hierarchical):
     def model(x):
         mu = numpyro.sample("mu", dist.Normal(0.0, 1.0))
@@ -120,6 +124,7 @@ def test_a_subsampling_model_gives_the_same(hierarchical):
     )
 
 
+@pytest.mark.slow
 def test_shapes_keep_the_sites_own_axes(wide):
     posterior, data = wide
     draws = posterior.sample(KEY, data, 4)
@@ -138,6 +143,7 @@ def test_shapes_keep_the_sites_own_axes(wide):
     assert found["activity_rate"].shape == (3,)
 
 
+@pytest.mark.slow
 def test_divergences_are_those_of_the_normals(hierarchical):
     posterior = trained(normal_model)
     loc, scale = posterior.encode(X)["z"]
@@ -276,6 +282,7 @@ def test_arviz_statistics(hierarchical_tree):
     assert loo.elpd == pytest.approx(log_likelihood.mean(0).sum(), abs=3)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::UserWarning:arviz_plots")
 def test_arviz_plots(hierarchical_tree):
     az.plot_dist(hierarchical_tree, var_names=["mu"])
@@ -325,6 +332,7 @@ def test_data_of_another_shape_are_refused():
         posterior.encode(np.stack([X, X, X], 1))
 
 
+@pytest.mark.slow
 def test_deterministic_sites_outside_the_plate():
     """A global that is reparametrized is in the DataTree as it is in the model."""
 
@@ -347,6 +355,7 @@ def test_deterministic_sites_outside_the_plate():
     np.testing.assert_allclose(tree.posterior["twice"], 2 * expected, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_loo_pit_is_uniform_for_predictions_of_new_data(hierarchical):
     """Of data that the model predicts as new: the local latents of a datum would know its value."""
     tree = hierarchical.to_datatree(KEY, X, 400, marginal=True)

@@ -34,6 +34,7 @@ def posterior():
     return Posterior(svi.guide, fit(svi, KEY, DATA, num_epochs=2, progress_bar=False))
 
 
+@pytest.mark.slow
 def test_nothing_is_predicted_for_a_tree_without_predictions(posterior):
     groups = ("posterior", "log_likelihood", "sample_stats")
     tree = posterior.to_datatree(KEY, DATA, 5, groups=groups)
@@ -66,6 +67,7 @@ def test_predictions_are_those_of_the_other_sites(posterior):
         posterior.predict(KEY, DATA, 500, var_names=iter(["x"]))
 
 
+@pytest.mark.slow
 def test_predictions_of_nothing_are_an_error():
     def alone(total, x):
         with numpyro.plate("data", len(x)):
@@ -108,6 +110,7 @@ def test_a_repair_is_not_lost_with_its_predictions(posterior, monkeypatch):
     posterior.guide.compiled.clear()
 
 
+@pytest.mark.slow
 def test_checks_that_draw_data_do_not_apply(posterior):
     report = posterior.check(KEY, DATA, "all", progress_bar=False)
     assert {"predictive", "calibration"} <= set(report.skipped)

@@ -72,6 +72,7 @@ def nested_plates(x):
             numpyro.sample("x", dist.Normal(a + b, 1.0), obs=jnp.stack([x, x, x]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_shapes_and_supports(name):
     model = MODELS[name]

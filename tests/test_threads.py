@@ -35,6 +35,7 @@ def cold(result):
     return Posterior(make_svi(EXACT.model).guide, result)
 
 
+@pytest.mark.slow
 def test_threads_from_cold_find_what_one_finds(result):
     posterior = cold(result)
     # Each size of data is traced anew, and each thread begins with another method.

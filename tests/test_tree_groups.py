@@ -22,6 +22,7 @@ def hierarchical():
     return train(AutoAmortizedNormal(hierarchical_model), X, steps=20)
 
 
+@pytest.mark.slow
 def test_groups_of_a_tree_can_be_left_out(hierarchical):
     whole = hierarchical.to_datatree(KEY, X, 20)
     some = ("log_likelihood", "posterior", "sample_stats")
@@ -63,6 +64,7 @@ def scoped(x):
         numpyro.sample("x", dist.Normal(z, 0.5), obs=x)
 
 
+@pytest.mark.slow
 def test_names_with_a_slash_are_written_with_a_point(tmp_path):
     model = scope(scoped, prefix="model")
     posterior = train(AutoAmortizedNormal(model), X, steps=20)
@@ -108,6 +110,7 @@ def test_names_that_a_point_makes_the_same_are_refused():
         posterior.to_datatree(KEY, X, 3)
 
 
+@pytest.mark.slow
 def test_arguments_without_names_of_their_own_are_constant_data():
     def by_position(*arrays):
         x, offset = arrays
@@ -130,6 +133,7 @@ def test_arguments_without_names_of_their_own_are_constant_data():
         np.testing.assert_array_equal(tree.constant_data[name], 3 * X)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("data", [(X, None), {"x": X, "y": None}])
 @pytest.mark.parametrize("axes", [0, None])
 def test_none_is_an_argument(data, axes):

@@ -25,6 +25,7 @@ def trained(request):
     return exact, Posterior(guide, result), result
 
 
+@pytest.mark.slow
 def test_loc_is_within_a_twentieth_of_the_posterior_sd(trained):
     exact, posterior, _ = trained
     for name, (loc, _) in posterior.encode(exact.data).items():
@@ -37,6 +38,7 @@ def test_scale_is_within_five_percent(trained):
         assert np.abs(scale / exact.scale[name] - 1).max() <= 0.05
 
 
+@pytest.mark.slow
 def test_evidence_is_within_two_hundredths_of_a_nat(trained):
     exact, posterior, _ = trained
     found = posterior.check(

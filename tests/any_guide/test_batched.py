@@ -40,6 +40,7 @@ def exact(factor=1.0, shift=0.0):
     return Posterior(AutoBatchedMultivariateNormal(factors, batch_ndim=1), params)
 
 
+@pytest.mark.slow
 def test_the_exact_guide_has_the_evidence_as_its_weights():
     posterior = exact()
     weights = posterior.log_weights(KEY, X, 30)
@@ -49,6 +50,7 @@ def test_the_exact_guide_has_the_evidence_as_its_weights():
     np.testing.assert_allclose(np.cov(draws[:, 7].T), COVARIANCE, atol=0.05)
 
 
+@pytest.mark.slow
 def test_a_wrong_one_is_flagged_and_repaired_by_row():
     posterior = exact(factor=1.4, shift=0.3)
     found = (report := posterior.check(KEY, X, Importance(2000), **QUIET)).dataset
@@ -65,6 +67,7 @@ def test_a_wrong_one_is_flagged_and_repaired_by_row():
         posterior.sample(KEY, X[:9], 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "make", [AutoBatchedMultivariateNormal, AutoBatchedLowRankMultivariateNormal]
 )
@@ -126,6 +129,7 @@ def test_of_several_sites_batches_are_not_rows():
     assert abs(np.corrcoef(draws["a"][:, 0], draws["b"][:, 0])[0, 1]) < 0.1
 
 
+@pytest.mark.slow
 def test_the_batches_of_numpyros_guide():
     """What is taken for granted of it: the first batch has the first site's values."""
 

@@ -51,6 +51,7 @@ class TestReference:
         assert all(finding.ok for finding in report.findings) is not bool(wrong)
         assert found["mean_error_z"].dims == ("data",)
 
+    @pytest.mark.slow
     def test_an_mcmc_run_and_a_guide_of_the_whole(self):
         mcmc = MCMC(NUTS(hierarchical_model), num_warmup=300, num_samples=1200, **QUIET)
         x = X[:12]
@@ -100,6 +101,7 @@ class TestReference:
 
 
 class TestCompare:
+    @pytest.mark.slow
     def test_bounds_gaps_and_verdicts(self):
         wrong = {"exact": {}, "shifted": {"shift": 0.5}, "narrow": {"factor": 0.2}}
         posteriors = {name: posterior_of(**how) for name, how in wrong.items()}
@@ -121,6 +123,7 @@ class TestCompare:
         assert "shifted" in str(found)
         assert len(plot_comparison(found).get_yticks()) == 3
 
+    @pytest.mark.slow
     def test_a_guide_of_the_whole_beside_one_of_rows(self):
         """The same distribution, said of the whole and by row, has the same bound and k-hat."""
         loc, scale = 0.8 * X + 0.2, np.full(len(X), 1.2 * VARIANCE**0.5)
@@ -149,6 +152,7 @@ class TestCompare:
         assert [label.get_text() for label in ax.get_yticklabels()] == list(table.index)
         assert any("all rows jointly, k-hat" in text.get_text() for text in ax.texts)
 
+    @pytest.mark.slow
     def test_the_bound_of_the_whole_is_numpyros(self):
         """With a global site, whose guide is part of the bound."""
 
@@ -187,6 +191,7 @@ class TestCompare:
         assert "the global sites ['mu'] is guide, a point" in found.skipped["one"]
         assert len(plot_comparison(found).get_yticks()) == 1
 
+    @pytest.mark.slow
     def test_a_check_that_does_not_apply_costs_no_row(self):
         def student(x):
             with numpyro.plate("data", len(x)):

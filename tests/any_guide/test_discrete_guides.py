@@ -101,6 +101,7 @@ class TestWrong:
         shares = np.stack([(draws["y"] == value).mean(0) for value in range(3)], -1)
         np.testing.assert_allclose(shares, jax.nn.softmax(LOGITS)[jnp.array([0, 5])], atol=0.05)
 
+    @pytest.mark.slow
     def test_probabilities_and_the_tree(self, posterior):
         found = posterior.probabilities(KEY, X, 20, num_particles=500)["y"]
         np.testing.assert_allclose(found, jax.nn.softmax(LOGITS), atol=0.02)
@@ -110,6 +111,7 @@ class TestWrong:
         np.testing.assert_allclose(tree.sample_stats["log_weights"][0], weights, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_guide_that_leaves_them_out_trained_by_enumeration():
     def guide(x):
         slope = numpyro.param("slope", 0.5)
@@ -129,6 +131,7 @@ def test_a_guide_that_leaves_them_out_trained_by_enumeration():
     np.testing.assert_allclose(found["log_evidence"], EVIDENCE, atol=0.05)
 
 
+@pytest.mark.slow
 def test_guides_with_them_and_without_and_of_all_rows_are_compared():
     whole = AutoMultivariateNormal(handlers.block(marked, hide=["y"]))
     params = {"auto_loc": 0.8 * X, "auto_scale_tril": 0.6 * np.eye(len(X), dtype=np.float32)}

@@ -170,6 +170,7 @@ class TestRowsDrawnJointly:
         params = {name: jnp.asarray(value, jnp.float32) for name, value in params.items()}
         return Posterior(AutoMultivariateNormal(hierarchical_model), params)
 
+    @pytest.mark.slow
     def test_draws_and_predictions(self, posterior):
         draws, (loc, covariance) = posterior.sample(KEY, X, 4000), exact_rows()
         np.testing.assert_allclose(draws["z"].mean(0), loc[1:], atol=0.05)
@@ -212,6 +213,7 @@ class TestRowsDrawnJointly:
             posterior.check(KEY, X, "importance", **QUIET)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "make",
     [

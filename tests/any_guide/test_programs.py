@@ -33,6 +33,7 @@ def assert_same_bound(posterior, svi, result, *data, num_data):
     assert len(report.dataset["elbo"]) == num_data
 
 
+@pytest.mark.slow
 def test_an_autoencoder_of_binary_images():
     """As in NumPyro's ``vae.py``: stax networks, the image's plate, deviations by ``exp``."""
     images = (RNG.uniform(size=(60, 6)) < np.linspace(0.1, 0.9, 60)[:, None]).astype(np.float32)
@@ -97,6 +98,7 @@ def topics_guide(counts, size=None):
         numpyro.sample("theta", dist.Dirichlet(encode(batch)))
 
 
+@pytest.mark.slow
 def test_topics_of_documents():
     """As in NumPyro's ``prodlda.py``: a Dirichlet guide, flax with state, rows selected inside."""
     theta = RNG.dirichlet(np.full(3, 0.5), size=40)
@@ -118,6 +120,7 @@ def test_topics_of_documents():
     np.testing.assert_allclose(simplex.sum(-1), 1, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_pupils_and_questions():
     """Item response: abilities by a network, difficulties by a guide of the global sites."""
     ability, difficulty = RNG.normal(size=50), np.array([-1.0, 0.0, 1.0, 0.5])

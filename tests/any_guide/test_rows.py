@@ -91,6 +91,7 @@ class TestByHand:
 
         return Posterior(svi.guide, result), Posterior(guide, {}, model=normal_model)
 
+    @pytest.mark.slow
     def test_draws_and_every_check_are_the_same(self, pair):
         ours, theirs = (posterior.sample(KEY, X, 50)["z"] for posterior in pair)
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
@@ -137,6 +138,7 @@ class TestOtherDistributions:
         exact = stats.gamma(2 + COUNTS.sum(-1), scale=1 / 3)
         np.testing.assert_allclose(draws.mean(0), exact.mean(), atol=5 * exact.std().max() / 63)
 
+    @pytest.mark.slow
     def test_a_wrong_one_is_flagged_and_repaired(self):
         wide = partial(gamma_guide, factor=12.0)  # a posterior that is far too narrow
         posterior = Posterior(wide, {}, model=gamma_poisson)
@@ -149,6 +151,7 @@ class TestOtherDistributions:
             repair.groups["posterior"]["rate"].mean(0), exact.mean(), rtol=0.06
         )
 
+    @pytest.mark.slow
     def test_what_needs_features_does_not_apply(self):
         posterior = Posterior(gamma_guide, {}, model=gamma_poisson)
         report = posterior.check(KEY, COUNTS, ("importance", "calibration"), **QUIET)
@@ -210,6 +213,7 @@ def at_once(x):
         numpyro.sample("z", dist.Normal(loc, 0.4))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("guide", [looked_up, at_once])
 def test_parameters_by_row(guide):
     loc = jnp.linspace(-1, 1, 40)
@@ -262,6 +266,7 @@ def test_networks_with_state():
         Posterior(guide, {}, model=normal_model).sample(KEY, X, 2)
 
 
+@pytest.mark.slow
 def test_lists_of_guides():
     def model(x):
         mu = numpyro.sample("mu", dist.Normal(0.0, 1.0))

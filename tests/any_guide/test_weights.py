@@ -87,6 +87,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_weights_are_differences_of_numpyros_log_densities(name):
     model, guide = CASES[name]
@@ -104,6 +105,7 @@ def test_weights_are_differences_of_numpyros_log_densities(name):
     np.testing.assert_allclose(found, jax.vmap(expected)(draws), rtol=1e-4, atol=2e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_a_tree_has_the_same_weights(name):
     model, guide = CASES[name]

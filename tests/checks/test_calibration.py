@@ -45,6 +45,7 @@ def uniformity(guide, model, data, options):
     return report, np.array(tests)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("guide", "case"),
     [(AutoAmortizedMultivariateNormal, CORRELATED), (AutoAmortizedNormal, POSITIVE)],
@@ -56,6 +57,7 @@ def test_ranks_are_uniform_if_the_family_has_the_posterior(guide, case):
     assert all(finding.ok for finding in report.findings)
 
 
+@pytest.mark.slow
 def test_ranks_are_not_uniform_if_it_has_not():
     """A diagonal Normal is too narrow for latents that a datum ties together."""
     report, tests = uniformity(AutoAmortizedNormal, *CORRELATED)

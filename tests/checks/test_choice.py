@@ -33,12 +33,14 @@ def ran(report):
     return [made.name for made in report.checks]
 
 
+@pytest.mark.slow
 def test_by_default_the_quick_ones_run(check):
     report = check()
     assert ran(report) == ["importance", "collapse", "predictive"]
     assert not report.skipped
 
 
+@pytest.mark.slow
 def test_all_that_apply_run_if_asked(check):
     report = check("all")
     assert ran(report) == [name for name in NAMES if name not in ("novelty", "globals")]

@@ -41,6 +41,7 @@ from numpyro_vae.checks import NotApplicableError
 from numpyro_vae.inference.marginal import log_density
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_the_density_of_the_globals_is_that_of_the_model_without_its_locals(case):
     model, marginal, options = CASES[case]
@@ -115,6 +116,7 @@ def half_as_wide(family, values, normal):
     return family(jnp.median(normal), normal.std() / 2).log_prob(values)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("auto", AUTOS)
 def test_draws_come_with_their_log_density(auto):
     """Weighed by a known density, they have its evidence: the mean of p / q is one."""
@@ -144,6 +146,7 @@ def half_a_point(model):
     return guide
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("make", "names"), [(AutoDelta, r"\['mu', 'tau'\]"), (half_a_point, r"\['tau'\]")]
 )
@@ -155,6 +158,7 @@ def test_a_point_has_no_density(make, names):
     assert "a point without a density" in report.skipped["globals"]
 
 
+@pytest.mark.slow
 def test_a_guide_of_all_latents_has_their_density():
     """Where rows have no posteriors of their own all latents are weighed, at NumPyro's density."""
     posterior = of_any_guide(AutoMultivariateNormal, 20)

@@ -67,6 +67,7 @@ def test_a_mean_field_guide_is_flagged():
     assert 1.15 < float(report.dataset["globals_ratio_mu"]) < exact + 0.05
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("global_guide", [AutoNormal, AutoMultivariateNormal])
 def test_an_exact_guide_is_not(global_guide, tmp_path):
     posterior, report = judged(condition_on=("mu",), global_guide=global_guide)

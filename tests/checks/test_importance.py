@@ -148,6 +148,7 @@ def test_summary_is_for_a_person():
     assert float(elbo) == pytest.approx(float(found.dataset["elbo"].mean()), abs=1e-3)
 
 
+@pytest.mark.slow
 def test_as_a_group_of_the_datatree(tmp_path):
     posterior = posterior_with(1.0)
     found = posterior.check(KEY, X, ("importance", "collapse"))

@@ -29,6 +29,7 @@ def checked(request):
     return request.param, case.posterior.check(KEY, case.data, checks).dataset
 
 
+@pytest.mark.slow
 def test_the_gap_of_a_wrong_scale_is_the_network_s(checked):
     """KL of Normals with a ratio of scales, for two latents; the family could do better."""
     factor, found = checked

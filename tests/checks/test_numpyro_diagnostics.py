@@ -68,6 +68,7 @@ def test_the_khat_of_a_single_datum_is_the_joint_one(scale):
     assert error <= 0.06
 
 
+@pytest.mark.slow
 def test_the_joint_khat_grows_with_the_data_and_that_of_a_row_does_not():
     (few, joint_few), (many, joint_many) = khats(1, 0.8, 2), khats(200, 0.8, 2)
     assert joint_few.max() < 0.7

@@ -24,6 +24,7 @@ def table():
 FOUND, CHECKS = table()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("row", planted.PLANTED)
 def test_a_failure_is_found_as_the_docs_say(row):
     assert planted.found_by(planted.PLANTED[row]()) == FOUND[row]

@@ -205,6 +205,7 @@ def test_points_cannot_be_checked():
         posterior.check(KEY, X)
 
 
+@pytest.mark.slow
 def test_an_improper_prior_cannot_be_simulated_from():
     def model(x):
         with numpyro.plate("data", len(x)):

@@ -117,6 +117,7 @@ def test_models_of_other_kinds(model, large):
     assert 0.3 < error / report.dataset["rounding_error"] < 3
 
 
+@pytest.mark.slow
 def test_a_report_with_it_is_cut_and_saved(large, tmp_path):
     x, posterior, report = large
     report.add_to(posterior.to_datatree(KEY, x, 10)).to_netcdf(tmp_path / "tree.nc")

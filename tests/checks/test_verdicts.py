@@ -69,6 +69,7 @@ def divergence(size, shift=0.0, factor=1.0):
     return size * ((factor**2 - 1 + shift**2) / 2 - np.log(factor))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 5, 20])
 @pytest.mark.parametrize("level", [0.0, 1e3, 1e5], ids="level {:.0f}".format)
 def test_no_row_of_an_exact_guide_is_flagged(size, level):

@@ -72,12 +72,14 @@ def posterior():
     return Posterior(guide, svi.run(jax.random.key(0), 1500, RATINGS, progress_bar=False))
 
 
+@pytest.mark.slow
 def test_probabilities_are_exact_given_what_is_global(posterior):
     draws = posterior.sample(jax.random.key(1), RATINGS, 400, var_names=["prevalence", "skill"])
     found = posterior.probabilities(jax.random.key(1), RATINGS, 400)["truth"]
     np.testing.assert_allclose(found, given(**draws), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_probabilities_are_those_of_nuts(posterior, nuts):
     found = posterior.probabilities(jax.random.key(1), RATINGS, 1000)["truth"]
     expected = given(**nuts)
@@ -109,6 +111,7 @@ def test_skills_are_those_of_nuts(posterior, nuts):
     assert np.abs(frequency - given(**nuts)).mean() <= 0.015
 
 
+@pytest.mark.slow
 def test_minibatches_learn_the_same(posterior):
     start = partial(AutoMultivariateNormal, init_loc_fn=init_to_median)
     guide = AutoAmortizedNormal(model, global_guide=start)

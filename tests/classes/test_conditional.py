@@ -61,6 +61,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_the_posterior_is_exact(case):
     model, encoder, inputs, data, expected = CASES[case]
@@ -107,6 +108,7 @@ def test_predictions_follow_what_is_given():
     np.testing.assert_allclose(drawn.std(0).mean(0), spread, rtol=0.05)
 
 
+@pytest.mark.slow
 def test_without_observations_latents_are_of_their_prior():
     """y given x alone is B x + W z with z of its prior; what needs a posterior is refused."""
 

@@ -74,6 +74,7 @@ def trained(request):
     return kind, z, data, posterior, draws
 
 
+@pytest.mark.slow
 def test_intervals_hold_what_they_say(trained):
     _, z, _, _, draws = trained
     low, high = np.quantile(draws["z"], [0.05, 0.95], axis=0)
@@ -97,6 +98,7 @@ def test_what_is_global_is_recovered(trained):
         assert abs(draws["gate"].mean() - DROPPED) <= 0.03
 
 
+@pytest.mark.slow
 def test_predictions_have_the_moments_of_the_data(trained):
     kind, _, (counts, library), posterior, _ = trained
     predicted = posterior.predict(jax.random.key(2), (counts, library), 20)["counts"]
@@ -110,6 +112,7 @@ def test_predictions_have_the_moments_of_the_data(trained):
     assert (np.abs((predicted == 0).mean((0, 1)) - zeros) / error).max() <= 4
 
 
+@pytest.mark.slow
 def test_extreme_counts_are_finite(trained):
     kind, _, (counts, _), posterior, _ = trained
     far = np.array([np.zeros(NUM_GENES), np.full(NUM_GENES, 1e5), counts[0]], np.float32)

@@ -40,6 +40,7 @@ def posterior():
     return Posterior(svi.guide, fit(svi, KEY, X, num_epochs=1, progress_bar=False))
 
 
+@pytest.mark.slow
 def test_a_tree_has_what_predictive_computes(posterior):
     tree = posterior.to_datatree(KEY, X, 20)
     drawn = {name: tree["posterior"][name].values[0] for name in ("b", "flat", "z")}
@@ -67,6 +68,7 @@ def test_predictions_have_those_with_a_value_for_each_row(posterior):
     assert np.abs(found["x"] - X).min() > 0
 
 
+@pytest.mark.slow
 def test_events_that_broadcast_are_served_and_predicted_one_by_one():
     """Each of three values of a row has a density, and a prediction, of its own."""
 
@@ -88,6 +90,7 @@ def test_events_that_broadcast_are_served_and_predicted_one_by_one():
     np.testing.assert_allclose(posterior.log_weights(KEY, x, 4000), log_p - log_q, atol=2e-4)
 
 
+@pytest.mark.slow
 def test_a_site_that_mixes_the_rows_is_of_all_of_them():
     """More rows than a batch has: each less the mean of all, and their running sum."""
 

@@ -93,6 +93,7 @@ def trained(request):
     return request.getfixturevalue(request.param)
 
 
+@pytest.mark.slow
 def test_each_group_has_the_posterior_of_its_own_data(trained):
     posterior, data, batch_axes = trained
     loc, scale = (np.ravel(x) for x in posterior.encode(data)["theta"])
@@ -139,6 +140,7 @@ def nuts():
     return data, mcmc.get_samples()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("condition_on", [(), ("mu", "tau")])
 def test_varying_intercepts_are_those_of_nuts(nuts, condition_on):
     """Means within a tenth of a standard deviation; these within a tenth, on average."""

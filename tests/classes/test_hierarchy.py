@@ -167,6 +167,7 @@ def test_a_positive_global_site_is_read_on_the_unconstrained_scale():
         np.testing.assert_allclose(loc[:, 0], (X + np.log(tau)) / 2, atol=0.35)
 
 
+@pytest.mark.slow
 def test_several_globals_of_several_shapes_are_read():
     def wide(x):
         mu = numpyro.sample("mu", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
@@ -188,6 +189,7 @@ def test_several_globals_of_several_shapes_are_read():
     np.testing.assert_allclose(found.std(0), MU_SD, rtol=0.05)
 
 
+@pytest.mark.slow
 def test_heads_may_read_a_global_site_of_which_the_guide_is_a_point():
     """`encode` is given the point, which has a median though no quantiles."""
 

@@ -77,6 +77,7 @@ def errors(posterior, truth, name):
     return (mean - loc) / scale, sd / scale
 
 
+@pytest.mark.slow
 def test_abilities_are_those_of_nuts(plain, truth):
     error, ratio = errors(plain, truth, "ability")
     # Of which 0.03 to 0.05 is Monte Carlo error, of 1,000 draws of NUTS that are not independent.
@@ -93,6 +94,7 @@ def test_items_have_the_means_of_nuts_and_less_spread(plain, truth):
         assert 0.5 < ratio.mean() < 0.9
 
 
+@pytest.mark.slow
 def test_more_of_the_dependence_gives_more_of_the_spread(plain, truth):
     """Abilities given the items, and items that vary together: what particles do not mend."""
     together = {"condition_on": ITEMS, "global_guide": AutoMultivariateNormal}
@@ -106,6 +108,7 @@ def test_more_of_the_dependence_gives_more_of_the_spread(plain, truth):
     assert np.abs(errors(joint, truth, "ability")[0]).mean() <= 0.1
 
 
+@pytest.mark.slow
 def test_repaired_items_have_the_spread_of_nuts(plain, truth):
     options = {"method": "importance", "num_samples": 2000}
     repaired = plain.repair_globals(jax.random.key(3), CORRECT, **options)
@@ -122,6 +125,7 @@ def test_repaired_items_have_the_spread_of_nuts(plain, truth):
     np.testing.assert_allclose((ability.std(0) / scale).mean(), 1.0, atol=0.05)
 
 
+@pytest.mark.slow
 def test_new_people_need_no_training(plain):
     answers = jnp.array([[0.0] * NUM_ITEMS, [1.0] * NUM_ITEMS])
     low, high = plain.encode(answers)["ability"].loc

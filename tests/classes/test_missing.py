@@ -69,6 +69,7 @@ def trained(request):
     return train(guide, X, MASK, steps=2500, rate=1e-2)
 
 
+@pytest.mark.slow
 def test_the_posterior_is_the_one_without_those_entries(trained):
     loc, scale = (np.ravel(values) for values in trained.encode((X, MASK))["z"])
     error = (loc - MEAN) / np.sqrt(VARIANCE)
@@ -143,6 +144,7 @@ def test_nan_that_the_model_fills_never_reaches_the_guide():
     jax.tree.map(np.testing.assert_array_equal, posterior.params, again.params)
 
 
+@pytest.mark.slow
 def test_masked_rows_of_a_multivariate_family():
     """Two latents that vary together, in rows of which some see only one of two values."""
     loadings = np.array([[1.0, 1.0], [1.0, -0.3]])
@@ -178,6 +180,7 @@ def obs_masked(x, mask):
             numpyro.sample("x", dist.Normal(z * LOADINGS, NOISE), obs=x, obs_mask=mask)
 
 
+@pytest.mark.slow
 def test_obs_mask_makes_latents_of_missing_entries():
     """The guide serves them; given z they have the density that the model draws them from."""
     guide = AutoAmortizedNormal(
@@ -196,6 +199,7 @@ def test_obs_mask_makes_latents_of_missing_entries():
     assert np.abs(imputed.std(0) / spread - 1)[~MASK].mean() <= 0.05
 
 
+@pytest.mark.slow
 def test_missing_entries_vary_with_the_latents_of_their_row():
     """One multivariate Normal of z and of the entries that are missing, which vary by row."""
     guide = AutoAmortizedMultivariateNormal(obs_masked, ENCODER, plate="data")
@@ -217,6 +221,7 @@ def test_a_flow_does_not_know_the_density_of_some_latents():
         svi.init(jax.random.key(0), X, MASK)
 
 
+@pytest.mark.slow
 def test_repair_of_rows_with_missing_entries():
     guide = AutoAmortizedMultivariateNormal(obs_masked, ENCODER, plate="data")
     posterior = train(guide, X, MASK, steps=30, rate=1e-2, loss=Trace_ELBO)

@@ -53,6 +53,7 @@ def plain(request):
     return request.param, run(lambda x: numpyro.plate("data", len(x)), request.param)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", PLATES)
 def test_a_plate_of_another_size_is_that_of_the_data(case, plain):
     batches, (result, weights, predictions) = plain
@@ -82,6 +83,7 @@ def test_what_reads_local_latents_outside_their_plate_is_refused_in_minibatches(
     assert fit(svi, KEY, X, batch_size=60, num_epochs=1, progress_bar=False).losses.size == 1
 
 
+@pytest.mark.slow
 def test_a_plate_inside_a_subsampling_plate_subsamples_too():
     """Both plates weigh, in model and guide alike, and all rows of both count afterwards."""
 
@@ -105,6 +107,7 @@ def test_a_plate_inside_a_subsampling_plate_subsamples_too():
     assert of_model["w"]["scale"] == of_model["x"]["scale"] == 6.0
 
 
+@pytest.mark.slow
 def test_a_model_may_ask_for_the_values_of_what_is_not_cut_into_rows():
     """`np.unique` of labels says how many groups there are, in compiled code too."""
 
@@ -139,6 +142,7 @@ def test_a_model_with_several_plates_is_not_told_which_is_the_local_one():
         fit(make_svi(model, loss=Trace_ELBO()), KEY, X, num_epochs=1, progress_bar=False)
 
 
+@pytest.mark.slow
 def test_a_global_site_after_the_local_ones_is_trained_by_any_svi():
     """What the guide asks of its handlers leaves no trace, which the model would be replayed on."""
 

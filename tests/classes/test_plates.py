@@ -55,6 +55,7 @@ def full_rank(request):
     return train(guide, X, loss=Trace_ELBO)
 
 
+@pytest.mark.slow
 def test_both_levels_have_the_exact_posterior(full_rank):
     encoded = full_rank.encode(X)
     loc = np.concatenate([np.reshape(encoded[name].loc, (NUM_GROUPS, -1)) for name in "uv"], 1)
@@ -88,6 +89,7 @@ def test_mean_field_of_both_levels_in_minibatches():
         assert np.abs(scale / sd[part] - 1).max() <= 0.1
 
 
+@pytest.mark.slow
 def test_items_that_read_their_group_reach_the_evidence():
     guide = AutoAmortizedNormal(nested, LINEAR, plate="groups", dependencies={"v": ("u",)})
     posterior = train(guide, X, loss=Trace_ELBO)
@@ -111,6 +113,7 @@ def ratings(x):
         numpyro.sample("x", dist.Normal(a + b, NOISE), obs=x)
 
 
+@pytest.mark.slow
 def test_two_plates_with_an_encoder_each():
     films = partial(AutoAmortizedNormal, encoder=LINEAR, plate="films", prefix="films")
     guide = AutoAmortizedNormal(ratings, LINEAR, plate="users", global_guide=films)
@@ -152,6 +155,7 @@ def items(x):
         numpyro.sample("x", dist.Normal(v + w.sum(-1), NOISE), obs=x)
 
 
+@pytest.mark.slow
 def test_features_by_step_serve_any_number_of_steps():
     """A latent and a vector for each item: the family is one over the values of a step."""
     guide = AutoAmortizedMultivariateNormal(items, ByItem, plate="groups")
@@ -178,6 +182,7 @@ class BySite(nnx.Module):
         return {"a": self.linear(inputs["x"][:, None]), "b": self.other(inputs["y"])}
 
 
+@pytest.mark.slow
 def test_features_by_site_of_a_multivariate_family_are_blocks_of_their_own():
     def model(x, y):
         with numpyro.plate("data", len(x)):

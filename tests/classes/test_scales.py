@@ -55,6 +55,7 @@ def trained(scaled, auto=AutoAmortizedNormal, epochs=1):
     return guide, result, Posterior(guide, result)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("auto", [AutoAmortizedNormal, AutoAmortizedMultivariateNormal])
 @pytest.mark.parametrize("case", SCALED)
 def test_weights_and_elbo_are_those_of_numpyro(case, auto):
@@ -107,6 +108,7 @@ def test_the_posterior_is_that_of_the_scaled_elbo(case, sd):
         np.testing.assert_allclose(evidence, exact, atol=0.3)
 
 
+@pytest.mark.slow
 def test_latents_masked_as_a_whole_are_scored_by_another_site():
     """``z ~ N(0, 1).mask(False)`` and ``sample("z_aux", prior, obs=z)`` are the model without."""
 

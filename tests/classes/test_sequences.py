@@ -137,6 +137,7 @@ def test_the_smoother_is_right():
     np.testing.assert_allclose(found.log_evidence, log_evidence, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_means_are_those_of_the_smoother(posterior):
     loc = posterior.encode((X, LENGTHS))["z"].loc
     assert loc.shape == X.shape
@@ -163,6 +164,7 @@ def test_scales_are_those_of_each_step_given_the_others(posterior):
     assert np.min(full) > 1.04
 
 
+@pytest.mark.slow
 def test_the_evidence_is_made_up_for_by_the_weights(posterior):
     found = posterior.check(
         jax.random.key(1), (X, LENGTHS), checks=("importance", "collapse")
@@ -223,6 +225,7 @@ def test_training_does_not_see_the_padding():
     assert moved[0] != expected[0]
 
 
+@pytest.mark.slow
 def test_the_loss_of_minibatches_is_unbiased():
     def losses(batch_size):
         options = {"batch_size": batch_size, "num_epochs": 60, "progress_bar": False}
@@ -236,6 +239,7 @@ def test_the_loss_of_minibatches_is_unbiased():
     assert error <= 0.02 * everything.mean()  # a factor of 2, let alone of 4, would be seen
 
 
+@pytest.mark.slow
 def test_predictions_and_datatree_name_the_steps(posterior):
     draws = posterior.sample(jax.random.key(3), (X, LENGTHS), 300)
     assert draws["z"].shape == (300, NUM_STEPS, NUM_DATA)
@@ -254,6 +258,7 @@ def test_predictions_and_datatree_name_the_steps(posterior):
     np.testing.assert_array_equal(tree.observed_data["x"], X[:20])
 
 
+@pytest.mark.slow
 def test_a_joint_normal_over_all_steps_is_exact():
     x, exact = X[:, :5], [smooth(row) for row in X[:, :5]]
     linear = partial(MLP, hidden_sizes=(16,), activation=lambda hidden: hidden, standardize=False)

@@ -146,6 +146,7 @@ def test_full_rank_reaches_the_evidence_of_the_chain():
     np.testing.assert_allclose(np.cov(draws[:, 0].T), CHAIN.covariance, atol=0.02)
 
 
+@pytest.mark.slow
 def test_the_gaps_of_factor_analysis():
     """Zero for a full rank, for a rank that suffices, and what theory says for a diagonal."""
     expected = FACTORS.mean_field_gap()
@@ -163,6 +164,7 @@ def test_the_gaps_of_factor_analysis():
     assert abs(gap(posterior, (Y,), FACTORS.log_evidence)) <= 0.02
 
 
+@pytest.mark.slow
 def test_a_flow_bends_where_a_diagonal_cannot():
     """The evidence by quadrature over the first latent, given which the second is Normal."""
     rng = np.random.default_rng(1)

@@ -123,6 +123,7 @@ def test_the_density_is_that_of_the_sites(mixed):
     np.testing.assert_allclose(*both(mixed.params), rtol=1e-3, atol=1e-2)
 
 
+@pytest.mark.slow
 def test_log_weights_are_model_over_guide(mixed):
     """By hand: the model's density of a draw over the guide's, on the constrained spaces."""
 
@@ -154,6 +155,7 @@ def test_the_density_of_each_site_integrates_to_one():
         np.testing.assert_allclose(mass, 1.0, atol=5e-3, err_msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["positive", "unit"])
 def test_evidence_is_that_of_quadrature(name):
     prior, nodes = PRIORS[name], ONE_DIMENSIONAL[name][1:-1]

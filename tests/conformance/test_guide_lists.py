@@ -33,6 +33,7 @@ def global_by_hand(x):
     return {"mu": numpyro.sample("mu", dist.Normal(loc, scale))}
 
 
+@pytest.mark.slow
 @by_guide
 @pytest.mark.parametrize("beside", ["AutoNormal", "AutoDelta", "by hand"])
 def test_locals_in_a_list_with_a_guide_of_the_globals(auto, beside):
@@ -62,6 +63,7 @@ def test_a_list_is_the_guide_that_holds_both():
     np.testing.assert_allclose(found, expected, rtol=0.2)
 
 
+@pytest.mark.slow
 def test_two_amortized_guides_in_a_list():
     """Each with a network of its own, under a prefix of its own."""
     guide = AutoGuideList(hierarchical)
@@ -99,6 +101,7 @@ def semi_dais(local_guide):
     return guide, SVI(model, guide, optax.adam(1e-2), Trace_ELBO())
 
 
+@pytest.mark.slow
 def test_as_the_base_of_semi_dais():
     guide, svi = semi_dais(AutoAmortizedNormal(local_model, SMALL))
     result = svi.run(jax.random.key(0), 3, progress_bar=False)
@@ -136,6 +139,7 @@ def test_semi_dais_knows_no_auxiliary_sites():
         svi.init(jax.random.key(0))
 
 
+@pytest.mark.slow
 def test_a_second_plate_with_an_amortized_guide_of_its_own():
     """As a list does it by hand, `global_guide` does for rows and columns of a table."""
     table = jnp.sin(jnp.arange(12.0).reshape(4, 3))

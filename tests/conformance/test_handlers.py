@@ -26,6 +26,7 @@ def params_of(trace):
     return {name: msg["value"] for name, msg in trace.items() if msg["type"] == "param"}
 
 
+@pytest.mark.slow
 @by_guide
 def test_loc_scale_reparam_of_local_and_global_sites(auto):
     config = {"z": LocScaleReparam(0.0), "mu": LocScaleReparam(0.0)}
@@ -72,6 +73,7 @@ def subsampling(x):
         numpyro.sample("x", dist.Normal(z, 0.5), obs=x[rows])
 
 
+@pytest.mark.slow
 def test_scope_around_model_and_guide():
     """Names change and nothing else: the rows of the subsample and their weights are the same."""
     guide = handlers.scope(AutoAmortizedNormal(subsampling, SMALL), prefix="a")

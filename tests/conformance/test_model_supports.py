@@ -42,6 +42,7 @@ def test_dynamic_supports(auto):
     assert ((draws["z"] >= upper) & (draws["z"] <= upper + draws["scale"])).all()
 
 
+@pytest.mark.slow
 def test_dynamic_supports_are_those_of_the_fixed_site():
     """Reparametrized, a model is one that multiplies by hand: same guide, same loss."""
 
@@ -91,6 +92,7 @@ def test_a_support_by_the_data_is_read_in_every_call():
     assert (draws["z"].max(0) > 0.5 * upper).all()
 
 
+@pytest.mark.slow
 @by_guide
 def test_improper_priors(auto):
     def model(x):

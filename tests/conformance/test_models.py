@@ -49,6 +49,7 @@ def test_a_plate_that_subsamples(auto):
     assert guide.sample_posterior(jax.random.key(1), params, X)["z"].shape == (12,)
 
 
+@pytest.mark.slow
 def test_create_plates():
     def model(x, num_data=100):
         with numpyro.plate("data", num_data, subsample_size=len(x)):
@@ -101,6 +102,7 @@ def test_parameters_and_networks_in_the_model():
         assert any(jax.tree.leaves(changed[name])), name
 
 
+@pytest.mark.slow
 def test_keyword_and_static_arguments():
     """Arguments that change the model's Python, bound in the SVI or passed in every call."""
 

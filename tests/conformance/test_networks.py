@@ -92,6 +92,7 @@ def references():
 CASES = [(name, "diagonal") for name in ENCODERS if name != "nnx"] + [("functions", "flow")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("encoder", "family"), CASES)
 def test_the_same_weights_give_the_same_losses(encoder, family, references):
     blocks, run, fitted, encode = references[family]

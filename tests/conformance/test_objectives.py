@@ -35,6 +35,7 @@ OBJECTIVES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_every_objective_has_a_gradient(objective):
     """Of the joint guide, which has an auxiliary site; `test_guide.py` has the plain one."""
@@ -56,6 +57,7 @@ def test_every_objective_has_a_gradient(objective):
     assert any((grad != 0).any() for grad in jax.tree.leaves(grads["auto$params"]["encoder"]))
 
 
+@pytest.mark.slow
 @by_guide
 @pytest.mark.parametrize("num_particles", [1, 3])
 def test_the_elbo_by_site(auto, num_particles):
@@ -89,6 +91,7 @@ def test_particles_in_turn_are_those_at_once():
     np.testing.assert_allclose(*losses, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("auto", [AutoAmortizedNormal, AutoAmortizedFlow])
 def test_forward_mode_differentiation(auto):
     """A model with a loop that reverse mode cannot differentiate."""
@@ -109,6 +112,7 @@ def test_forward_mode_differentiation(auto):
     assert any(changed)
 
 
+@pytest.mark.slow
 def test_forward_mode_is_reverse_mode():
     guide = AutoAmortizedNormal(hierarchical, partial(SMALL, hidden_sizes=(2,)))
     svi = SVI(hierarchical, guide, optax.sgd(1e-2), Trace_ELBO())

@@ -61,6 +61,7 @@ def test_initial_parameters():
     jax.tree.map(np.testing.assert_array_equal, result.params["auto$params"], given["auto$params"])
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_a_state_with_and_without_a_progress_bar():
     def new():
         guide = AutoAmortizedNormal(hierarchical, SMALL)
@@ -84,6 +85,7 @@ def test_a_run_goes_on_from_a_state_with_and_without_a_progress_bar():
         np.testing.assert_allclose(loss, expected, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_many_data_sets_and_seeds_at_once():
     """`vmap` over whole trainings: each is what it is alone."""
     data = jnp.stack([X, X + 1, -2 * X])
@@ -99,6 +101,7 @@ def test_many_data_sets_and_seeds_at_once():
     np.testing.assert_allclose(together[1], train(keys[1], data[1]), rtol=1e-4)
 
 
+@pytest.mark.slow
 @by_guide
 def test_pickled_guides_and_arviz(auto):
     guide = auto(hierarchical, SMALL)
@@ -114,6 +117,7 @@ def test_pickled_guides_and_arviz(auto):
     assert tree.observed_data["x"].shape == (12,)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("auto", [AutoAmortizedNormal, AutoAmortizedFlow])
 def test_the_loss_in_double_precision(auto):
     with jax.enable_x64(True):

@@ -130,6 +130,7 @@ def test_the_keys_of_dropout_are_of_no_use_to_evaluation():
     np.testing.assert_allclose(tree.posterior["z"], draws, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_state_that_is_missing_is_named():
     svi = make_svi()
     result = svi.run(jax.random.key(0), 2, X, progress_bar=False)
@@ -206,6 +207,7 @@ def one_particle():
     return statistics(fitted(Trace_ELBO()).params)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_fit_keeps_the_state_whatever_the_objective(objective, one_particle):
     result = fitted(OBJECTIVES[objective])
@@ -214,6 +216,7 @@ def test_fit_keeps_the_state_whatever_the_objective(objective, one_particle):
     assert np.isfinite(result.history["validation_loss"]).all()
 
 
+@pytest.mark.slow
 def test_several_particles_train_as_one_network():
     """The dropped units are those of the step, for all particles, and others in the next step."""
     svi = helpers.make_svi(
@@ -238,6 +241,7 @@ def test_svi_alone_loses_the_state_with_several_particles():
         svi.run(jax.random.key(0), 2, X, progress_bar=False)
 
 
+@pytest.mark.slow
 def test_state_of_a_network_in_the_model():
     decoder = nnx.BatchNorm(1, momentum=0.9, rngs=nnx.Rngs(0))
 

@@ -17,6 +17,7 @@ def images(*shape, seed=0):
     return jax.random.uniform(jax.random.key(seed), shape)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(8, 8), (7, 9), (8, 8, 1), (6, 10, 3), (1, 1)])
 @pytest.mark.parametrize("batch", [1, 4])
 def test_features_of_any_image_and_batch(shape, batch):
@@ -26,6 +27,7 @@ def test_features_of_any_image_and_batch(shape, batch):
     assert jnp.isfinite(features).all()
 
 
+@pytest.mark.slow
 def test_a_channel_axis_of_one_may_be_left_out():
     flat = SMALL(images(2, 8, 8), rngs=nnx.Rngs(0))
     deep = SMALL(images(2, 8, 8, 1), rngs=nnx.Rngs(0))

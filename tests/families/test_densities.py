@@ -42,6 +42,7 @@ def covariance(family, head, raw):
     return scale[:, None] * correlation * scale
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["full rank", "flow", "flow, deep"])
 def test_density_by_change_of_variables(name):
     """The Jacobian of the map from noise to draw by forward differentiation."""
@@ -76,6 +77,7 @@ def test_normals_agree_with_scipy(name):
         np.testing.assert_allclose(marginals.variance, np.diag(reference.cov), 1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["full rank", "rank 1", "flow", "flow, deep"])
 def test_a_density_integrates_to_one(name):
     head = trained(FAMILIES[name], 2)
@@ -156,6 +158,7 @@ def test_a_layer_of_a_flow_is_undone_also_beyond_the_splines(size):
     np.testing.assert_allclose(found[2], values, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_a_flow_starts_near_a_normal_and_does_not_stay_there():
     def distance(normal, head, x):
         raw = head(x)

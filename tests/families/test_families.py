@@ -59,6 +59,7 @@ def test_shapes(family, batch, size):
     assert all(leaf.shape == (*batch, size) for leaf in each)
 
 
+@pytest.mark.slow
 def test_the_maths_of_one_datum_is_that_of_a_batch_in_float64(family):
     def both(head, x):
         raw = head(x)
@@ -80,6 +81,7 @@ def test_the_maths_of_one_datum_is_that_of_a_batch_in_float64(family):
     np.testing.assert_allclose(by_noise, own, 1e-9)
 
 
+@pytest.mark.slow
 def test_the_distribution_passes_through_jit(family):
     def make(head, x):
         return head.distribution(head(x))
@@ -115,6 +117,7 @@ def test_a_head_has_nothing_but_parameters_in_float32(family):
 # -- gradients ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_gradient_reaches_every_weight_and_the_features(family):
     graphdef, state = nnx.split(fresh(family))
     value = draw(trained(family), trained(family)(features(5)))
@@ -139,6 +142,7 @@ def test_gradient_reaches_every_weight_and_the_features(family):
                 assert bool((grad != 0).any()) == expected, (loss, path)
 
 
+@pytest.mark.slow
 def test_value_and_gradients_are_finite_at_extremes(family):
     head = trained(family)
     leaves, treedef = jax.tree.flatten(head(features(2)))
@@ -169,6 +173,7 @@ def test_value_and_gradients_are_finite_at_extremes(family):
 # -- draws ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_head_starts_at_the_initial_scale(family):
     _, draws = draws_of(fresh(family), 5)
     expected = 0.0 if is_point(family) else family.parameterization.init_scale

@@ -68,6 +68,7 @@ def rank_one_plus_diagonal():
     return np.outer(direction, direction) + np.diag([0.3, 0.5, 1.0]) ** 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "covariance"),
     [
@@ -107,6 +108,7 @@ def banana(z):
     return -0.5 * x**2 - 0.5 * ((y - x**2 + 1) / 0.5) ** 2 - LOG_TWO_PI - np.log(0.5)
 
 
+@pytest.mark.slow
 def test_a_flow_bends_where_normals_cannot():
     families = (DiagonalNormal(), FullRankNormal(), Flow())
     heads = [fit(family, banana, 2, learning_rate=0.01) for family in families]

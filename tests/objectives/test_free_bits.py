@@ -121,6 +121,7 @@ def test_negative_free_bits_are_refused():
 # -- a latent that collapses -----------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_it_keeps_a_latent_that_the_elbo_loses():
     """The noise of the model is above what the latent explains, so that the best ELBO has none."""
     rng = np.random.default_rng(0)

@@ -62,6 +62,7 @@ def test_its_gradient_is_that_of_the_paper(gradient):
         np.testing.assert_allclose(found[name], value, rtol=1e-4, err_msg=name)
 
 
+@pytest.mark.slow
 def test_particles_one_by_one_are_those_at_once():
     for gradient in GRADIENTS:
         losses = [

@@ -30,6 +30,7 @@ def mixed_model(x):
         numpyro.sample("x", dist.Normal(z + w, 0.5), obs=x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "auto", [AutoAmortizedNormal, AutoAmortizedMultivariateNormal, AutoAmortizedFlow]
 )

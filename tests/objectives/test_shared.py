@@ -52,6 +52,7 @@ def with_weights(weights):
     return {"model": wrap(model), "guide": wrap(guide)}
 
 
+@pytest.mark.slow
 @by_objective
 def test_forward_mode_is_reverse_mode(loss):
     def of(params):
@@ -214,6 +215,7 @@ def plain_model(x):
         numpyro.sample("x", dist.Normal(z, 0.5), obs=x)
 
 
+@pytest.mark.slow
 @by_objective
 def test_networks_keep_their_state_with_several_particles(loss):
     """As one particle would leave it, as the encoder's input is the same for all."""
@@ -229,6 +231,7 @@ def test_networks_keep_their_state_with_several_particles(loss):
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), *states)
 
 
+@pytest.mark.slow
 @by_objective
 def test_fit_keeps_it_too(loss):
     svi = SVI(plain_model, AutoAmortizedNormal(plain_model, Normalized), optax.adam(1e-2), loss)
@@ -239,6 +242,7 @@ def test_fit_keeps_it_too(loss):
     assert np.isfinite(result.history["validation_loss"]).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("auto", [AutoAmortizedMultivariateNormal, AutoAmortizedFlow])
 def test_joint_families_with_global_sites(auto):
     """All estimates are of the same value, and reach the encoder."""

@@ -120,6 +120,7 @@ def pixels():
     return np.asarray(drawn["x"][0], np.float32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "loss",
     [
@@ -160,6 +161,7 @@ def test_a_guide_that_learns_from_nothing_is_refused():
         ReweightedWakeSleep(2, wake_phi=False)
 
 
+@pytest.mark.slow
 def test_simulations_for_joint_families_are_refused():
     guide = AutoAmortizedMultivariateNormal(model)
     svi = SVI(model, guide, optax.adam(1e-2), ReweightedWakeSleep(2, sleep=simulate))

@@ -62,6 +62,7 @@ def posterior():
 # -- checks ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_check_names_the_rows_without_finite_weights(posterior):
     report = posterior.check(KEY, (X, FAULTS), ("importance", "gap"), progress_bar=False)
     alone = posterior.check(KEY, (X, np.zeros_like(FAULTS)), "importance", progress_bar=False)
@@ -86,6 +87,7 @@ def test_a_check_of_no_sound_row_is_an_error(posterior):
 # -- repairs --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["importance", "refine", "auto"])
 def test_a_repair_names_the_rows_that_it_cannot_mend(posterior, method, monkeypatch):
     monkeypatch.setattr(methods, "ROUNDS", (1,))
@@ -133,6 +135,7 @@ def correlated(size, number):
     return posterior_of(model, linear(gain, 0.5 * sd), x), x, x @ gain, sd
 
 
+@pytest.mark.slow
 def test_rows_of_which_few_draws_count_are_mended():
     """Those few, resampled over and over, have a covariance that is not of full rank."""
     posterior, x, mean, sd = correlated(5, 3)

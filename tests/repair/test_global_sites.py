@@ -67,6 +67,7 @@ def assert_exact(draws, shift=0.05, ratio=0.05):
 # -- the posterior ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_guide_that_is_too_narrow_is_repaired(mean_field, repaired):
     guide = mean_field.sample(KEY, X, 4000, var_names=["mu"])["mu"]
     assert guide.std() < 0.8 * MU_SD
@@ -77,6 +78,7 @@ def test_a_guide_that_is_too_narrow_is_repaired(mean_field, repaired):
     assert repaired.error < 0.05
 
 
+@pytest.mark.slow
 def test_chains_find_the_same(mean_field):
     found = mean_field.repair_globals(KEY, X, method="nuts", num_samples=1000)
     assert found.passed
@@ -89,12 +91,14 @@ def test_a_guide_of_a_point_is_repaired():
     assert_exact(trained(global_guide=AutoDelta).repair_globals(KEY, X).draws["mu"], 0.15, 0.1)
 
 
+@pytest.mark.slow
 def test_a_guide_that_is_not_amortized_is_repaired():
     svi = SVI(model, AutoNormal(model), optax.adam(1e-2), Trace_ELBO(num_particles=8))
     posterior = Posterior(svi.guide, svi.run(KEY, 1500, X, progress_bar=False))
     assert_exact(posterior.repair_globals(KEY, X, num_samples=4000).draws["mu"])
 
 
+@pytest.mark.slow
 def test_an_exact_guide_stays_as_it_is():
     found = trained(condition_on=("mu",)).repair_globals(KEY, X, num_samples=4000)
     assert found.passed
@@ -102,6 +106,7 @@ def test_an_exact_guide_stays_as_it_is():
     assert_exact(found.draws["mu"])
 
 
+@pytest.mark.slow
 def test_values_lie_in_their_supports():
     def positive(x):
         with numpyro.plate("side", 2):
@@ -122,6 +127,7 @@ def test_values_lie_in_their_supports():
 # -- draws that go together ------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_rows_latents_go_with_the_globals_draw_by_draw(tree):
     mu, z = (tree["posterior"][name].values[0] for name in ("mu", "z"))
     loc = (X + mu[:, None]) / 2  # of z given mu
@@ -196,6 +202,7 @@ def test_what_does_not_pass_is_said(mean_field, monkeypatch):
 # -- the parts -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_chains_see_the_density_that_weights_see(mean_field):
     """The same number, whether rows go batch by batch on the host or in compiled code."""
     runner = mean_field._runner

@@ -87,6 +87,7 @@ def wrong():
     return fitted(conjugate, x, 30), x[:NUM_ROWS]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["importance", "refine", "nuts"])
 def test_every_method_finds_the_exact_posterior(wrong, method):
     posterior, x = wrong
@@ -109,6 +110,7 @@ def test_every_method_finds_the_exact_posterior(wrong, method):
         assert (found.dataset["converged"] == 1).all()
 
 
+@pytest.mark.slow
 def test_what_the_guide_gets_wrong_is_flagged_and_repaired(bent):
     model, posterior, x = bent
     report = posterior.check(jax.random.key(1), x, checks=("importance",))
@@ -140,6 +142,7 @@ def test_the_flagged_rows_of_a_report_are_repaired(wrong):
     np.testing.assert_array_equal(found.rows, report.flagged)
 
 
+@pytest.mark.slow
 def test_a_method_gets_the_rows_that_fail_with_the_methods_before_it(wrong, monkeypatch):
     posterior, x = wrong
     monkeypatch.setattr(methods, "MIN_ESS", 9200.0)  # so many that some rows fail with each method
@@ -159,6 +162,7 @@ def test_a_method_gets_the_rows_that_fail_with_the_methods_before_it(wrong, monk
     assert str(found).endswith(f"not repaired {len(left):17d}")
 
 
+@pytest.mark.slow
 def test_only_the_rows_asked_for_change(bent, tmp_path):
     _, posterior, x = bent
     rows = np.array([7, 2, 11])
@@ -246,6 +250,7 @@ def test_the_same_key_gives_the_same_draws_whatever_else_is_repaired(wrong):
     np.testing.assert_array_equal(some.groups["posterior"]["z"], again.groups["posterior"]["z"])
 
 
+@pytest.mark.slow
 def test_what_is_computed_of_all_rows_is_left_out():
     """The tree has it of the guide's draws, and the repair knows a few rows alone."""
 
@@ -276,6 +281,7 @@ def hierarchical(x):
         numpyro.sample("x", dist.Normal(z, 0.5), obs=x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["importance", "nuts"])
 def test_globals_are_held_at_draws_of_their_posterior(method):
     """Given a draw of the global, a row's posterior is exact, and their mixture is drawn from."""
@@ -292,6 +298,7 @@ def test_globals_are_held_at_draws_of_their_posterior(method):
     assert np.abs(draws.std(0) / sd - 1).max() <= 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["importance", "refine", "nuts"])
 def test_latents_that_the_model_masks_do_not_matter(method):
     there = np.ones((NUM_ROWS, 3), bool)
@@ -315,6 +322,7 @@ def test_latents_that_the_model_masks_do_not_matter(method):
     assert np.abs(draws.std(0) / np.sqrt(0.2) - 1)[there[:8]].max() <= 0.15
 
 
+@pytest.mark.slow
 def test_groups_whose_data_lie_in_another_plate():
     """Given the data whole, results of the other plate stay whole, and rows are those of groups."""
     group = np.repeat(np.arange(6), [1, 2, 3, 4, 5, 6])
@@ -368,6 +376,7 @@ def test_what_cannot_be_repaired_is_refused(wrong, rows, options, message):
         posterior.repair(KEY, x, rows, **options)
 
 
+@pytest.mark.slow
 def test_a_tree_of_other_draws_is_refused(wrong):
     posterior, x = wrong
     found = posterior.repair(KEY, x, [3], method="importance", num_samples=100)

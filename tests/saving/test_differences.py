@@ -157,6 +157,7 @@ def test_a_family_of_ones_own_is_passed_again(tmp_path):
     assert isinstance(loaded.guide.family, Own)
 
 
+@pytest.mark.slow
 def test_options_of_a_family_are_compared(tmp_path):
     start = partial(AutoNormal, init_loc_fn=init_to_median)
     guide = AutoAmortizedFlow(make_model(), hidden_sizes=(4,), global_guide=start)

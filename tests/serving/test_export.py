@@ -80,6 +80,7 @@ def test_a_process_without_the_library_has_the_same_numbers(posterior, found):
     np.testing.assert_allclose(found["log_weights"], weights, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_novelty_is_that_of_the_check(posterior, found, monkeypatch):
     """Of each row alone, and with the key that was exported."""
     monkeypatch.setattr("numpyro_vae.checks.base.Subject.with_key", lambda subject, _: subject)

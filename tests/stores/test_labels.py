@@ -53,6 +53,7 @@ def test_labels_are_coordinates_of_the_tree_and_of_the_report(posterior, make, t
     assert report.dataset["cells"].values.tolist() == CELLS
 
 
+@pytest.mark.slow
 def test_coordinates_that_are_given_come_first(posterior):
     coords = {"cells": np.arange(12) * 2, "x_dim_0": ["u", "v", "w"]}
     tree = posterior.to_datatree(KEY, framed(), 2, groups="observed_data", coords=coords)
@@ -73,6 +74,7 @@ def test_coordinates_of_other_rows_are_refused_before_anything_is_computed(
         getattr(posterior, ask)(KEY, DATA, coords={"cells": range(3)})
 
 
+@pytest.mark.slow
 def test_labels_of_arguments_that_are_not_observed():
     def model(x, design):
         with numpyro.plate("cells", len(x)):

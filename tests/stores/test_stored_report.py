@@ -72,6 +72,7 @@ def test_of_rows_that_are_on_disk_themselves(posterior, tmp_path):
     posterior.repair(KEY, stored, report, method="importance", num_samples=20)
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_goes_on_where_it_stopped(posterior, tmp_path, monkeypatch):
     path = tmp_path / "report.zarr"
     kill(lambda: check(posterior, DATA, store=path), 3)

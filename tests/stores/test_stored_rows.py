@@ -98,6 +98,7 @@ def reads_data(model):
     return guide
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", [of_all_rows, with_global])
 def test_what_needs_all_rows_reads_them(model, tmp_path, small):
     stored = {"x": STORES["zarr"](DATA["x"], tmp_path), "y": DATA["y"]}
@@ -137,6 +138,7 @@ def counts_data(model):
     return guide
 
 
+@pytest.mark.slow
 def test_what_counts_all_rows_counts_those_on_disk(small, tmp_path):
     stored = {"x": STORES["memmap"](DATA["x"], tmp_path), "y": DATA["y"]}
     svi = make_svi(counting, global_guide=counts_data)

@@ -171,6 +171,7 @@ def test_a_site_of_all_rows_at_once_is_refused_by_name(tmp_path):
     assert set(tree.posterior.data_vars) == {"z"}
 
 
+@pytest.mark.slow
 def test_data_that_the_model_takes_whole_are_one_part(tmp_path):
     def model(x, y):
         with numpyro.plate("cells", x.shape[0]):

@@ -59,6 +59,7 @@ def test_it_ends_the_same(path, expected):
     assert_same(numbers(train(path, num_epochs=EPOCHS)), expected)
 
 
+@pytest.mark.slow
 def test_checkpoints_change_nothing(tmp_path, expected):
     assert_same(numbers(train(always(tmp_path / "new"), num_epochs=EPOCHS)), expected)
 
@@ -318,6 +319,7 @@ def test_folders_of_something_else_are_refused(tmp_path):
         Checkpoints(tmp_path, every_minutes=-1.0)
 
 
+@pytest.mark.slow
 def test_a_folder_that_another_fit_writes_to_is_refused(tmp_path):
     """And free again after it, also where it failed."""
     path = tmp_path / "checkpoints"

@@ -211,6 +211,7 @@ def test_a_fit_goes_on_from_its_checkpoint_bit_for_bit(to_store, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, result.params, straight.params)
 
 
+@pytest.mark.slow
 def test_a_step_that_is_not_finite_changes_nothing(tmp_path):
     def poisoned(x):
         with numpyro.plate("data", len(x)):

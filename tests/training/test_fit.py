@@ -142,6 +142,7 @@ def test_early_stopping_returns_the_best_state():
     jax.tree.map(np.testing.assert_array_equal, result.params, again.params)
 
 
+@pytest.mark.slow
 def test_arguments_by_keyword_and_on_other_axes():
     def model(x, scale, y=None):
         with numpyro.plate("data", x.shape[1]):
@@ -159,6 +160,7 @@ def test_arguments_by_keyword_and_on_other_axes():
     np.testing.assert_array_equal(result.losses, by_position.losses)
 
 
+@pytest.mark.slow
 def test_an_iterable_of_batches_with_a_short_last_one():
     batches = [X[:40], X[40:80], X[80:]]
     svi = make_svi(hierarchical_model)
@@ -191,6 +193,7 @@ def poisoned(x):
         numpyro.sample("x", dist.Normal(z, scale, validate_args=False), obs=x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("iterable", [False, True])
 def test_a_step_that_is_not_finite_changes_nothing(iterable):
     x = jnp.where(jnp.arange(100) == 77, 9.0, jnp.clip(X, -2, 2))
