@@ -279,8 +279,8 @@ class Flow(AbstractFamily):
     divided.
 
     A `Bend` :math:`b` of each value by itself skews it, and gives it tails a little heavier than a
-    Normal's, or much heavier. So importance weights are bounded, and their k-hat is low, where the
-    guide is near the posterior; if that is Normal, it costs 0.001 nats.
+    Normal's, or much heavier, so that importance weights have no heavy tail, and their k-hat is
+    low, where the guide is near the posterior; if that is Normal, it costs 0.001 nats.
 
     A draw and the density of any value take one pass. It starts near the diagonal Normal with this
     ``loc`` and ``scale``. A single latent value has the bend alone.
