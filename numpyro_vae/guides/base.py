@@ -27,7 +27,7 @@ from numpyro_vae.guides.local_sites import sample_local
 from numpyro_vae.guides.network import Encoder, Network, declare_network
 from numpyro_vae.model.data_sets import DataSets
 from numpyro_vae.model.plan import GuidePlan, plan_guide
-from numpyro_vae.model.plates import all_rows, given_rows
+from numpyro_vae.model.plates import all_rows, given_rows, same_rows
 from numpyro_vae.model.reading import ModelReader
 from numpyro_vae.model.run import Run, run_model
 from numpyro_vae.model.sites import ModelSites, Site
@@ -175,6 +175,11 @@ class AmortizedGuide(AutoGuide, AbstractGuide):
         """
         rows = {} if self.plate_name is None else given_rows(self.plate_name)
         self.read_model(args, kwargs, rows)
+        with same_rows():
+            return self._sample(args, kwargs)
+
+    def _sample(self, args: tuple, kwargs: dict) -> dict[str, Array]:
+        """Sample the global sites before the local ones if they are read, or the model's first."""
         latent = self.sites.latent()
         first = self.condition_on or (latent and latent[0].name in self.global_names)
         values = self._sample_globals(args, kwargs) if first else {}
@@ -218,6 +223,7 @@ class AmortizedGuide(AutoGuide, AbstractGuide):
 
     def _network(self, run: Run, sites: tuple[Site, ...]) -> Network:
         """Return the network that serves the sites as they are in a run."""
+        run.require_whole(self.condition_on, "Global site, which heads read,")
         sizes = {name: run.sites.sites[name].size for name in self.condition_on}
         local = {site.name: site.datum_size(run.plate) for site in sites}
         reads = {

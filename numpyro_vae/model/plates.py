@@ -60,6 +60,40 @@ class all_rows(Messenger):  # noqa: N801 - handlers are lower case, as in numpyr
             msg["value"], msg["args"] = jnp.arange(size), (size, size)
 
 
+class same_rows(Messenger):  # noqa: N801
+    """Let a plate that subsamples hold the rows it drew first, however often it is entered.
+
+    By itself it draws others each time, while the trace, and the model by it, knows the last alone.
+
+    Args:
+        fn: a guide.
+
+    Example:
+        >>> import numpyro
+        >>> from numpyro import handlers
+        >>> def guide():
+        ...     rows = [numpyro.plate("data", 9, subsample_size=3) for _ in range(2)]
+        ...     return [plate.__enter__() for plate in rows]
+        >>> first, second = handlers.seed(same_rows(guide), 0)()
+        >>> bool((first == second).all())
+        True
+    """
+
+    def __init__(self, fn: Callable[..., Any] | None = None):
+        self._drawn: dict[str, Array] = {}
+        super().__init__(fn)
+
+    def process_message(self, msg: Any) -> None:
+        """Give a plate the rows that it has drawn before."""
+        if msg["type"] == "plate" and msg["name"] in self._drawn:
+            msg["value"] = self._drawn[msg["name"]]
+
+    def postprocess_message(self, msg: Any) -> None:
+        """Remember the rows of a plate that does not hold all of them."""
+        if msg["type"] == "plate" and len(msg["value"]) < msg["args"][0]:
+            self._drawn[msg["name"]] = msg["value"]
+
+
 class observed_plates(Messenger):  # noqa: N801
     """Let observed sites that stand in no plate have one for each dimension of their batch.
 

@@ -30,6 +30,7 @@ class Run:
     Attributes:
         plate: the local plate as it is in this run.
         reading: what the model holds.
+        whole: the same, and all rows of those other plates by which it subsamples observations.
         groups: for other plates that hold the plate's data, which datum each of their rows
             belongs to.
         args: the model's arguments.
@@ -38,6 +39,7 @@ class Run:
 
     plate: Plate
     reading: Reading
+    whole: Reading
     groups: dict[str, Int[Array, "elements"]]
     args: tuple
     kwargs: dict[str, Any]
@@ -92,9 +94,27 @@ class Run:
         """Return the local sites as they are in this run.
 
         Raises:
-            ValueError: if one is missing, or its values have another shape than expected.
+            ValueError: if one is missing, its values have another shape than expected, or it lies
+                in another plate, of which the run holds a part.
         """
+        self.require_whole((x.name for x in expected if x.name in self.sites.sites), "Local site")
         return tuple(self._same_site(site) for site in expected)
+
+    def require_whole(self, names: Iterable[str], whose: str) -> None:
+        """Raise ValueError if sites lie in other plates of which this run holds a part.
+
+        Args:
+            names: of the sites.
+            whose: what they are, for the message.
+        """
+        for name in names:
+            for plate in map(self.sites.plates.__getitem__, self.sites.sites[name].plates):
+                if plate.length < plate.size and plate.name != self.plate.name:
+                    raise ValueError(
+                        f"{whose} {name!r} lies in plate {plate.name!r}, which subsamples "
+                        f"{plate.length} of {plate.size} rows, and the network is of all of them. "
+                        f"Remove the subsample_size of plate {plate.name!r}."
+                    )
 
     def _same_site(self, site: Site) -> Site:
         now = self.sites.sites.get(site.name)
@@ -119,7 +139,7 @@ class Run:
 
         Args:
             read: a function of the model's arguments; None reads what is observed of the local
-                plate's data: an array, or `Masked` values where the model masks them, or
+                plate's data, also where other plates subsample it: an array, or `Masked` values where the model masks them, or
                 `Segments` if it lies in another plate; a dict by site name if there are several.
 
         Raises:
@@ -130,7 +150,7 @@ class Run:
             return jax.tree.map(self._select_rows, found, is_leaf=_is_segments)
         rows = {
             site.name: self._observed(site, self.plate)
-            for site in self.sites.observed(self.plate.name)
+            for site in self.whole.sites.observed(self.plate.name)
         }
         rows |= {name: self._segments(name) for name in self.groups}
         if not rows:
@@ -143,7 +163,8 @@ class Run:
 
     def _observed(self, site: Site, plate: Plate) -> Any:
         """Return a site's values, a row for each datum of a plate."""
-        values, mask = site.rows(self.reading.values[site.name], plate), self.mask(site)
+        values = site.rows(self.whole.values[site.name], plate)
+        mask = self.whole.masks.get(site.name)
         if mask is None:
             return values
         rows = jnp.moveaxis(mask, site.axis(plate), 0)
@@ -206,7 +227,7 @@ def run_model(
         ValueError: if the model has no site in one of the plates this time, or a group is not one
             of the local plate's rows.
     """
-    reading = _with_rows(reader, plate, args, kwargs)
+    reading, whole = _with_rows(reader, plate, groups, args, kwargs)
     plates = reading.sites.plates
     for name in (plate, *groups):
         if name not in plates:
@@ -218,14 +239,18 @@ def run_model(
         name: _ids(read(*args, **kwargs), plates[name], plates[plate])
         for name, read in groups.items()
     }
-    return Run(plates[plate], reading, found, args, kwargs)
+    return Run(plates[plate], reading, whole, found, args, kwargs)
 
 
-def _with_rows(reader: ModelReader, local: str, args: tuple, kwargs: dict[str, Any]) -> Reading:
+def _with_rows(
+    reader: ModelReader, local: str, groups: Groups, args: tuple, kwargs: dict[str, Any]
+) -> tuple[Reading, Reading]:
     """Read a model whose plates hold the rows that the enclosing handlers give them.
 
     It is read again where a handler gives a plate other rows than it has by itself. Those of the
-    local plate are asked for first, as the model may not run with another number of them.
+    local plate are asked for first, as the model may not run with another number of them. The
+    second result has all rows of other plates by which the model subsamples what is observed in
+    the local one, so that the encoder reads as much as it will without subsampling.
     """
     given = given_rows(local)
     reading, rows = reader.read(args, kwargs, given), dict(given)
@@ -237,7 +262,20 @@ def _with_rows(reader: ModelReader, local: str, args: tuple, kwargs: dict[str, A
         sizes[name], indices, is_given = declare_plate(name, plate.size, plate.length)
         if is_given:
             rows[name] = (sizes[name], indices)
-    return (reader.read(args, kwargs, rows) if rows != given else reading).with_sizes(sizes)
+    reading = reader.read(args, kwargs, rows) if rows != given else reading
+    cut = _cut(reading.sites, local) - groups.keys()
+    every = {name: (sizes[name], jnp.arange(sizes[name])) for name in cut}
+    seen = sizes.keys() & reading.indices.keys()
+    held = {name: (sizes[name], reading.indices[name]) for name in seen}
+    whole = reader.read(args, kwargs, held | every) if cut else reading
+    return reading.with_sizes(sizes), whole.with_sizes(sizes)
+
+
+def _cut(sites: ModelSites, local: str) -> set[str]:
+    """Return the plates by whose rows a model takes parts of the local plate's observations."""
+    short = {name for name, plate in sites.plates.items() if plate.length < plate.size} - {local}
+    reads = (sites.reads.values.get(site.name, ()) for site in sites.observed(local))
+    return short & set().union(*reads)
 
 
 def _ids(ids: Any, elements: Plate, plate: Plate) -> Array:

@@ -68,7 +68,8 @@ def _observed(tree: xr.DataTree, name: str, trace: dict) -> None:
     for group, leading in (("observed_data", ()), ("posterior_predictive", SAMPLED)):
         assert name in tree[group], f"{name} is not in {group}"
         _dimensions(tree[group][name], name, site, leading)
-    rows = rows_in_front(site["value"], site, event_dim)
+    shape = np.broadcast_shapes(np.shape(site["value"]), site["fn"].shape())
+    rows = rows_in_front(np.broadcast_to(site["value"], shape), site, event_dim)
     close(tree["observed_data"][name].values, rows, f"{name} in observed_data")
 
 
