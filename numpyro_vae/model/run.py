@@ -139,8 +139,9 @@ class Run:
 
         Args:
             read: a function of the model's arguments; None reads what is observed of the local
-                plate's data, also where other plates subsample it: an array, or `Masked` values where the model masks them, or
-                `Segments` if it lies in another plate; a dict by site name if there are several.
+                plate's data, also where other plates subsample it: an array, or `Masked` values
+                where the model masks them, or `Segments` if it lies in another plate; a dict by
+                site name if there are several.
 
         Raises:
             ValueError: if nothing is observed, or ``read`` returns another number of rows.
