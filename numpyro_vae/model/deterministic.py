@@ -59,7 +59,9 @@ class Derived:
         plates = (plate, *groups)
         axes = {name: _row_axis(sites, name, shapes[name], plates, is_probed) for name in shapes}
         rest = [name for name, axis in axes.items() if axis is None]
-        of_all = tuple(name for name in rest if local & sites.reads.deterministic[name])
+        # Where nothing is read of the local sites they are drawn, if they can be.
+        drawn = not any(site.is_improper for site in sites.local(plate))
+        of_all = tuple(x for x in rest if local & sites.reads.deterministic[x] or not drawn)
         return cls(
             {name: axis for name, axis in axes.items() if axis is not None},
             of_all,

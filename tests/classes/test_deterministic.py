@@ -112,3 +112,18 @@ def test_a_site_that_mixes_the_rows_is_of_all_of_them():
     np.testing.assert_allclose(group["sum"].values[0], np.cumsum(z, 1), atol=1e-3)
     assert group["centered"].dims == ("chain", "draw", "data")
     assert set(posterior.predict(KEY, x, 2)) == {"x", "own"}
+
+
+def improper(x):
+    b = numpyro.sample("b", dist.Normal(0.0, 1.0))
+    with numpyro.plate("data", len(x)):
+        z = numpyro.sample("z", dist.ImproperUniform(constraints.real, (), ()))
+        numpyro.sample("x", dist.Normal(z + b, 0.5), obs=x)
+    numpyro.deterministic("twice", 2 * b)
+
+
+def test_a_value_that_reads_no_local_latent_needs_no_draw_from_their_prior():
+    svi = make_svi(improper, loss=Trace_ELBO())
+    posterior = Posterior(svi.guide, fit(svi, KEY, X, num_epochs=1, progress_bar=False))
+    tree = posterior.to_datatree(KEY, X, 20, groups=["posterior"])
+    np.testing.assert_allclose(tree["posterior"]["twice"], 2 * tree["posterior"]["b"])

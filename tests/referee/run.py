@@ -29,7 +29,7 @@ from subject import Subject, settings
 AT_ONCE = 20  # models in a process, before it is replaced: what is compiled is never freed
 
 # What no posterior of the rows has, or no network; in messages that name it.
-REFUSALS = ("unlike factors", "which subsamples")
+REFUSALS = ("unlike factors", "which subsamples", "draws all latents of a datum jointly")
 
 # By comparison the features that were found to fail, which others that fail most often have too.
 KNOWN: dict[str, list[tuple[str, ...]]] = {}
