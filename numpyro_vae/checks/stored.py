@@ -17,7 +17,6 @@ from numpyro_vae.checks.base import AbstractCheck, NotApplicableError, RowwiseCh
 from numpyro_vae.checks.choose import CHECKS
 from numpyro_vae.checks.report import Report
 from numpyro_vae.inference.datatree import for_tree, require_known_dims, tree_name
-from numpyro_vae.inference.fingerprint import NAME
 from numpyro_vae.inference.make_datatree import coords_of_part
 from numpyro_vae.inference.regions import (
     Regions,
@@ -99,8 +98,7 @@ class StoredChecks:
         subject = self.subject.part(start, stop, size)
         if size == self.subject.rows.num_rows:
             subject = self.subject
-        known = {NAME: ([subject.plate], subject.rows.fingerprint_of_chosen)}
-        dataset = xr.Dataset(coords=known, attrs={"num_data": self.subject.rows.num_rows})
+        dataset = subject.empty()
         for place, check in self._rowwise():
             try:
                 require_applicable(check, self.subject)
