@@ -56,6 +56,25 @@ def identify(runner: Runner, rows: Rows, rng_key: Array, **options: Any) -> Iden
     }
 
 
+def path_of(store: Any) -> Path:
+    """Return the path that ``store=`` means.
+
+    Raises:
+        TypeError: if it is no path.
+        ValueError: if it is the address of something that is not on this machine.
+    """
+    if not isinstance(store, str | os.PathLike):
+        raise TypeError(
+            f"store is of type {type(store).__name__}, expected the path of a folder to be made."
+        )
+    if "://" in os.fspath(store):
+        raise ValueError(
+            f"store is {str(store)!r}, expected the path of a folder on this machine. Write it "
+            "there, and copy it when it is complete."
+        )
+    return Path(store)
+
+
 def rows_of_part(row_bytes: int, num_rows: int, at_least: int = 1) -> int:
     """Return how many rows are computed before they are written, a power of two.
 
@@ -125,10 +144,17 @@ class Regions:
 
         Raises:
             ValueError: if there is another folder, or one of other results, naming what differs.
+            OSError: if nothing can be written there.
         """
         if self.path.exists():
             return self._require_same(_read_attribute(self.path), self.path)["notes"]
-        done, size = self._resume()
+        try:
+            done, size = self._resume()
+        except OSError as error:
+            raise type(error)(
+                f"{self.partial} cannot be written: {error.strerror}. What is computed is kept "
+                "there until it is complete. Pass as store= a path in a folder that you may write."
+            ) from error
         for start in range(done, self.num_rows, size):
             stop = min(start + size, self.num_rows)
             tree = make(start, stop, size)
@@ -143,11 +169,10 @@ class Regions:
     def _resume(self) -> tuple[int, int]:
         """Return how many rows are written, and how many are in a part."""
         known = None
-        if self.partial.exists() and any(self.partial.iterdir()):
-            file = self.partial / MANIFEST
-            known = json.loads(file.read_text("utf-8")) if file.is_file() else None
-            known = self._require_same(known, self.partial)
-        if known is None or not known["rows"]:
+        is_empty = self.partial.is_dir() and not any(self.partial.iterdir())
+        if self.partial.exists() and not is_empty:
+            known = self._require_same(_read_json(self.partial / MANIFEST), self.partial)
+        if known is None or not known["rows"] or not self.folder.exists():
             shutil.rmtree(self.folder, ignore_errors=True)
             self.partial.mkdir(parents=True, exist_ok=True)
             self._record(0, self.part_rows)
@@ -170,9 +195,11 @@ class Regions:
         for name in (*known["identity"], *self.identity):
             before, now = (x.get(name, "not there") for x in (known["identity"], self.identity))
             if before != now:
+                remedy = "Pass what they were written with, or another path."
+                if path == self.partial:
+                    remedy = f"They are not complete: {remedy[:-1]}, or remove them to begin anew."
                 raise ValueError(
-                    f"{path} has other results: {name} was {before}, and now is {now}. Pass what "
-                    "they were written with, or another path."
+                    f"{path} has other results: {name} was {before}, and now is {now}. {remedy}"
                 )
         return known
 
@@ -219,6 +246,14 @@ class Regions:
                 part.to_zarr(
                     self.folder, group=node.path, region=region, mode="r+", consolidated=False
                 )
+
+
+def _read_json(file: Path) -> Any:
+    """Return what a file holds, None if there is none or it holds no JSON."""
+    try:
+        return json.loads(file.read_text("utf-8"))
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return None
 
 
 def read_notes(path: Path) -> Notes | None:
