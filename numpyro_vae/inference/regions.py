@@ -7,7 +7,8 @@ import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,9 +17,15 @@ import numpy as np
 from jaxtyping import Array
 
 from numpyro_vae.data.arguments import require_key
+from numpyro_vae.data.batch import Batch
+from numpyro_vae.data.devices import ONE_DEVICE
+from numpyro_vae.inference import quantities
+from numpyro_vae.inference.functions import draws_of_globals, encoded, of_batch
+from numpyro_vae.inference.predictable import names_of
 from numpyro_vae.inference.rows import Rows
 from numpyro_vae.inference.runner import Runner
-from numpyro_vae.training.identity import digest
+from numpyro_vae.numpyro_internals import HANDLERS
+from numpyro_vae.training.identity import digest, digest_of_program
 
 if TYPE_CHECKING:
     from xarray import Dataset, DataTree
@@ -27,6 +34,7 @@ PART_BYTES = 2**27  # of results that are computed before they are written
 PART_ROWS = 2**17  # at most, however small they are
 CHUNK_BYTES = 2**23  # of a variable in a file
 MANIFEST, RESULTS = "progress.json", "results.zarr"
+DRAWN = ("posterior",)
 ATTRIBUTE = "_NC_NUMPYRO_VAE"  # xarray leaves out attributes with such names
 
 Identity = dict[str, str]
@@ -51,9 +59,37 @@ def identify(runner: Runner, rows: Rows, rng_key: Array, **options: Any) -> Iden
     return {
         "the data": rows.fingerprint_of_all,
         "the guide": type(getattr(runner.guide, "guide", runner.guide)).__name__,
+        "what model and guide compute": _program(runner, rows),
         **{f"the fingerprint of the {name}": digest(value) for name, value in arrays.items()},
         **{name: str(value) for name, value in options.items()},
     }
+
+
+def _program(runner: Runner, rows: Rows) -> str:
+    """Return a fingerprint of what is computed of a row, as parameters do not tell all guides."""
+    guide, batch = runner.guide, rows.whole()
+    batch = replace(batch, layout=replace(batch.layout, devices=ONE_DEVICE))  # whichever they are
+    encode = partial(encoded, guide, runner.static_kwargs)
+    draw = partial(draws_of_globals, guide.sample_globals, runner.static_kwargs, 1)
+    quantity = partial(_quantity(runner, rows), num_samples=1)
+
+    def run(params: dict[str, Any], batch: Batch, rng_key: Array) -> Any:
+        return of_batch(encode, quantity, params, batch, rng_key, draw(params, batch, rng_key))
+
+    with HANDLERS:
+        guide.set_up_globals(runner.params, rows.args, rows.kwargs, rows.held)
+        return digest_of_program(jax.make_jaxpr(run)(runner.params, batch, jax.random.key(0)))
+
+
+def _quantity(runner: Runner, rows: Rows) -> Callable[..., Any]:
+    """Return what takes the most of guide and model to compute."""
+    if rows.is_unobserved:
+        return partial(quantities.imagine, derived=(), **names_of(runner))
+    if not runner.guide.local_sites:
+        return quantities.likelihood
+    if runner.guide.has_density:
+        return quantities.weigh
+    return partial(quantities.draws, groups=DRAWN, derived=())
 
 
 def path_of(store: Any) -> Path:

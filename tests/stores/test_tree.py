@@ -142,6 +142,26 @@ def test_what_is_no_such_store_is_left_alone(posterior, tmp_path):
     assert (tmp_path / "new.partial" / "mine").exists()
 
 
+def test_another_guide_without_parameters_is_refused(tmp_path):
+    def model(x):
+        with numpyro.plate("cells", len(x)):
+            z = numpyro.sample("z", dist.Normal(0.0, 1.0))
+            numpyro.sample("x", dist.Normal(z, 0.5), obs=x)
+
+    def guide(x, shift):
+        with numpyro.plate("cells", len(x)):
+            numpyro.sample("z", dist.Normal(0.8 * x + shift, 0.4))
+
+    x = DATA["y"]
+    one, same, other = (
+        Posterior(partial(guide, shift=shift), {}, model=model) for shift in (0.0, 0.0, 5.0)
+    )
+    one.to_datatree(KEY, x, 6, store=tmp_path / "tree.zarr")
+    same.to_datatree(KEY, x, 6, store=tmp_path / "tree.zarr")
+    with pytest.raises(ValueError, match=r"what model and guide compute was .*, and now is"):
+        other.to_datatree(KEY, x, 6, store=tmp_path / "tree.zarr")
+
+
 def test_where_nothing_can_be_written_is_said_with_a_remedy(posterior, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     (tmp_path / "new.partial").touch()
