@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 from jaxtyping import Array
 
-from numpyro_vae.checks.base import AbstractCheck, NotApplicableError
+from numpyro_vae.checks.base import NotApplicableError, Subject
 from numpyro_vae.checks.choose import Checks, choose_checks
 from numpyro_vae.checks.importance import Importance
 from numpyro_vae.checks.report import Report
+from numpyro_vae.checks.stored import report_of
 from numpyro_vae.guides.global_sites import NoDensityError
 from numpyro_vae.inference.global_weights import weigh_whole
-from numpyro_vae.inference.psis import pareto_khat
+from numpyro_vae.inference.psis import NoWeightsError, pareto_khat
 from numpyro_vae.posterior import Posterior
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ NUM_DRAWS = 1000  # of all latents together
 OF_WHOLE = ("joint_elbo", "joint_diff", "joint_mcse", "joint_khat")
 OF_ROWS = ("elbo", "elbo_diff", "dse", "log_evidence", "fine", "reliable", "bad")
 GAPS = ("gap_amortization", "gap_approximation")
+SAYS_WHY_NOT = (str, NotApplicableError, NoDensityError)
 
 
 class Whole(NamedTuple):
@@ -63,7 +65,7 @@ class Comparison:
             that of the globals check, if it applies.
         wholes: by name what the weights of all latents together say.
         seconds: by name how long it took, compiling included.
-        skipped: by name of a posterior that has not all of the checks, why.
+        skipped: by name of a posterior that has not all of the checks, or no finite weights, why.
     """
 
     reports: dict[str, Report]
@@ -85,12 +87,13 @@ class Comparison:
         how much the best posterior's bound is above, and ``dse`` the standard error of that
         difference over rows, as in `arviz.compare`; ``fine`` is the share of rows whose draws are
         usable as they are, ``reliable`` that of rows with a k-hat below the threshold, and ``bad``
-        that of rows not to be trusted. Gaps are there if that check was run.
+        that of rows not to be trusted. Gaps are there if that check was run. A guide none of whose
+        rows has finite weights has no bounds by row, and no row to be trusted.
         """
         import pandas as pd
 
         elbo = {name: self.reports[name].dataset["elbo"].values for name in self.by_row}
-        best = max(elbo.values(), key=np.nanmean, default=np.zeros(0))
+        best = max(elbo.values(), key=_height, default=np.zeros(0))
         highest = max((whole.elbo for whole in self.wholes.values()), default=np.nan)
         rows = {}
         for name, seconds in self.seconds.items():
@@ -121,18 +124,30 @@ def _of_whole(whole: Whole, highest: float) -> dict[str, float]:
 
 def _of_rows(report: Report, behind: np.ndarray) -> dict[str, float]:
     dataset, verdict = report.dataset, report.verdict
-    behind = behind[np.isfinite(behind)]
+    number, mean = np.isfinite(behind).sum(), _mean(behind)
     found = {
-        "elbo": np.nanmean(dataset["elbo"].values),
-        "elbo_diff": behind.mean(),
-        "dse": behind.std() / np.sqrt(max(len(behind), 1)),
-        "log_evidence": np.nanmean(dataset["log_evidence"].values),
+        "elbo": _mean(dataset["elbo"].values),
+        "elbo_diff": mean,
+        "dse": _mean((behind - mean) ** 2) ** 0.5 / max(number, 1) ** 0.5,
+        "log_evidence": _mean(dataset["log_evidence"].values),
         "fine": np.mean(verdict == 0),
         "reliable": np.mean(verdict <= 1),
         "bad": np.mean(verdict == 3),
     }
-    gaps = {gap: np.nanmean(dataset[gap].values) for gap in GAPS if gap in dataset}
+    gaps = {gap: _mean(dataset[gap].values) for gap in GAPS if gap in dataset}
     return {name: float(value) for name, value in (found | gaps).items()}
+
+
+def _mean(values: np.ndarray) -> float:
+    """Return the mean of the values that are finite, NaN if none is."""
+    finite = values[np.isfinite(values)]
+    return float(finite.mean()) if finite.size else np.nan
+
+
+def _height(values: np.ndarray) -> float:
+    """Return the mean of the values that are finite, by which the highest are found."""
+    mean = _mean(values)
+    return -np.inf if np.isnan(mean) else mean
 
 
 def compare(
@@ -147,7 +162,8 @@ def compare(
 
     The guides may be of any kind, and of different models of the same data; bounds are of the same
     quantity only if the models observe the same. Where rows have no posteriors of their own, as of
-    ``AutoMultivariateNormal``, what is said is said of the whole.
+    ``AutoMultivariateNormal``, what is said is said of the whole. A guide that cannot be checked
+    does not end the comparison: `Comparison.skipped` says why, and the others stay.
 
     Args:
         posteriors: each `Posterior` by the name that it is to have.
@@ -159,7 +175,8 @@ def compare(
         progress_bar: whether to show one for each.
 
     Raises:
-        ValueError: if there is no posterior, or the importance check is not among the checks.
+        ValueError: if there is no posterior, or the importance check is not among the checks; or
+            why the first posterior cannot be checked, if none can.
         TypeError: if an entry is no posterior.
 
     Example:
@@ -192,17 +209,23 @@ def compare(
             raise TypeError(f"posteriors[{name!r}] is of type {found}, expected a Posterior.")
         start = time.perf_counter()
         check = partial(posterior.check, rng_key, data, progress_bar=progress_bar)
-        reports[name], of_rows = _first_that_applies(check, (checks, importance, "globals"))
+        reports[name], of_rows = _checked(check, checks, importance)
+        if reports[name] is None and isinstance(of_rows, NoWeightsError):
+            reports[name] = _without_weights(posterior, rng_key, data, importance)
+            of_rows = f"No row is to be trusted, as none has finite weights. {of_rows}"
         wholes[name], of_whole = _weighed(posterior, rng_key, data)
         seconds[name] = time.perf_counter() - start
         skipped[name] = of_rows or posterior.guide.no_density or of_whole
     reports, wholes = _without_none(reports), _without_none(wholes)
     known = {name: seconds[name] for name in seconds if name in {*reports, *wholes}}
-    skipped = {name: reason for name, reason in skipped.items() if reason}
-    return Comparison(reports, wholes, known, skipped)
+    skipped = _without_none(skipped)
+    wrong = [reason for reason in skipped.values() if not isinstance(reason, SAYS_WHY_NOT)]
+    if wrong and not known:
+        raise wrong[0]
+    return Comparison(reports, wholes, known, {name: str(x) for name, x in skipped.items()})
 
 
-def _importance(checks: Checks) -> AbstractCheck:
+def _importance(checks: Checks) -> Importance:
     """Return the importance check among some.
 
     Raises:
@@ -214,29 +237,45 @@ def _importance(checks: Checks) -> AbstractCheck:
             f"The checks are {list(chosen)}, without 'importance', by which guides are compared. "
             "Add it to them."
         )
-    return chosen[Importance.name]
+    return cast("Importance", chosen[Importance.name])
 
 
-def _first_that_applies(
-    check: Callable[[Checks], Report], attempts: Iterable[Checks]
-) -> tuple[Report | None, str]:
-    """Return the report of the first checks that apply, and why the first of all do not."""
-    reasons: list[str] = []
-    for checks in attempts:
+def _checked(
+    check: Callable[[Checks], Report], checks: Checks, importance: Importance
+) -> tuple[Report | None, ValueError | None]:
+    """Return the report of the first checks that can be run, and why others cannot."""
+    reasons: list[ValueError] = []
+    for attempt in (checks, importance, "globals"):
         try:
-            return check(checks), reasons[0] if reasons else ""
-        except NotApplicableError as reason:
-            reasons.append(str(reason))
-    return None, reasons[0]
+            return check(attempt), reasons[0] if reasons else None
+        except ValueError as reason:
+            reasons.append(reason)
+            if attempt is importance and isinstance(reason, NoWeightsError):
+                break
+    return None, reasons[1]  # of the importance check
 
 
-def _weighed(posterior: Posterior, rng_key: Array, data: Any) -> tuple[Whole | None, str]:
+def _without_weights(
+    posterior: Posterior, rng_key: Array, data: Any, importance: Importance
+) -> Report:
+    """Return the report of rows none of which has finite weights: none is to be trusted."""
+    runner = posterior._runner
+    subject = Subject(runner, runner.read(data), rng_key)
+    found = importance.of_rows(subject)
+    dataset = subject.empty().assign(found.variables).assign_attrs(found.attrs)
+    return report_of(dataset, (importance,), {})
+
+
+def _weighed(
+    posterior: Posterior, rng_key: Array, data: Any
+) -> tuple[Whole | None, ValueError | None]:
     """Return what the weights of all latents together say; if there are none, why."""
-    rows = posterior._runner.read(data)
     try:
-        return Whole.of(weigh_whole(posterior._runner, rows, rng_key, NUM_DRAWS), rows.num_rows), ""
-    except NoDensityError as reason:
-        return None, str(reason)
+        rows = posterior._runner.read(data)
+        weights = weigh_whole(posterior._runner, rows, rng_key, NUM_DRAWS)
+    except ValueError as reason:
+        return None, reason
+    return Whole.of(weights, rows.num_rows), None
 
 
 def _without_none(found: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import optax
 import pytest
 from flax import nnx
 from numpyro import handlers
+from numpyro.distributions import kl_divergence
 from numpyro.infer import SVI, Trace_ELBO
 from numpyro.infer.util import log_density
 
@@ -25,6 +26,7 @@ from numpyro_vae import (
     fit,
 )
 from numpyro_vae.data.nested import Nested
+from numpyro_vae.inference.divergences import row_divergences
 
 GROUPS = np.array([4, 2, 3])
 ROWS = np.array([[6, 1, 2, 3], [5, 4, 0, 0], [2, 2, 6, 6]])
@@ -345,3 +347,52 @@ def test_sizes_that_were_never_seen_are_refused(data, tmp_path):
             found.check(jax.random.key(0), few, "importance")
     with pytest.raises(ValueError, match=r"with 8 rows of plate 'row'.* with 1 to 6"):
         posterior.encode(padded(data, 0.0, more=2) | {"sizes": {"group": GROUPS}})
+
+
+@pytest.mark.slow
+def test_divergences_of_latents_of_groups_are_numpyros(trained, data):
+    """In closed form, or of a draw, of each data set by itself with the model of one."""
+    guide, params = trained
+    arguments, values = data | {"sizes": SIZES}, latents_of(data_sets(groups), **data)
+    encoding = guide.encode(params, **arguments)
+    packed = encoding.pack(values)
+    with handlers.seed(rng_seed=0), handlers.substitute(data=values), handlers.trace() as trace:
+        guide.model(**arguments)
+    found = row_divergences(encoding, packed, trace)
+    loc, scale = (
+        {s.name: x for s, x in encoding.unpack(encoding.marginal(part, packed))}
+        for part in (lambda fn: fn.mean, lambda fn: fn.variance**0.5)
+    )
+    for i, count in enumerate(GROUPS):
+        own = {name: value[i] for name, value in values.items()}
+        with handlers.seed(rng_seed=0), handlers.substitute(data=own), handlers.trace() as one:
+            groups(data["y"][i], data["x"][i])
+        q = {name: dist.Normal(loc[name][i], scale[name][i]) for name in own}
+        expected = {name: kl_divergence(q[name], one[name]["fn"]) for name in ("mu", "theta")}
+        width = jnp.log(own["width"])
+        expected["width"] = q["width"].log_prob(width) - dist.Normal(0.0, 0.2).log_prob(width)
+        for name, value in expected.items():
+            value = (
+                jnp.where(jnp.arange(4)[:, None] < count, value, jnp.nan) if value.ndim else value
+            )
+            np.testing.assert_allclose(found[name][i], value, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.slow
+def test_collapse_counts_the_latents_of_groups(trained, data):
+    posterior, key = Posterior(*trained), jax.random.key(0)
+    report = posterior.check(key, padded(data, 0.0), "collapse", progress_bar=False)
+    sizes = {name: size for name, (_, size) in report.collapsed().items()}
+    assert sizes == {"mu": 1, "tau": 1, "theta": 4, "width": 4}
+    assert "of 4 dimensions of site 'theta'" in str(report)
+    tree = report.add_to(posterior.to_datatree(key, padded(data, 0.0), num_samples=2))
+    for name in ("theta", "width"):
+        drawn, found = tree["posterior"][name], tree["checks"][f"kl_{name}"]
+        assert found.dims == drawn.dims[2:]
+        assert found.shape == drawn.shape[2:]
+        there = np.arange(4) < GROUPS[:, None]
+        np.testing.assert_array_equal(np.isfinite(found.values[..., 0]), there)
+    assert np.isnan(report.dataset["mutual_information"])  # of data sets of several sizes
+    other = posterior.check(key, padded(data, 9.0), "collapse", progress_bar=False)
+    for name, value in report.dataset.items():
+        np.testing.assert_allclose(other.dataset[name], value, rtol=1e-3, atol=1e-4)

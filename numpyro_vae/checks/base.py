@@ -27,6 +27,7 @@ import numpy as np
 import xarray as xr
 from jaxtyping import Array
 
+from numpyro_vae.inference.fingerprint import NAME
 from numpyro_vae.inference.rows import Rows
 from numpyro_vae.inference.runner import Runner
 from numpyro_vae.model.redraw import explain_undrawn, undrawn
@@ -165,6 +166,11 @@ class Subject:
     def plate(self) -> str:
         """The local plate's name, the dimension of variables with a value for each row."""
         return self.runner.guide.plate.name
+
+    def empty(self) -> xr.Dataset:
+        """Return a dataset without variables, with the rows' fingerprints and their number."""
+        known = {NAME: ([self.plate], self.rows.fingerprint_of_chosen)}
+        return xr.Dataset(coords=known, attrs={"num_data": self.rows.num_rows})
 
     def require_amortized(self) -> None:
         """Raise NotApplicableError if the guide is of its training rows alone."""

@@ -147,24 +147,36 @@ def _run(subject: Subject, quantity: Any) -> Any:
 
 def _variances(subject: Subject) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Return by site the variance of the rows' means, and the mean of their variances."""
-    first, sums, number = {}, {}, subject.rows.num_chosen
+    first, sums = {}, {}
     for rows in subject.rows.parts(SLICE):
         for name, (means, variances) in _run(replace(subject, rows=rows), _moments).items():
-            shift = first.setdefault(name, means.mean(0, dtype=float))
-            off = means - shift
-            added = off.sum(0), (off**2).sum(0), variances.sum(0, dtype=float)
-            sums[name] = [x + y for x, y in zip(sums.get(name, (0, 0, 0)), added, strict=True)]
-    return {
-        name: (np.asarray(squares / number - (total / number) ** 2), np.asarray(within / number))
-        for name, (total, squares, within) in sums.items()
-    }
+            there = np.isfinite(means)
+            number = there.sum(0)
+            total = np.where(there, means, 0).sum(0, dtype=float)
+            off = np.where(there, means - first.setdefault(name, total / np.maximum(number, 1)), 0)
+            within = np.where(there, variances, 0).sum(0, dtype=float)
+            added = number, off.sum(0), (off**2).sum(0), within
+            sums[name] = [x + y for x, y in zip(sums.get(name, (0, 0, 0, 0)), added, strict=True)]
+    with np.errstate(invalid="ignore"):  # of values that the model masks in every row
+        return {
+            name: (
+                np.asarray(squares / number - (total / number) ** 2),
+                np.asarray(within / number),
+            )
+            for name, (number, total, squares, within) in sums.items()
+        }
 
 
 def _moments(batch: EncodedBatch, rng_key: Array, globals_: dict, *, num_samples: int) -> dict:
-    """Return by site the means and variances of its unconstrained values, rows in front."""
+    """Return by site the means and variances of its unconstrained values, rows in front.
+
+    They are NaN where the model masks the value.
+    """
     packed = batch.draw(rng_key, num_samples, globals_)
-    plate = batch.encoding.run.plate
-    moments = [batch.encoding.unpack(x) for x in (packed.mean(0), packed.var(0))]
+    plate, mask = batch.encoding.run.plate, batch.encoding.mask
+    found = packed.mean(0), packed.var(0)
+    found = found if mask is None else [jnp.where(mask, x, jnp.nan) for x in found]
+    moments = [batch.encoding.unpack(x) for x in found]
     return {
         site.name: tuple(jnp.moveaxis(x, site.axis(plate), 0) for x in (mean, variance))
         for (site, mean), (_, variance) in zip(*moments, strict=True)
@@ -182,7 +194,10 @@ def _mutual_information(subject: Subject) -> float:
 
 
 def _log_density_ratios(batch: EncodedBatch, rng_key: Array, globals_: dict) -> Array:
-    """Return log q(z|x) minus the log density of the aggregate posterior, at a draw of each row."""
+    """Return log q(z|x) minus the log density of the aggregate posterior, at a draw of each row.
+
+    They are NaN if rows have different latents, as the model masks others in some of them.
+    """
     encoding = batch.encoding.condition(globals_)
     draws = batch.draw(rng_key, 1, globals_)[0]
 
@@ -190,4 +205,7 @@ def _log_density_ratios(batch: EncodedBatch, rng_key: Array, globals_: dict) -> 
         return encoding.log_prob(jnp.broadcast_to(draw, (1, *draws.shape)))[0]
 
     by_guide = jax.lax.map(one, draws, batch_size=32)  # draws, guides
-    return jnp.diagonal(by_guide) - logsumexp(by_guide, axis=1) + jnp.log(len(draws))
+    ratios = jnp.diagonal(by_guide) - logsumexp(by_guide, axis=1) + jnp.log(len(draws))
+    if encoding.mask is None:
+        return ratios
+    return jnp.where((encoding.mask == encoding.mask[0]).all(), ratios, jnp.nan)

@@ -181,6 +181,8 @@ class Report:
         for name in ("elbo", "log_evidence"):
             values = self.dataset[name].values
             there = np.isfinite(values)
+            if not there.any():
+                continue
             values = values[there]
             error = values.std(ddof=1) / np.sqrt(values.size) if values.size > 1 else np.nan
             errors = self.dataset[f"{name}_mcse"].values[there]

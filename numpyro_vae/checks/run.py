@@ -21,7 +21,6 @@ from numpyro_vae.checks.stored import (
     with_coords,
 )
 from numpyro_vae.inference.datatree import require_known_dims
-from numpyro_vae.inference.fingerprint import NAME
 from numpyro_vae.inference.labels import require_length, with_row_labels
 from numpyro_vae.inference.runner import Runner
 
@@ -70,9 +69,7 @@ def _compute(
     Raises:
         NotApplicableError: if a check does not apply and was ``named``, or none applies.
     """
-    known = {NAME: ([subject.plate], subject.rows.fingerprint)}
-    dataset = xr.Dataset(coords=known, attrs={"num_data": subject.rows.num_rows})
-    done, skipped = [], {}
+    dataset, done, skipped = subject.empty(), [], {}
     with tqdm(chosen.items(), disable=not progress_bar, unit="check") as bar:
         for place, check in bar:
             bar.set_description(f"check: {check.name}")

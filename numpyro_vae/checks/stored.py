@@ -17,11 +17,11 @@ from numpyro_vae.checks.base import AbstractCheck, NotApplicableError, RowwiseCh
 from numpyro_vae.checks.choose import CHECKS
 from numpyro_vae.checks.report import Report
 from numpyro_vae.inference.datatree import for_tree, require_known_dims, tree_name
-from numpyro_vae.inference.fingerprint import NAME
 from numpyro_vae.inference.make_datatree import coords_of_part
 from numpyro_vae.inference.regions import (
     Regions,
     identify,
+    path_of,
     read_notes,
     rows_of_part,
 )
@@ -72,7 +72,8 @@ class StoredChecks:
         rows, plate = self.subject.rows, self.subject.plate
         whole = rows.data.is_whole or not any(self._rowwise())
         size = rows.num_rows if whole else rows_of_part(ROW_BYTES, rows.num_rows)
-        regions = Regions(Path(store), self._identity(), tree_name(plate), rows.num_rows, size)
+        path = path_of(store)
+        regions = Regions(path, self._identity(), tree_name(plate), rows.num_rows, size)
         with tqdm(total=rows.num_rows, disable=not self.progress_bar, unit="row") as bar:
 
             def make(start: int, stop: int, size: int) -> DataTree:
@@ -81,7 +82,7 @@ class StoredChecks:
 
             notes = regions.write(make, self._finish)
         done = [check for check in self.chosen.values() if check.name in notes["done"]]
-        return open_dataset(Path(store)), done, dict(notes["skipped"])
+        return open_dataset(path), done, dict(notes["skipped"])
 
     def _identity(self) -> dict[str, str]:
         checks = {f"the check {check.name}": _described(check) for check in self.chosen.values()}
@@ -99,8 +100,7 @@ class StoredChecks:
         subject = self.subject.part(start, stop, size)
         if size == self.subject.rows.num_rows:
             subject = self.subject
-        known = {NAME: ([subject.plate], subject.rows.fingerprint_of_chosen)}
-        dataset = xr.Dataset(coords=known, attrs={"num_data": self.subject.rows.num_rows})
+        dataset = subject.empty()
         for place, check in self._rowwise():
             try:
                 require_applicable(check, self.subject)

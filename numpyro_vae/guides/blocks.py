@@ -143,9 +143,12 @@ class Block(nnx.Module):
         """
         if mask is None:
             return self.head.distribution(raw).to_event(len(self.steps))
-        fn = self.head.part(raw, self.by_step(mask))
+        kept = self.by_step(mask)
+        lead = jnp.broadcast_shapes(kept.shape[:-1], jax.tree.leaves(raw)[0].shape[:-1])
+        kept = jnp.broadcast_to(kept, (*lead, kept.shape[-1]))  # a head reads values of each draw
+        fn = self.head.part(raw, kept)
         if fn is None and self.num_values == math.prod(self.steps):  # one value in each step
-            fn = self.head.distribution(raw).mask(self.by_step(mask)[..., 0])
+            fn = self.head.distribution(raw).mask(kept[..., 0])
         if fn is None:
             names = [site.name for site in self.sites]
             raise ValueError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from numpyro.distributions.util import sum_rightmost
 
 from numpyro_vae.guides.abstract import AbstractEncoding
 from numpyro_vae.model.sites import Site
-from numpyro_vae.model.stacked import peeled
+from numpyro_vae.model.stacked import Stacked, peeled
 from numpyro_vae.model.trace import is_real, mask_of
 from numpyro_vae.scales.log_scale_normal import LogScaleNormal
 
@@ -24,8 +25,9 @@ def row_divergences(
 
     Guide and prior are taken as they are given the other latents of the draw. Where the guide's
     marginals are Normals and the prior is a product of a form whose divergence is known, that
-    divergence is used; elsewhere the estimate is ``log q - log p`` of the draw, for the site as a
-    whole, or for all sites that a family without known marginals serves together.
+    divergence is used; elsewhere the estimate is ``log q - log p`` of the draw, by dimension if the
+    prior is a product, else for the site as a whole, or for all sites that a family without known
+    marginals serves together.
 
     Args:
         encoding: what the guide says of the batch.
@@ -59,7 +61,7 @@ def _of_site(
     site: Site, q: LogScaleNormal, draw: Array, trace: dict[str, Any], encoding: AbstractEncoding
 ) -> Float[Array, "batch ..."]:
     prior, axis = trace[site.name]["fn"], site.axis(encoding.run.plate)
-    found = _by_dimension(q, prior)
+    found = _by_dimension(q, draw, prior)
     if found is None:
         log_q = q.log_prob(draw)
         mask = mask_of(prior)
@@ -91,17 +93,35 @@ def _spread(mask: Array, like: Array) -> Array:
     return mask.reshape(mask.shape + (1,) * (like.ndim - mask.ndim))
 
 
-def _by_dimension(q: LogScaleNormal, prior: Any) -> Array | None:
-    """Return the elementwise KL divergence, or None if the prior is no product of known form."""
-    if not is_real(prior.support):
-        return None
+def _by_dimension(q: LogScaleNormal, draw: Array, prior: Any) -> Array | None:
+    """Return the divergence of each value, NaN of a masked one; None if the prior is no product."""
     mask = mask_of(prior)
+    if isinstance(prior, Stacked):
+        found = prior.over_sets(_of_set, (q.loc, q.log_scale, draw))
+    else:
+        found = _of_values(q, draw, prior)
+    if found is None or mask is None:
+        return found
+    return jnp.where(_spread(mask, found), found, jnp.nan)
+
+
+def _of_set(prior: Any, given: tuple[Array, Array, Array]) -> Array | None:
+    """Return what `_by_dimension` does of one data set, from loc, log-scale and draw."""
+    loc, log_scale, draw = given
+    return _by_dimension(LogScaleNormal(loc, log_scale), draw, prior)
+
+
+def _of_values(q: LogScaleNormal, draw: Array, prior: Any) -> Array | None:
+    """Return the divergence of each value, in closed form or of the draw; None of no product."""
+    support = peeled(prior.support)[0]
     while isinstance(prior, dist.Independent | dist.ExpandedDistribution | dist.MaskedDistribution):
         prior = prior.base_dist
-    if prior.event_dim:
+    if prior.event_dim or support.event_dim:
         return None
-    try:
-        found = jnp.broadcast_to(kl_divergence(q, prior), q.batch_shape)
-    except NotImplementedError:
-        return None
-    return found if mask is None else jnp.where(_spread(mask, found), found, jnp.nan)
+    if is_real(support):
+        with suppress(NotImplementedError):
+            return jnp.broadcast_to(kl_divergence(q, prior), q.batch_shape)
+    transform = biject_to(support)
+    value = transform(draw)
+    log_p = prior.log_prob(value) + transform.log_abs_det_jacobian(draw, value)
+    return q.log_prob(draw) - log_p

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
@@ -21,7 +20,13 @@ from numpyro_vae.inference.datatree import (
 )
 from numpyro_vae.inference.gathering import Gathering, Groups
 from numpyro_vae.inference.labels import require_length, with_labels
-from numpyro_vae.inference.regions import Identity, Regions, identify, rows_of_part
+from numpyro_vae.inference.regions import (
+    Identity,
+    Regions,
+    identify,
+    path_of,
+    rows_of_part,
+)
 from numpyro_vae.inference.runner import Runner
 from numpyro_vae.training.identity import digest
 
@@ -118,7 +123,7 @@ def write_datatree(
         complete = gathering.complete(found, with_all=not start)
         return _tree(gathering, found, complete, coords_of_part(coords, plate, start, stop))
 
-    path = Path(store)
+    path = path_of(store)
     identity = _identity(gathering, coords)
     Regions(path, identity, tree_name(plate), rows.num_rows, size).write(make)
     return xr.open_datatree(path, engine="zarr")

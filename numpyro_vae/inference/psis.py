@@ -17,6 +17,10 @@ PRIOR = 10  # draws that the prior of a k-hat, about a half, counts for
 BLOCK = 128  # rows whose tails are fitted at once
 
 
+class NoWeightsError(ValueError):
+    """No row has importance weights that are finite."""
+
+
 def khat_threshold(num_samples: int) -> float:
     r"""Return the k-hat below which an importance estimate from so many draws is reliable.
 
@@ -95,18 +99,21 @@ def require_finite(num_bad: np.ndarray, highest: np.ndarray, numbers: np.ndarray
         num_bad: how many are not, by row.
         highest: the highest of each row.
         numbers: those of the rows.
+
+    Raises:
+        NoWeightsError: if a row has, saying what is wrong with them.
     """
     rows = numbers[num_bad > 0]
     if not rows.size:
         return
     nowhere = numbers[highest == -np.inf]
     if nowhere.size:
-        raise ValueError(
+        raise NoWeightsError(
             f"{len(nowhere)} rows have zero importance weight everywhere, the first is row "
             f"{nowhere[0]}: the model gives none of its draws any density. Is that row's data "
             "possible under the model?"
         )
-    raise ValueError(
+    raise NoWeightsError(
         f"{len(rows)} rows have log weights that are not finite, the first is row {rows[0]}: "
         "the model or the guide gives a draw there no density. Look at that row's data."
     )

@@ -7,7 +7,8 @@ import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,9 +17,15 @@ import numpy as np
 from jaxtyping import Array
 
 from numpyro_vae.data.arguments import require_key
+from numpyro_vae.data.batch import Batch
+from numpyro_vae.data.devices import ONE_DEVICE
+from numpyro_vae.inference import quantities
+from numpyro_vae.inference.functions import draws_of_globals, encoded, of_batch
+from numpyro_vae.inference.predictable import names_of
 from numpyro_vae.inference.rows import Rows
 from numpyro_vae.inference.runner import Runner
-from numpyro_vae.training.identity import digest
+from numpyro_vae.numpyro_internals import HANDLERS
+from numpyro_vae.training.identity import digest, digest_of_program
 
 if TYPE_CHECKING:
     from xarray import Dataset, DataTree
@@ -27,6 +34,7 @@ PART_BYTES = 2**27  # of results that are computed before they are written
 PART_ROWS = 2**17  # at most, however small they are
 CHUNK_BYTES = 2**23  # of a variable in a file
 MANIFEST, RESULTS = "progress.json", "results.zarr"
+DRAWN = ("posterior",)
 ATTRIBUTE = "_NC_NUMPYRO_VAE"  # xarray leaves out attributes with such names
 
 Identity = dict[str, str]
@@ -51,9 +59,56 @@ def identify(runner: Runner, rows: Rows, rng_key: Array, **options: Any) -> Iden
     return {
         "the data": rows.fingerprint_of_all,
         "the guide": type(getattr(runner.guide, "guide", runner.guide)).__name__,
+        "what model and guide compute": _program(runner, rows),
         **{f"the fingerprint of the {name}": digest(value) for name, value in arrays.items()},
         **{name: str(value) for name, value in options.items()},
     }
+
+
+def _program(runner: Runner, rows: Rows) -> str:
+    """Return a fingerprint of what is computed of a row, as parameters do not tell all guides."""
+    guide, batch = runner.guide, rows.whole()
+    batch = replace(batch, layout=replace(batch.layout, devices=ONE_DEVICE))  # whichever they are
+    encode = partial(encoded, guide, runner.static_kwargs)
+    draw = partial(draws_of_globals, guide.sample_globals, runner.static_kwargs, 1)
+    quantity = partial(_quantity(runner, rows), num_samples=1)
+
+    def run(params: dict[str, Any], batch: Batch, rng_key: Array) -> Any:
+        return of_batch(encode, quantity, params, batch, rng_key, draw(params, batch, rng_key))
+
+    with HANDLERS:
+        guide.set_up_globals(runner.params, rows.args, rows.kwargs, rows.held)
+        return digest_of_program(jax.make_jaxpr(run)(runner.params, batch, jax.random.key(0)))
+
+
+def _quantity(runner: Runner, rows: Rows) -> Callable[..., Any]:
+    """Return what takes the most of guide and model to compute."""
+    if rows.is_unobserved:
+        return partial(quantities.imagine, derived=(), **names_of(runner))
+    if not runner.guide.local_sites:
+        return quantities.likelihood
+    if runner.guide.has_density:
+        return quantities.weigh
+    return partial(quantities.draws, groups=DRAWN, derived=())
+
+
+def path_of(store: Any) -> Path:
+    """Return the path that ``store=`` means.
+
+    Raises:
+        TypeError: if it is no path.
+        ValueError: if it is the address of something that is not on this machine.
+    """
+    if not isinstance(store, str | os.PathLike):
+        raise TypeError(
+            f"store is of type {type(store).__name__}, expected the path of a folder to be made."
+        )
+    if "://" in os.fspath(store):
+        raise ValueError(
+            f"store is {str(store)!r}, expected the path of a folder on this machine. Write it "
+            "there, and copy it when it is complete."
+        )
+    return Path(store)
 
 
 def rows_of_part(row_bytes: int, num_rows: int, at_least: int = 1) -> int:
@@ -125,10 +180,17 @@ class Regions:
 
         Raises:
             ValueError: if there is another folder, or one of other results, naming what differs.
+            OSError: if nothing can be written there.
         """
         if self.path.exists():
             return self._require_same(_read_attribute(self.path), self.path)["notes"]
-        done, size = self._resume()
+        try:
+            done, size = self._resume()
+        except OSError as error:
+            raise type(error)(
+                f"{self.partial} cannot be written: {error.strerror}. What is computed is kept "
+                "there until it is complete. Pass as store= a path in a folder that you may write."
+            ) from error
         for start in range(done, self.num_rows, size):
             stop = min(start + size, self.num_rows)
             tree = make(start, stop, size)
@@ -143,11 +205,10 @@ class Regions:
     def _resume(self) -> tuple[int, int]:
         """Return how many rows are written, and how many are in a part."""
         known = None
-        if self.partial.exists() and any(self.partial.iterdir()):
-            file = self.partial / MANIFEST
-            known = json.loads(file.read_text("utf-8")) if file.is_file() else None
-            known = self._require_same(known, self.partial)
-        if known is None or not known["rows"]:
+        is_empty = self.partial.is_dir() and not any(self.partial.iterdir())
+        if self.partial.exists() and not is_empty:
+            known = self._require_same(_read_json(self.partial / MANIFEST), self.partial)
+        if known is None or not known["rows"] or not self.folder.exists():
             shutil.rmtree(self.folder, ignore_errors=True)
             self.partial.mkdir(parents=True, exist_ok=True)
             self._record(0, self.part_rows)
@@ -170,9 +231,11 @@ class Regions:
         for name in (*known["identity"], *self.identity):
             before, now = (x.get(name, "not there") for x in (known["identity"], self.identity))
             if before != now:
+                remedy = "Pass what they were written with, or another path."
+                if path == self.partial:
+                    remedy = f"They are not complete: {remedy[:-1]}, or remove them to begin anew."
                 raise ValueError(
-                    f"{path} has other results: {name} was {before}, and now is {now}. Pass what "
-                    "they were written with, or another path."
+                    f"{path} has other results: {name} was {before}, and now is {now}. {remedy}"
                 )
         return known
 
@@ -219,6 +282,14 @@ class Regions:
                 part.to_zarr(
                     self.folder, group=node.path, region=region, mode="r+", consolidated=False
                 )
+
+
+def _read_json(file: Path) -> Any:
+    """Return what a file holds, None if there is none or it holds no JSON."""
+    try:
+        return json.loads(file.read_text("utf-8"))
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return None
 
 
 def read_notes(path: Path) -> Notes | None:

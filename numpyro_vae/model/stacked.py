@@ -56,30 +56,34 @@ class Stacked(dist.Distribution):
     def sample(self, key: Any, sample_shape: tuple[int, ...] = ()) -> Array:
         """Draw for each data set, from a key of its own."""
         keys, axis = jax.random.split(key, self.batch_shape[0]), len(sample_shape)
-        return _over_sets(
-            lambda fn, key: fn.sample(key, sample_shape), self, keys, axis=0, out_axis=axis
-        )
+        return self.over_sets(lambda fn, key: fn.sample(key, sample_shape), keys, out_axis=axis)
 
     def log_prob(self, value: Any, intermediates: Any = None) -> Array:
         """Return the log-density of each data set's values."""
         del intermediates  # which are for one value, and none are kept
         axis = jnp.ndim(value) - self.event_dim - 1
-        return _over_sets(
-            lambda fn, x: _sum_last(fn.log_prob(x), self.inner_ndim), self, value, axis, out_axis=-1
+        return self.over_sets(
+            lambda fn, x: _sum_last(fn.log_prob(x), self.inner_ndim), value, axis, out_axis=-1
         )
 
+    def over_sets(
+        self, fn: Callable[..., Any], given: Any, axis: int = 0, out_axis: int = 0
+    ) -> Any:
+        """Apply a function of a data set's distribution and something else of it to all of them.
 
-def _over_sets(
-    fn: Callable[..., Array], stacked: Stacked, x: Any, axis: int, out_axis: int
-) -> Array:
-    """Apply a function of a data set's distribution and something else of it to all of them."""
-    leaves, treedef = jax.tree.flatten(stacked.base_dist)
-    return jax.vmap(
-        lambda leaves, x: fn(jax.tree.unflatten(treedef, leaves), x),
-        in_axes=(list(stacked.axes), axis),
-        out_axes=out_axis,
-        axis_size=stacked.batch_shape[0],
-    )(leaves, x)
+        Args:
+            fn: the function; what it returns is a pytree of arrays.
+            given: a pytree of arrays, each with an axis of data sets.
+            axis: which one.
+            out_axis: the axis of data sets in what is returned.
+        """
+        leaves, treedef = jax.tree.flatten(self.base_dist)
+        return jax.vmap(
+            lambda leaves, given: fn(jax.tree.unflatten(treedef, leaves), given),
+            in_axes=(list(self.axes), axis),
+            out_axes=out_axis,
+            axis_size=self.batch_shape[0],
+        )(leaves, given)
 
 
 def _sum_last(x: Array, count: int) -> Array:

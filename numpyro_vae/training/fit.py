@@ -299,8 +299,6 @@ def _source(
                 "Simulations(like=) takes data in memory, not on disk or an iterable of batches. "
                 "Pass some of the rows, as an array."
             )
-        if devices.num_hosts > 1:
-            _require_one(devices, "simulations are drawn by one process")
         like = _source(trainer, data.like, batch_size, num_data, batch_axes, plate, devices)
         return SimulationSource(trainer, like, data)
     if is_in_memory(data):

@@ -61,7 +61,7 @@ def identify(
         **{name: repr(value) for name, value in known.items()},
         **{f"the fingerprint of {name}": value for name, value in fingerprints.items()},
         "the form of the optimizer's state": digest(form),
-        STEP: _digest_of_step(trainer.jaxpr_of_step(*map(_shapes, (state, like)))),
+        STEP: digest_of_program(trainer.jaxpr_of_step(*map(_shapes, (state, like)))),
     }
 
 
@@ -97,8 +97,8 @@ def _of_hosts(devices: Devices, fingerprint: str) -> str:
     return digest(devices.gather(np.frombuffer(bytes.fromhex(fingerprint), np.uint8)))
 
 
-def _digest_of_step(jaxpr: ClosedJaxpr) -> str:
-    """Return a fingerprint of the operations of a step and of the constants in them.
+def digest_of_program(jaxpr: ClosedJaxpr) -> str:
+    """Return a fingerprint of the operations of a program and of the constants in them.
 
     They are taken in any order, as Python's sets give them another one in each process.
     """

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 from numpyro.infer import SVI
 
@@ -22,15 +23,23 @@ class Simulation:
 
     Attributes:
         places: by observed site the numbers of the arrays among the arguments that hold it.
-        num_real: how many rows of a batch, the first ones, stay the data they are.
+        num_real: how many rows of each part of a batch, the first ones, stay the data they are.
         to_data: from simulated values by observed site to data; None to put them into ``places``.
         plates: those that hold the observations of the local plate's data, itself the first.
+        num_parts: how many parts of consecutive rows a batch has, one of each host.
     """
 
     places: tuple[tuple[str, tuple[int, ...]], ...]
     num_real: int
     to_data: Callable[[dict], Any] | None
     plates: tuple[str, ...]
+    num_parts: int = 1
+
+    def drawn(self, num_rows: int) -> np.ndarray | slice:
+        """Return which of the rows of a batch are simulated."""
+        if not self.num_real:
+            return slice(None)
+        return np.arange(num_rows).reshape(self.num_parts, -1)[:, self.num_real :].ravel()
 
 
 def draw_batch(
@@ -83,7 +92,7 @@ def _replaced(
         new = dict(enumerate(leaf for leaf in leaves if is_array(leaf)))
     else:
         new = {number: made[name] for name, numbers in plan.places for number in numbers}
-    drawn = slice(plan.num_real, None)
+    drawn = plan.drawn(len(batch.indices))
     places = jnp.arange(len(batch.indices)) if batch.cuts else batch.indices
     found = list(arrays)
     for number, value in new.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -39,12 +40,13 @@ class Simulations:
     Latents in the local plate are drawn from their prior, global ones from the guide.
 
     Args:
-        num_data: how many rows an epoch has.
+        num_data: how many rows an epoch has, of all processes together.
         like: data as `fit` takes them, whose covariates the simulated rows have; what the model
             observes of them is replaced.
         redraw_every: after how many epochs the rows are drawn anew; None to have the same in all,
             a budget of simulations.
-        real_fraction: the share of each batch that stays the data it is, from 0 to below 1.
+        real_fraction: the share of each batch that stays the data it is, from 0 to below 1; of
+            several processes, that of the part of each.
         to_data: from simulated values by observed site to data as `fit` takes them, for a model
             whose observed values are not one of its arguments as it stands.
 
@@ -101,7 +103,7 @@ class SimulationSource:
         self.trainer, self.like, self.simulations = trainer, like, simulations
         self.data, self.sites = like.data, like.sites
         batch = like.first()
-        self.size = len(batch.indices)
+        self.size, self.devices = len(batch.indices), batch.layout.devices
         self.num_steps = -(-simulations.num_data // self.size)
         self.plan = self._plan(batch)
         self._table: Batch | None = None
@@ -136,15 +138,31 @@ class SimulationSource:
             )
         plates = (batch.plate, *getattr(guide, "segments", ()))
         places = () if wanted.to_data is not None else tuple(self._places(batch, plates))
-        num_real = round(wanted.real_fraction * self.size)
-        return Simulation(places, num_real, wanted.to_data, plates)
+        num_parts = self.devices.num_hosts
+        num_real = round(wanted.real_fraction * (self.size // num_parts))
+        return Simulation(places, num_real, wanted.to_data, plates, num_parts)
 
-    def _places(self, batch: Batch, plates: tuple[str, ...]) -> Any:
+    def _places(self, batch: Batch, plates: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
         """Yield for each observed site the numbers of the arrays among the arguments that hold it.
 
-        All rows of the data are compared, so that a site that observes something else is not taken
+        All rows of all hosts are compared, so that a site that observes something else is not taken
         for one of the arguments.
         """
+        devices = self.devices
+        held = devices.together(lambda: dict(self._holds(batch, plates)))
+        of_all = devices.gather(np.array([*held.values()])).all(0)
+        for name, found in zip(held, of_all, strict=True):
+            if not found.any():
+                raise NotSimulableError(
+                    f"The observed values of site {name!r} are not one of the model's arguments as "
+                    "it stands, so simulated ones cannot be put in its place. Pass "
+                    "Simulations(to_data=...), a function from simulated values by site to data as "
+                    "fit takes them."
+                )
+            yield name, tuple(np.flatnonzero(found).tolist())
+
+    def _holds(self, batch: Batch, plates: tuple[str, ...]) -> Iterator[tuple[str, np.ndarray]]:
+        """Yield for each observed site whether each array has its values, in this host's rows."""
         trainer, data = self.trainer, self.data
         args, kwargs = data.whole()
         kwargs = {**kwargs, **trainer.svi.static_kwargs}
@@ -155,19 +173,14 @@ class SimulationSource:
             site = reading.sites.sites[name]
             plate = next((reading.sites.plates[p] for p in plates if p in site.plates), None)
             rows = value if plate is None else jnp.moveaxis(value, site.axis(plate), 0)
-            found = list(places(data.arrays, data.layout.axes, np.asarray(rows)))
-            if not found:
-                raise NotSimulableError(
-                    f"The observed values of site {name!r} are not one of the model's arguments as "
-                    "it stands, so simulated ones cannot be put in its place. Pass "
-                    "Simulations(to_data=...), a function from simulated values by site to data as "
-                    "fit takes them."
-                )
-            yield name, tuple(number for number, _ in found)
+            found = places(data.arrays, data.layout.axes, np.asarray(rows))
+            numbers = [number for number, _ in found]
+            yield name, np.isin(np.arange(len(data.arrays)), numbers)
 
     def shapes(self, state: SVIState) -> Batch:
         """Return a simulated batch, shapes for arrays."""
-        table = jax.eval_shape(self._draw, state, jax.random.key(0))
+        order = jax.ShapeDtypeStruct((self.num_steps, self.size), jnp.int32)
+        table = jax.eval_shape(self._draw, state, jax.random.key(0), order)
         return jax.eval_shape(partial(self._take, number=0), table)
 
     def first(self) -> Batch:
@@ -186,7 +199,8 @@ class SimulationSource:
         every, (table_key, order_key) = self.simulations.redraw_every, jax.random.split(rng_key)
         drawn = 0 if every is None else epoch - epoch % every
         if self._table is None or drawn == epoch:  # also where training goes on from a checkpoint
-            self._table = self._draw(state, jax.random.fold_in(table_key, drawn))
+            rows_key, draw_key = jax.random.split(jax.random.fold_in(table_key, drawn))
+            self._table = self._draw(state, draw_key, self._order(rows_key))
         table, trainer = self._table, self.trainer
         order = jax.random.permutation(jax.random.fold_in(order_key, epoch), self.num_steps)
         if not trainer.is_slow_in_scan(state, self._take(table, 0)):
@@ -196,17 +210,18 @@ class SimulationSource:
         batches = (self._take(table, number) for number in order)
         return guarded_steps(trainer, state, batches, epoch)
 
-    def _draw(self, state: SVIState, rng_key: Array) -> Batch:
+    def _draw(self, state: SVIState, rng_key: Array, order: Array) -> Batch:
         """Return the simulated batches of an epoch, from the model as it is in a state."""
-        rows_key, draw_key = jax.random.split(rng_key)
-        keys = jax.random.split(draw_key, self.num_steps)
-        return self.trainer.draw(self.plan, state, keys, self.first(), self._order(rows_key))
+        keys = jax.random.split(rng_key, self.num_steps)
+        return self.trainer.draw(self.plan, state, keys, self.first(), order)
 
     def _order(self, rng_key: Array) -> Array:
-        """Return the rows of each batch whose covariates are taken."""
+        """Return the rows of each batch whose covariates are taken, as many of each host."""
         if self.data.is_whole:
             return jnp.tile(self.first().indices, (self.num_steps, 1))
-        number = self.data.num_data
-        keys = jax.random.split(rng_key, -(-self.num_steps * self.size // number))
+        devices, number = self.devices, self.data.num_data
+        part = self.size // devices.num_hosts
+        keys = jax.random.split(devices.own_key(rng_key), -(-self.num_steps * part // number))
         order = jnp.concatenate([jax.random.permutation(key, number) for key in keys])
-        return order[: self.num_steps * self.size].reshape(self.num_steps, self.size)
+        order = order[: self.num_steps * part].reshape(self.num_steps, part)
+        return devices.divide(devices.numbers(order, number), axis=1)

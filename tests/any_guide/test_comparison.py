@@ -3,6 +3,7 @@
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
@@ -24,6 +25,13 @@ VARIANCE = 0.2  # of the exact posterior
 def guide(x, shift=0.0, factor=1.0):
     with numpyro.plate("data", len(x)):
         numpyro.sample("z", dist.Normal(0.8 * x + shift, factor * VARIANCE**0.5))
+
+
+def bounded(x):
+    with numpyro.plate("data", len(x)):
+        z = numpyro.sample("z", dist.Normal(0.0, 1.0))
+        numpyro.factor("near", jnp.where(jnp.abs(z) < 20, 0.0, -jnp.inf))
+        numpyro.sample("x", dist.Normal(z, 0.5), obs=x)
 
 
 def posterior_of(**wrong):
@@ -178,6 +186,32 @@ class TestCompare:
         found = compare({"exact": posterior_of(), "point": point}, KEY, X)
         assert found.table.index.tolist() == ["exact"]
         assert "point: The guide is a point at the local sites ['z']" in str(found)
+
+    def test_a_guide_without_weights_has_a_row_and_the_others_stay(self):
+        far = Posterior(partial(guide, shift=50.0), {}, model=bounded)
+        both = {"far": far, "exact": Posterior(guide, {}, model=bounded)}
+        found = compare(both, KEY, X)
+        table = found.table
+        assert table.index.tolist() == ["exact", "far"]
+        assert table.loc["far", ["joint_elbo", "joint_diff"]].tolist() == [-np.inf, np.inf]
+        assert table.loc["far", ["fine", "reliable", "bad"]].tolist() == [0, 0, 1]
+        assert table.loc["far", ["elbo", "elbo_diff", "dse", "log_evidence"]].isna().all()
+        alone = compare({"exact": both["exact"]}, KEY, X).table
+        kept = table.columns != "seconds"
+        np.testing.assert_array_equal(table.loc["exact", kept], alone.loc["exact", kept])
+        assert "far: No row is to be trusted" in str(found)
+        assert "50 rows have zero importance weight everywhere" in str(found)
+        assert "not to be trusted      50  (100.0%)" in str(found.reports["far"])
+        assert found.reports["far"].flagged_of(far._runner.read(X).fingerprint).size == 50
+        assert len(plot_comparison(found).get_yticks()) == 2
+
+    def test_a_guide_that_cannot_be_checked_is_named_and_the_others_stay(self):
+        other = Posterior(AutoDelta(normal_model), {"z_auto_loc": np.zeros(30, np.float32)})
+        found = compare({"other": other, "exact": posterior_of()}, KEY, X)
+        assert found.table.index.tolist() == ["exact"]
+        with pytest.raises(ValueError, match="30") as alone:
+            compare({"other": other}, KEY, X)
+        assert found.skipped == {"other": str(alone.value)}
 
     def test_global_points_leave_the_rows(self):
         def guide(x):

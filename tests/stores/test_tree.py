@@ -1,5 +1,7 @@
 """A tree written to Zarr in parts: that in memory, also if a run was killed."""
 
+from functools import partial
+
 import jax
 import numpy as np
 import numpyro
@@ -121,7 +123,8 @@ def test_other_results_are_refused_by_what_differs(posterior, tmp_path, is_compl
             "coords was",
         ),
     ):
-        with pytest.raises(ValueError, match=f"has other results: .*{message}"):
+        remedy = "with, or another path" + ("" if is_complete else ", or remove them to begin anew")
+        with pytest.raises(ValueError, match=f"has other results: .*{message}.*{remedy}"):
             run(store=path)
 
 
@@ -137,6 +140,61 @@ def test_what_is_no_such_store_is_left_alone(posterior, tmp_path):
             posterior.to_datatree(KEY, DATA, 6, store=path)
     assert file.read_text() == "mine"
     assert (tmp_path / "new.partial" / "mine").exists()
+
+
+def test_another_guide_without_parameters_is_refused(tmp_path):
+    def model(x):
+        with numpyro.plate("cells", len(x)):
+            z = numpyro.sample("z", dist.Normal(0.0, 1.0))
+            numpyro.sample("x", dist.Normal(z, 0.5), obs=x)
+
+    def guide(x, shift):
+        with numpyro.plate("cells", len(x)):
+            numpyro.sample("z", dist.Normal(0.8 * x + shift, 0.4))
+
+    x = DATA["y"]
+    one, same, other = (
+        Posterior(partial(guide, shift=shift), {}, model=model) for shift in (0.0, 0.0, 5.0)
+    )
+    one.to_datatree(KEY, x, 6, store=tmp_path / "tree.zarr")
+    same.to_datatree(KEY, x, 6, store=tmp_path / "tree.zarr")
+    with pytest.raises(ValueError, match=r"what model and guide compute was .*, and now is"):
+        other.to_datatree(KEY, x, 6, store=tmp_path / "tree.zarr")
+
+
+def test_where_nothing_can_be_written_is_said_with_a_remedy(posterior, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    (tmp_path / "new.partial").touch()
+    (tmp_path / "torn.partial").mkdir()
+    (tmp_path / "torn.partial" / "progress.json").write_text('{"identity": ')
+    write = partial(posterior.to_datatree, KEY, DATA, 6)
+    for name in ("new", "torn"):
+        with pytest.raises(ValueError, match=rf"{name}\.partial exists and was not .*remove it"):
+            write(store=tmp_path / name)
+    with pytest.raises(NotADirectoryError, match=r"cannot be written: Not a dir.*Pass as store="):
+        write(store=tmp_path / "file" / "tree.zarr")
+    with pytest.raises(ValueError, match=r"'s3://mine/tree', expected .* on this machine. Write"):
+        write(store="s3://mine/tree")
+    with pytest.raises(TypeError, match="store is of type dict, expected the path of a folder"):
+        regions.path_of({})
+
+    def mkdir(*args, **kwargs):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("pathlib.Path.mkdir", mkdir)
+    with pytest.raises(PermissionError, match=r"tree\.zarr\.partial cannot be written: Permission"):
+        write(store=tmp_path / "tree.zarr")
+
+
+def test_a_run_that_was_killed_while_it_cleared_up_begins_anew(posterior, tmp_path, monkeypatch):
+    """And its results were moved away since."""
+    path = tmp_path / "tree.zarr"
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.rmtree", lambda *args, **kwargs: None)
+        first = posterior.to_datatree(KEY, DATA, 6, store=path).load()
+    assert path.with_name("tree.zarr.partial").exists()
+    path.rename(tmp_path / "moved.zarr")
+    require_same(posterior.to_datatree(KEY, DATA, 6, store=path), first)
 
 
 def test_coordinates_groups_and_sites_are_those_asked_for(posterior, tmp_path):

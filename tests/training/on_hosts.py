@@ -1,14 +1,15 @@
 """One of two processes of four devices each, that train together; for `test_devices.py`.
 
-    python on_hosts.py NUMBER PORT FOLDER
+    python on_hosts.py NUMBER PORT FOLDER data|simulations
 
-It prints a JSON of what was found.
+It prints a JSON of what was found, training on data or on simulations.
 """
 
 import json
 import os
 import sys
 import warnings
+from dataclasses import replace
 from functools import partial
 
 os.environ["XLA_FLAGS"] = (
@@ -21,21 +22,35 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import optax
-from numpyro.infer import SVI, TraceMeanField_ELBO
+from numpyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
 
-from numpyro_vae import MLP, AutoAmortizedNormal, Posterior, fit
+from numpyro_vae import MLP, AutoAmortizedNormal, ForwardKL, Posterior, Simulations, fit
+from numpyro_vae.training.simulations import SimulationSource
 from numpyro_vae.training.sources import ArraySource
 from numpyro_vae.training.step import trainer_of
 
-NUMBER, PORT, FOLDER = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+NUMBER, PORT, FOLDER, WHAT = int(sys.argv[1]), *sys.argv[2:]
 X = np.random.default_rng(0).normal(size=(56, 4)).astype(np.float32)
 OWN = X[:28] if NUMBER == 0 else X[28:]
+
+FROZEN = ("model", "globals")
 
 
 def model(x):
     with numpyro.plate("data", len(x)):
         z = numpyro.sample("z", dist.Normal(0.0, 1.0))
         numpyro.sample("x", dist.Normal(z[:, None], 0.5).to_event(1), obs=x)
+
+
+def with_covariate(x, t):
+    with numpyro.plate("data", len(x)):
+        z = numpyro.sample("z", dist.Normal(t, 1.0))
+        numpyro.sample("x", dist.Normal(z[:, None], 0.5).expand([len(x), 4]).to_event(1), obs=x)
+
+
+def svi_of(model, loss):
+    encoder = partial(MLP, hidden_sizes=(8,))
+    return SVI(model, AutoAmortizedNormal(model, encoder), optax.adam(1e-2), loss)
 
 
 def train(svi, mesh, data=OWN, **options):
@@ -58,6 +73,37 @@ def by_hand(svi) -> list[float]:
     return losses
 
 
+def simulations(svi, mesh, real_fraction=0.0) -> dict[str, list[float]]:
+    """The losses of both processes on simulations, and those of one with all data."""
+    rows = {"x": OWN, "t": OWN[:, 0]}
+    data = Simulations(48, like=rows, real_fraction=real_fraction)
+    options = {"freeze": FROZEN, "checkpoint": f"{FOLDER}/simulations-{real_fraction}"}
+    losses = train(svi, mesh, data, **options).losses
+    trainer, key = trainer_of(svi, FROZEN), jax.random.key(0)
+    source = ArraySource(trainer, trainer.read({"x": X, "t": X[:, 0]}, 0), 16, None)
+    chosen = np.random.default_rng(0).choice(28, 8, replace=False)
+    source._first = source.first().at(np.concatenate([chosen, chosen + 28]))
+    init_key, order_key, _ = jax.random.split(key, 3)
+    state = trainer.init(init_key, source.first(), None)
+    one = SimulationSource(trainer, source, data)
+    one._order = covariates
+    one.plan = replace(one.plan, num_real=round(8 * real_fraction), num_parts=2)
+    by_hand = []
+    for epoch in range(2):
+        state, found = one.run(state, order_key, epoch)
+        by_hand += np.asarray(found).tolist()
+    return {"two": losses.tolist(), "one": by_hand}
+
+
+def covariates(rng_key):
+    """The rows of each host whose covariates simulations have: it shuffles its own."""
+    parts = []
+    for host in range(2):
+        (key,) = jax.random.split(jax.random.fold_in(rng_key, host), 1)
+        parts.append(jax.random.permutation(key, 28)[:24].reshape(3, 8) + 28 * host)
+    return np.concatenate(parts, axis=1)
+
+
 def order_of(rng_key, host: int, epoch: int) -> np.ndarray:
     """The rows of a host in each step: it shuffles its own."""
     key = jax.random.fold_in(rng_key, host)
@@ -69,8 +115,11 @@ def main() -> None:
     warnings.simplefilter("ignore")
     jax.distributed.initialize(f"localhost:{PORT}", 2, NUMBER)
     mesh = jax.make_mesh((8,), ("rows",))
-    encoder = partial(MLP, hidden_sizes=(8,))
-    svi = SVI(model, AutoAmortizedNormal(model, encoder), optax.adam(1e-2), TraceMeanField_ELBO())
+    print(json.dumps({"data": on_data, "simulations": on_simulations}[WHAT](mesh)))
+
+
+def on_data(mesh) -> dict:
+    svi = svi_of(model, TraceMeanField_ELBO())
     options = {"validation": OWN[:11], "checkpoint": f"{FOLDER}/checkpoints"}
     result = train(svi, mesh, **options)
     again = train(svi, mesh, **options, callbacks=[stop])  # which is never called
@@ -92,7 +141,18 @@ def main() -> None:
         "refused": refusals(svi, mesh),
     }
     found["iterable"] = found["iterable"].tolist()
-    print(json.dumps(found))
+    return found
+
+
+def on_simulations(mesh) -> dict:
+    bad = OWN if NUMBER == 0 else np.where(OWN > 1, np.nan, OWN)
+    svi, options = svi_of(with_covariate, ForwardKL()), {"freeze": FROZEN}
+    wrong = Simulations(16, like={"x": bad, "t": OWN[:, 0]})
+    return {
+        "simulations": simulations(svi, mesh),
+        "real ones among them": simulations(svi_of(with_covariate, Trace_ELBO()), mesh, 0.25),
+        "refused": error(lambda: train(svi, mesh, wrong, **options)),
+    }
 
 
 def refusals(svi, mesh) -> list[str]:

@@ -84,15 +84,14 @@ def test_a_mesh_that_is_none():
         Devices.of(jax.devices())
 
 
-@pytest.fixture(scope="module")
-def hosts(tmp_path_factory):
+def found_by_hosts(folder, what):
     """What each of two processes with four devices has found."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    folder = str(tmp_path_factory.mktemp("hosts"))
-    commands = [[sys.executable, HOSTS, str(number), port, folder] for number in range(2)]
+    given = [port, str(folder), what]
+    commands = [[sys.executable, HOSTS, str(number), *given] for number in range(2)]
     running = [subprocess.Popen(c, env=env, stdout=subprocess.PIPE, text=True) for c in commands]
     try:
         outputs = [process.communicate(timeout=300)[0] for process in running]
@@ -100,6 +99,11 @@ def hosts(tmp_path_factory):
         for process in running:
             process.kill()  # as one waits for the other
     return [json.loads(output.splitlines()[-1]) for output in outputs]
+
+
+@pytest.fixture(scope="module")
+def hosts(tmp_path_factory):
+    return found_by_hosts(tmp_path_factory.mktemp("hosts"), "data")
 
 
 @pytest.mark.slow
@@ -138,3 +142,16 @@ def test_what_one_host_is_given_wrongly_ends_all(hosts):
         assert "The data of the hosts [1] were refused, of 2 hosts" in message
     for message, match in zip(second, ["NaN", "<U", "NaN", "NaN", "structure"], strict=True):
         assert match in message
+
+
+@pytest.mark.slow
+def test_hosts_simulate_what_one_process_does(tmp_path):
+    """With covariates, and real rows, of both of them."""
+    found = found_by_hosts(tmp_path, "simulations")
+    for name in ("simulations", "real ones among them"):
+        first, second = (host[name] for host in found)
+        assert first["two"] == second["two"]
+        assert len(first["two"]) == 6
+        np.testing.assert_allclose(first["two"], first["one"], rtol=1e-5)
+    assert "The data of the hosts [1] were refused" in found[0]["refused"]
+    assert "NaN" in found[1]["refused"]
