@@ -145,7 +145,7 @@ def _num_facts(sizes: Sequence[int]) -> int:
     """Return how much `_upwards` knows of an element without learning."""
     if len(sizes) == 1:
         return sizes[0]
-    within = 2 * sizes[2] + 1 if len(sizes) > 2 else 0
+    within = 3 * sizes[2] + 1 if len(sizes) > 2 else 0
     return sizes[0] + 2 * _num_facts(sizes[1:]) + 1 + within
 
 
@@ -170,13 +170,19 @@ def _summary(x: Array, there: Array) -> list[Array]:
 
 
 def _within(x: Array, there: Array) -> list[Array]:
-    """Return the mean of all rows, their spread within their sets, and their number."""
+    """Return the mean of all rows, their spread within their sets and between them, and number.
+
+    A set counts for as much as it has rows, so that small ones, whose means are far off by chance,
+    do not hide how little the others differ.
+    """
     number = there.sum(-1)
     total = number.sum(-1)
     share = number / jnp.maximum(total, 1)[..., None]
-    mean = (share[..., None] * _mean(x, there)).sum(-2)
-    variance = (share[..., None] * _variance(x, there)).sum(-2)
-    return [mean, _log_spread(variance), _log_number(total)]
+    means = _mean(x, there)
+    mean = (share[..., None] * means).sum(-2)
+    within = (share[..., None] * _variance(x, there)).sum(-2)
+    between = (share[..., None] * jnp.square(means - mean[..., None, :])).sum(-2)
+    return [mean, _log_spread(within), _log_spread(between), _log_number(total)]
 
 
 def _log_spread(variance: Array) -> Array:
