@@ -31,6 +31,7 @@ WITHOUT_DATA = (
     "global_sites.py",
     "sbibm.py",
     "hierarchical.py",
+    "item_response_classes.py",
     "larger_than_memory.py",
 )
 OPTIONAL_DATA = ("convolution.py",)

@@ -145,7 +145,7 @@ def _num_facts(sizes: Sequence[int]) -> int:
     """Return how much `_upwards` knows of an element without learning."""
     if len(sizes) == 1:
         return sizes[0]
-    within = 2 * sizes[2] + 1 if len(sizes) > 2 else 0
+    within = 5 * sizes[2] + 1 if len(sizes) > 2 else 0
     return sizes[0] + 2 * _num_facts(sizes[1:]) + 1 + within
 
 
@@ -170,13 +170,42 @@ def _summary(x: Array, there: Array) -> list[Array]:
 
 
 def _within(x: Array, there: Array) -> list[Array]:
-    """Return the mean of all rows, their spread within their sets, and their number."""
-    number = there.sum(-1)
-    total = number.sum(-1)
-    share = number / jnp.maximum(total, 1)[..., None]
-    mean = (share[..., None] * _mean(x, there)).sum(-2)
-    variance = (share[..., None] * _variance(x, there)).sum(-2)
-    return [mean, _log_spread(variance), _log_number(total)]
+    """Return what the rows of all sets come to, with values and number of the same rows.
+
+    The mean of all rows and their number; their spread within their sets, and that of the means of
+    sets; and the mean of sets, each weighed by its precision, with its standard error.
+    """
+    number = there.sum(-1)[..., None]
+    total, means = number.sum(-2), _mean(x, there)
+    mean = (number * means).sum(-2) / jnp.maximum(total, 1)
+    free = jnp.maximum(total - (number > 0).sum(-2), 1)
+    within = (number * _variance(x, there)).sum(-2) / free
+    between = (number * jnp.square(means - mean[..., None, :])).sum(-2)
+    weighed, variance = _weighed(means, number, within, between)
+    spreads = [within, between / jnp.maximum(total, 1), variance]
+    return [mean, weighed, *map(_log_spread, spreads), _log_number(total[..., 0])]
+
+
+def _weighed(means: Array, number: Array, within: Array, between: Array) -> tuple[Array, Array]:
+    """Return the mean of sets, each weighed by its precision, and the variance of that mean.
+
+    The variance of sets is that of DerSimonian and Laird (*Meta-analysis in clinical trials*,
+    Controlled Clinical Trials 1986): what their means differ by beyond what they would by chance.
+
+    Args:
+        means: of sets, ``(..., sets, k)``.
+        number: of their rows, ``(..., sets, 1)``.
+        within: the variance of rows within their sets.
+        between: the squared distance of the mean of a row's set from that of all, summed over rows.
+    """
+    total = number.sum(-2)
+    unlike = total - jnp.square(number).sum(-2) / jnp.maximum(total, 1)  # 1 or more of two sets
+    beyond = between - ((number > 0).sum(-2) - 1) * within
+    of_sets = jnp.maximum(beyond, 0) / jnp.maximum(unlike, 1)
+    noise = within + SMALLEST**2
+    weight = number / (noise[..., None, :] + number * of_sets[..., None, :])
+    precision = jnp.maximum(weight.sum(-2), SMALLEST**2)
+    return (weight * means).sum(-2) / precision, 1 / precision
 
 
 def _log_spread(variance: Array) -> Array:
