@@ -28,7 +28,7 @@ from numpyro_vae.inference.quantities import observed, sample
 from numpyro_vae.inference.rows import Rows
 from numpyro_vae.model.densities import predicted_rows
 from numpyro_vae.model.run import Run
-from numpyro_vae.model.simulate import places, why_not_simulable
+from numpyro_vae.model.simulate import places, why_censored, why_not_simulable
 from numpyro_vae.model.sites import ModelSites, Site
 
 if TYPE_CHECKING:
@@ -90,6 +90,12 @@ class Calibration(AbstractCheck):
                 replace the observed ones.
         """
         subject.require_amortized()
+        reason = why_censored(subject.runner.guide.sites)
+        if reason and self.to_data is None:
+            raise NotApplicableError(
+                f"{reason}. Pass Calibration(to_data=...), a function from simulated values by "
+                "site to data as fit takes them, censored, or leave the calibration check out."
+            )
         truths, draws = _simulate_and_sample(subject, self.num_simulations, self.to_data)
         rng = np.random.default_rng(0)
         found: dict[str, Any] = {"tarp": (["simulation"], _tarp(truths, draws, rng))}

@@ -137,5 +137,6 @@ def predicted_rows(trace: dict[str, Any], run: Run) -> dict[str, Array]:
         if site["is_observed"] or not jnp.size(site["value"]):
             continue  # what cannot be drawn, or a numpyro.factor
         if plate:
-            found[name] = jnp.moveaxis(site["value"], dims[plate] - site["fn"].event_dim, 0)
+            event_dim = jnp.ndim(site["value"]) - len(site["fn"].batch_shape)  # as it was drawn
+            found[name] = jnp.moveaxis(site["value"], dims[plate] - event_dim, 0)
     return found
