@@ -137,6 +137,9 @@ def predicted_rows(trace: dict[str, Any], run: Run) -> dict[str, Array]:
         if site["is_observed"] or not jnp.size(site["value"]):
             continue  # what cannot be drawn, or a numpyro.factor
         if plate:
-            event_dim = jnp.ndim(site["value"]) - len(site["fn"].batch_shape)  # as it was drawn
+            fn, ndim = site["fn"], jnp.ndim(site["value"])
+            event_dim = min(
+                fn.event_dim, ndim - len(fn.batch_shape)
+            )  # intervals are drawn as points
             found[name] = jnp.moveaxis(site["value"], dims[plate] - event_dim, 0)
     return found
