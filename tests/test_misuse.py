@@ -1,6 +1,7 @@
 """What users get wrong ends in an error that says what was found, what was expected, what to do."""
 
 import re
+from functools import partial
 
 import jax
 import jaxtyping
@@ -9,6 +10,7 @@ import numpyro
 import numpyro.distributions as dist
 import optax
 import pytest
+from numpyro.contrib.funsor import config_enumerate
 from numpyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO
 
 from numpyro_vae import AutoAmortizedNormal, Posterior, fit
@@ -111,3 +113,27 @@ def test_what_is_no_function_is_refused_where_it_is_given(as_for_users):
 def test_one_name_may_be_given_alone(as_for_users):
     guide = AutoAmortizedNormal(model, condition_on="mu", dependencies={"y": "z"})
     assert (guide.condition_on, guide.dependencies) == (("mu",), {"y": ("z",)})
+
+
+def wider(x):
+    with numpyro.plate("data", len(x)):
+        z = numpyro.sample("z", dist.Normal(0.0, 2.0))
+        numpyro.sample("x", dist.Normal(z[:, None], 0.5).expand([len(x), 2]).to_event(1), obs=x)
+
+
+def narrower(x, scale=1.0):
+    with numpyro.plate("data", len(x)):
+        z = numpyro.sample("z", dist.Normal(0.0, scale))
+        numpyro.sample("x", dist.Normal(z[:, None], 0.5).expand([len(x), 2]).to_event(1), obs=x)
+
+
+def test_a_guide_of_another_model_is_said():
+    with pytest.warns(UserWarning, match="another one than the guide was made for"):
+        train(wider, guide=AutoAmortizedNormal(narrower))
+
+
+def test_a_model_made_twice_is_no_other_one(recwarn):
+    makes = [partial(narrower, scale=2.0) for _ in range(2)]
+    train(makes[0], guide=AutoAmortizedNormal(makes[1]))
+    train(config_enumerate(narrower), guide=AutoAmortizedNormal(narrower))
+    assert not [found for found in recwarn if "guide was made for" in str(found.message)]

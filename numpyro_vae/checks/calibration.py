@@ -206,7 +206,7 @@ def _simulated(
     subject: Subject,
     rng_key: Array,
     rows: Rows,
-    held: ByName,
+    held: dict[str, Any],
     seen: ByName,
     to_data: ToData | None,
 ) -> tuple[dict[str, ByName], Rows]:
