@@ -13,6 +13,7 @@ from weakref import WeakKeyDictionary
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.interpreters import partial_eval
 from jaxtyping import Array, Int
 from numpyro import handlers
 from numpyro.infer import SVI
@@ -331,4 +332,5 @@ def _program(model: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> 
 
     program = jax.make_jaxpr(densities)(jax.random.key(0))
     constants = [np.asarray(constant).tobytes() for constant in program.consts]
-    return re.sub(r" at 0x[0-9a-f]+", "", str(program.jaxpr)), constants
+    needed, _ = partial_eval.dce_jaxpr(program.jaxpr, [True] * len(program.jaxpr.outvars))
+    return re.sub(r" at 0x[0-9a-f]+", "", str(needed)), constants
