@@ -26,7 +26,7 @@ from numpyro_vae.guides.auto import (
 )
 from numpyro_vae.guides.base import AmortizedGuide
 from numpyro_vae.inference.rows import Rows
-from numpyro_vae.model.simulate import NotSimulableError
+from numpyro_vae.model.simulate import NotSimulableError, why_censored
 from numpyro_vae.objectives import ForwardKL, ImportanceWeightedELBO
 from numpyro_vae.posterior import Posterior
 from numpyro_vae.training.fit import FitResult, fit
@@ -123,7 +123,7 @@ def amortize(
     result = phase("The ELBO of the data", keys[1], loss or _loss(guide), train, held_out, *steps)
     found = [Posterior(guide, result)]
     try:
-        for name, objective, number in _refining(guide, num_simulation_steps):
+        for name, objective, number in _refining(guide, num_simulation_steps, to_data):
             key = keys[1 + len(found)]
             table = min(TABLE, max(number * size // EPOCHS, 1))
             simulations = Simulations(table, like=train, redraw_every=EPOCHS, to_data=to_data)
@@ -243,8 +243,16 @@ def _loss(guide: AmortizedGuide) -> ELBO:
     return TraceMeanField_ELBO() if guide.family.is_factorized else Trace_ELBO()
 
 
-def _refining(guide: AmortizedGuide, num_steps: int) -> list[tuple[str, ELBO, int]]:
-    """Return name, objective and number of steps of the phases on simulations."""
+def _refining(
+    guide: AmortizedGuide, num_steps: int, to_data: Callable[[dict], Any] | None
+) -> list[tuple[str, ELBO, int]]:
+    """Return name, objective and number of steps of the phases on simulations.
+
+    Raises:
+        NotSimulableError: if data are censored, and nothing censors the simulated ones.
+    """
+    if num_steps and to_data is None and (reason := why_censored(guide.sites)):
+        raise NotSimulableError(f"{reason}. Pass to_data=, a function that censors them too.")
     last = num_steps // 3
     enumerates = guide.sites.enumerated(guide.plate.name)
     elbo = TraceEnum_ELBO() if enumerates else ImportanceWeightedELBO(1, "stl")

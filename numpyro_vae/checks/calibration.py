@@ -28,7 +28,7 @@ from numpyro_vae.inference.quantities import observed, sample
 from numpyro_vae.inference.rows import Rows
 from numpyro_vae.model.densities import predicted_rows
 from numpyro_vae.model.run import Run
-from numpyro_vae.model.simulate import places, why_not_simulable
+from numpyro_vae.model.simulate import places, why_censored, why_not_simulable
 from numpyro_vae.model.sites import ModelSites, Site
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ __all__ = ["Calibration"]
 
 NUM_SAMPLES = 250
 REPLICATES = 20  # draws of the global sites, if there are any, that data are simulated with
+PASSES = 100  # of the model over simulated rows, each of which it may compute the next ones from
 INTERVALS = (0.5, 0.8, 0.95)
 LEVEL = 0.001  # of a test of uniformity, divided by how many there are
 DEVIATION = 0.1  # of an ECDF from the uniform, below which it is nothing to act on
@@ -90,6 +91,12 @@ class Calibration(AbstractCheck):
                 replace the observed ones.
         """
         subject.require_amortized()
+        reason = why_censored(subject.runner.guide.sites)
+        if reason and self.to_data is None:
+            raise NotApplicableError(
+                f"{reason}. Pass Calibration(to_data=...), a function from simulated values by "
+                "site to data as fit takes them, censored, or leave the calibration check out."
+            )
         truths, draws = _simulate_and_sample(subject, self.num_simulations, self.to_data)
         rng = np.random.default_rng(0)
         found: dict[str, Any] = {"tarp": (["simulation"], _tarp(truths, draws, rng))}
@@ -187,13 +194,42 @@ def _replicate(
     runner, names = subject.runner, tuple(site.name for site in subject.runner.guide.local_sites)
     key, data_key, draw_key = jax.random.split(rng_key, 3)
     held = {name: x[0] for name, x in runner.draw_globals(key, rows, 1).items()}
-    made = runner.per_batch(_simulate, rows, data_key, held)
-    replaced = _replace(subject, rows, seen, made["observed"], to_data)
+    made, replaced = _simulated(subject, data_key, rows, held, seen, to_data)
     globals_ = runner.draw_globals(draw_key, rows, NUM_SAMPLES)
     sizes = {"num_samples": NUM_SAMPLES, "num_draws": NUM_SAMPLES, "row_axis": 1}
     drawn = runner.per_batch(sample, replaced, draw_key, globals_, names=names, **sizes)
     truths = {name: made["latent"][name] for name in names}
     return truths, {name: np.moveaxis(x, 0, 1) for name, x in drawn.items()}
+
+
+def _simulated(
+    subject: Subject,
+    rng_key: Array,
+    rows: Rows,
+    held: dict[str, Any],
+    seen: ByName,
+    to_data: ToData | None,
+) -> tuple[dict[str, ByName], Rows]:
+    """Return what is simulated of each row, and the rows with it in place of the observed data.
+
+    A model may compute an observation from another one, which it is given as an argument. So it is
+    run again, with the same key on what was simulated, until nothing changes.
+    """
+    given, last = rows, None
+    for _ in range(PASSES):
+        made = subject.runner.per_batch(_simulate, given, rng_key, held)
+        given = _replace(subject, rows, seen, made["observed"], to_data)
+        if last is not None and jax.tree.all(jax.tree.map(_is_same, made, last)):
+            return made, given
+        last = made
+    raise NotApplicableError(
+        f"The model computes observations from earlier ones, in more than {PASSES} steps, so that "
+        "they cannot be simulated. Leave the calibration check out."
+    )
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    return np.array_equal(one, other, equal_nan=np.issubdtype(np.asarray(one).dtype, np.inexact))
 
 
 def _templates(subject: Subject, at_most: int) -> Rows:

@@ -18,12 +18,14 @@ from numpyro_vae.checks.base import (
     AbstractCheck,
     Finding,
     Findings,
+    NotApplicableError,
     Subject,
     require_at_least,
     require_drawn,
 )
 from numpyro_vae.inference.encoded import DrawKeys, EncodedBatch
 from numpyro_vae.model.densities import observed_densities
+from numpyro_vae.model.simulate import why_censored
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -66,8 +68,10 @@ class Predictive(AbstractCheck):
         """Return each row's p-value.
 
         Raises:
-            NotApplicableError: if an observed site cannot be drawn.
+            NotApplicableError: if an observed site cannot be drawn, or its values are censored.
         """
+        if reason := why_censored(subject.runner.guide.sites):
+            raise NotApplicableError(f"{reason}. Leave the predictive check out.")
         runner, chosen = subject.runner, subject.choose(self.max_rows)
         rows = subject.rows.choose(chosen)
         globals_ = runner.draw_globals(subject.rng_key, rows, NUM_SAMPLES)

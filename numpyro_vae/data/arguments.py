@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Integral
 from typing import Any
 
 import jax
@@ -30,6 +31,19 @@ def require_key(rng_key: Any) -> None:
 def is_typed_key(x: Any) -> bool:
     """Return whether these are keys as `jax.random.key` makes them."""
     return isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
+def require_whole(name: str, value: Any) -> None:
+    """Raise unless this is an int of at least 1, as shapes are made of.
+
+    Raises:
+        ValueError: if it is anything else, such as 100.0.
+
+    Example:
+        >>> require_whole("num_samples", 5)
+    """
+    if not isinstance(value, Integral) or value < 1:
+        raise ValueError(f"{name} is {value!r}, expected at least 1, and an int.")
 
 
 def require_count(name: str, value: Any, least: int = 1) -> int:

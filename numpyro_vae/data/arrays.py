@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral
 from typing import Any
 
 import jax
@@ -265,19 +266,37 @@ def count_rows(data: Data, batch_axes: Any = 0, name: str = "data") -> int:
         >>> count_rows((np.zeros((2, 5)), 3.0), (1, None))
         5
     """
-    paths = [name + jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(data)]
-    return _num_data(jax.tree.leaves(data), datum_axes(batch_axes, data), paths, name)
+    axes = datum_axes(batch_axes, data)
+    return _num_data(jax.tree.leaves(data), axes, _paths(data, name), name)
 
 
 def datum_axes(batch_axes: Any, data: Data) -> list[int | None]:
-    """Return the datum axis of each leaf of the data, among which None does not count."""
-    axes: list[int | None] = []
+    """Return the datum axis of each leaf of the data, among which None does not count.
+
+    Raises:
+        ValueError: if the axes have not the form of the data, or are no numbers.
+    """
+    axes: list[Any] = []
 
     def add(axis: int | None, part: Any) -> None:
         axes.extend([axis] * len(jax.tree.leaves(part)))
 
-    jax.tree.map(add, batch_axes, data, is_leaf=lambda x: x is None)
+    try:
+        jax.tree.map(add, batch_axes, data, is_leaf=lambda x: x is None)
+    except ValueError:
+        axes = ["?"]
+    if not all(axis is None or isinstance(axis, Integral) for axis in axes):
+        raise ValueError(
+            f"batch_axes is {batch_axes!r}, which does not fit data with the arrays "
+            f"{_paths(data, 'data')}. Give one axis for all of them, or a tuple or dict of the "
+            "form of the data, with an axis or None for each."
+        )
     return axes
+
+
+def _paths(data: Data, name: str) -> list[str]:
+    """Return where in the data each array is."""
+    return [name + jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(data)]
 
 
 def _num_data(leaves: list, axes: list, paths: list[str], name: str) -> int:
@@ -288,6 +307,12 @@ def _num_data(leaves: list, axes: list, paths: list[str], name: str) -> int:
         shape = np.shape(leaf)
         if shape == () and is_typed_key(leaf):
             raise ValueError(f"{path} is a random key. Pass the key first, and then the data.")
+        if not hasattr(leaf, "shape"):
+            raise ValueError(
+                f"{path} is {leaf!r} of type {type(leaf).__name__}, where an array of data is "
+                "expected. Pass a list of numbers as np.asarray(numbers); what all data share has "
+                "None in batch_axes=, or is in static_kwargs= if it is no array."
+            )
         if not -len(shape) <= axis < len(shape):
             raise ValueError(
                 f"{path} has shape {shape}, so no axis {axis} that counts the data. Give each "

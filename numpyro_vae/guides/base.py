@@ -25,6 +25,7 @@ from numpyro_vae.guides.encoding import Encoding
 from numpyro_vae.guides.global_sites import GlobalGuide, require_maker
 from numpyro_vae.guides.local_sites import sample_local
 from numpyro_vae.guides.network import Encoder, Network, declare_network
+from numpyro_vae.guides.options import as_names, require_functions
 from numpyro_vae.model.data_sets import DataSets
 from numpyro_vae.model.plan import GuidePlan, plan_guide
 from numpyro_vae.model.plates import all_rows, given_rows, same_rows
@@ -81,6 +82,7 @@ class AmortizedGuide(AutoGuide, AbstractGuide):
         create_plates: Callable[..., Any] | None = None,
         prefix: str = "auto",
     ):
+        require_functions(model, inputs)
         super().__init__(model, prefix=prefix, create_plates=create_plates)
         if isinstance(model, DataSets):
             encoder = model.encoder if encoder is None else encoder
@@ -90,8 +92,8 @@ class AmortizedGuide(AutoGuide, AbstractGuide):
         self.inputs = inputs
         self.plate_name = plate
         self.segments = dict(segments or {})
-        self.condition_on = tuple(condition_on)
-        self.dependencies = {name: tuple(read) for name, read in (dependencies or {}).items()}
+        self.condition_on = as_names(condition_on)
+        self.dependencies = {name: as_names(read) for name, read in (dependencies or {}).items()}
         self.global_guide = require_maker(global_guide)
         self.argument_shapes: Shapes = {}
         self.arguments: Any = None  # of the model as it was read, shapes for arrays
@@ -339,9 +341,7 @@ class AmortizedGuide(AutoGuide, AbstractGuide):
 
     def median(self, params: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Array]:
         """Return the posterior median of each latent site for every row of the arguments."""
-        return {
-            name: value[0] for name, value in self.quantiles(params, [0.5], *args, **kwargs).items()
-        }
+        return jax.tree.map(lambda x: x[0], self.quantiles(params, [0.5], *args, **kwargs))
 
     def quantiles(
         self, params: dict[str, Any], quantiles: Any, *args: Any, **kwargs: Any

@@ -180,7 +180,13 @@ class GlobalGuide:
         self.set_up(params, args, kwargs)
         if self.is_auto:
             shape = {"sample_shape": sample_shape}
-            return self.guide.sample_posterior(rng_key, params, *args, **shape, **kwargs)
+            try:
+                return self.guide.sample_posterior(rng_key, params, *args, **shape, **kwargs)
+            except KeyError as error:
+                raise ValueError(
+                    f"The parameters of the guide of the global sites {list(self.names)} have no "
+                    f"{error}. Pass the result of a fit of this guide. Found {sorted(params)}."
+                ) from error
         keys = jax.random.split(rng_key, math.prod(sample_shape))
 
         def draw(key: Array) -> dict[str, Array]:

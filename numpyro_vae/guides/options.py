@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypedDict
 
+from numpyro.infer.autoguide import AutoGuide
+
 __all__ = ["GuideOptions"]
 
 
@@ -36,3 +38,27 @@ class GuideOptions(TypedDict, total=False):
     global_guide: Callable[..., Any]
     create_plates: Callable[..., Any] | None
     prefix: str
+
+
+def require_functions(model: Any, inputs: Any) -> None:
+    """Raise TypeError if the model or ``inputs=`` is no function, or the model is a guide."""
+    if not callable(model) or isinstance(model, AutoGuide):
+        raise TypeError(
+            f"The model is of type {type(model).__name__}, expected a function with NumPyro's "
+            "sample sites. Pass the model itself, before the encoder."
+        )
+    if inputs is not None and not callable(inputs):
+        raise TypeError(
+            f"inputs is of type {type(inputs).__name__}, expected a function of the model's "
+            "arguments that returns what the encoder reads, such as lambda x: jnp.log1p(x)."
+        )
+
+
+def as_names(names: str | Sequence[str]) -> tuple[str, ...]:
+    """Return names as a tuple, of which one may be given alone.
+
+    Example:
+        >>> as_names("mu")
+        ('mu',)
+    """
+    return (names,) if isinstance(names, str) else tuple(names)

@@ -222,7 +222,11 @@ class Rows:
             )
         chosen = np.flatnonzero(given) if given.dtype == bool else given.reshape(-1)
         if not np.issubdtype(chosen.dtype, np.integer) and chosen.size:
-            raise ValueError(f"Rows are chosen by their numbers, found {chosen.dtype}.")
+            raise ValueError(
+                f"rows has values of type {chosen.dtype}, expected the numbers of the rows, from 0 "
+                f"to {self.num_rows - 1}, a boolean for each row, or a Report. Names of rows have "
+                "numbers by frame.index.get_indexer(names)."
+            )
         wrong = chosen[(chosen < 0) | (chosen >= self.num_rows)]
         if wrong.size:
             raise ValueError(

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from numpyro_vae.data.arguments import require_key
+from numpyro_vae.data.arguments import require_key, require_whole
 from numpyro_vae.data.arrays import ArrayData
 from numpyro_vae.data.batch import Batch
 from numpyro_vae.data.devices import ONE_DEVICE, Devices
@@ -126,8 +126,7 @@ class Runner:
 
     def _of_globals(self, method: str, rng_key: Array, rows: Rows, num_samples: int) -> Any:
         require_key(rng_key)
-        if num_samples < 1:
-            raise ValueError(f"num_samples is {num_samples}, expected at least 1.")
+        require_whole("num_samples", num_samples)
         with HANDLERS:
             self.guide.set_up_globals(self.params, rows.args, rows.kwargs, rows.held)
         draw = getattr(self.guide, method)
@@ -322,6 +321,7 @@ class Runner:
         return max(DRAWS // max(self.width(observed=True) * rows_at_once, 1), 1)
 
     def _compiled_quantity(self, of: Callable, quantity: Quantity, static: dict) -> Compiled:
+        require_whole("num_particles", static.get("particles", 1))
         encode = partial(encoded, self.guide, self.static_kwargs)
         fn = partial(of, encode, partial(quantity, **static))
         return self._compiled((of, quantity, *sorted(static.items())), fn)

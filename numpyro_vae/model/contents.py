@@ -9,11 +9,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpyro.distributions as dist
 from jaxtyping import Array, Int
 from numpyro.distributions import constraints
 
 from numpyro_vae.data.arrays import is_array
-from numpyro_vae.model.sites import ModelSites, Plate, Reads
+from numpyro_vae.model.sites import ModelSites, Plate, Reads, Site
 from numpyro_vae.model.supports import outside_support
 from numpyro_vae.model.trace import counts, sites_of_trace
 from numpyro_vae.numpyro_internals import declared_scale
@@ -121,7 +122,7 @@ def reading_of(trace: dict[str, Any]) -> Reading:
         supports=computed,
         outside={name: found for name, found in outside.items() if found is not None},
         choices={
-            site.name: trace[site.name]["fn"].enumerate_support(expand=False)
+            site.name: _choices(site, trace[site.name]["fn"])
             for site in sites.sites.values()
             if site.is_enumerated
         },
@@ -130,6 +131,17 @@ def reading_of(trace: dict[str, Any]) -> Reading:
         fixed_supports=Fixed({name: x for name, x in supports.items() if name not in computed}),
         has_state=any(True for _ in _of_type(trace, "mutable")),
     )
+
+
+def _choices(site: Site, fn: dist.Distribution) -> Array:
+    """Return the values of an enumerated site."""
+    if not fn.has_enumerate_support:
+        raise ValueError(
+            f"Site {site.name!r} in the plates {list(site.plates)} is marked for enumeration, and "
+            "its distribution has no finite number of values to sum over. Marginalize it in the "
+            "model, or take a distribution of finitely many values, such as Categorical."
+        )
+    return fn.enumerate_support(expand=False)
 
 
 def values_of(trace: dict[str, Any]) -> Values:

@@ -137,5 +137,8 @@ def predicted_rows(trace: dict[str, Any], run: Run) -> dict[str, Array]:
         if site["is_observed"] or not jnp.size(site["value"]):
             continue  # what cannot be drawn, or a numpyro.factor
         if plate:
-            found[name] = jnp.moveaxis(site["value"], dims[plate] - site["fn"].event_dim, 0)
+            fn, value = site["fn"], site["value"]
+            # Of an interval, which is an event of two values, a point is drawn.
+            event_dim = min(fn.event_dim, jnp.ndim(value) - len(fn.batch_shape))
+            found[name] = jnp.moveaxis(value, dims[plate] - event_dim, 0)
     return found

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import jax
+import numpyro.distributions as dist
 from jaxtyping import Array
 from numpyro import handlers
+from numpyro.distributions.batch_util import promote_batch_shape
 
+from numpyro_vae.model.stacked import Stacked
 from numpyro_vae.model.trace import event_shape_of, with_event
 
 UNDRAWN = "undrawn"  # in a site's ``infer``: why it was left as it was observed
@@ -35,12 +39,46 @@ class redraw(handlers.uncondition):  # noqa: N801 - handlers are lower case, as 
     def process_message(self, msg: Any) -> None:
         """Take the observed value off a site that can be drawn."""
         if msg["type"] == "sample" and msg["is_observed"]:
+            if not isinstance(msg["fn"], Stacked):
+                msg["fn"] = with_shapes_of_parts(msg["fn"])  # if scan has stacked it
             reason = _why_not_drawn(msg)
             msg["infer"] = {**msg["infer"], **({UNDRAWN: reason} if reason else {})}
             if reason:
                 return
             msg["fn"] = with_event(msg["fn"], event_shape_of(msg))
         super().process_message(msg)
+
+
+def with_shapes_of_parts(fn: dist.Distribution) -> dist.Distribution:
+    """Return a distribution whose parts have the batch shapes of their arrays.
+
+    Distributions that ``scan`` stacks have them, but not those that they are made of, as a
+    LogNormal is of a Normal: their draws fail, or are the same at all steps.
+    """
+    parts = {name: getattr(fn, name, None) for name in type(fn).gather_pytree_data_fields()}
+    own = jax.tree.map(_with_own_shape, parts, is_leaf=_is_distribution)
+    leaves = (jax.tree.leaves(tree, is_leaf=_is_distribution) for tree in (parts, own))
+    if all(one is other for one, other in zip(*leaves, strict=True)):
+        return fn
+    if isinstance(fn, dist.ExpandedDistribution):
+        return own["base_dist"].expand(fn.batch_shape)
+    fn = copy.copy(fn)
+    vars(fn).update(own)
+    return fn
+
+
+def _is_distribution(part: Any) -> bool:
+    return isinstance(part, dist.Distribution)
+
+
+def _with_own_shape(part: Any) -> Any:
+    if not _is_distribution(part):
+        return part
+    try:
+        promoted = promote_batch_shape(part)
+    except (AttributeError, NotImplementedError):  # of a class that scan cannot stack either
+        return part
+    return with_shapes_of_parts(part if promoted.batch_shape == part.batch_shape else promoted)
 
 
 def _why_not_drawn(msg: Any) -> str:
@@ -79,5 +117,6 @@ def explain_undrawn(reasons: dict[str, str]) -> str:
     return (
         f"The observed sites {list(reasons)} cannot be drawn in compiled code ({told}). Give a "
         "distribution of counts total_count_max=, such as Multinomial(total_count, probs, "
-        "total_count_max=100), and another one a method sample() that works under jax.jit."
+        "total_count_max=100), and another one a method sample() that works under jax.jit; in a "
+        "scan, give it arguments of the shape of the plate."
     )

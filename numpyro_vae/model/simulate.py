@@ -124,6 +124,21 @@ def why_not_simulable(sites: ModelSites, given: Collection[str]) -> str:
     return ""
 
 
+def why_censored(sites: ModelSites) -> str:
+    """Return why what a model draws is not like its data; empty if it is.
+
+    Args:
+        sites: what the model holds.
+    """
+    for name, site in sites.sites.items():
+        if site.is_observed and site.is_censored:
+            return (
+                f"Site {name!r} has a censored distribution, of which NumPyro draws values that "
+                "are not censored, so they are not like the data"
+            )
+    return ""
+
+
 def places(
     arrays: Sequence[Any], axes: Sequence[int | None], value: np.ndarray
 ) -> Iterator[tuple[int, int | None]]:

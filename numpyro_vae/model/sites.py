@@ -28,7 +28,8 @@ class Site:
     ``biject_to(support)`` maps to it; the two are the same for a site that is not to be inferred.
     An ``is_broadcast`` site observes values of another event shape than its distribution's.
     ``is_enumerated`` marks a latent site that the objective sums over, not the guide; of an
-    ``is_improper`` one nothing can be drawn. ``inner_plates`` are those of a model of one data set,
+    ``is_improper`` one nothing can be drawn, and of an ``is_censored`` one what is drawn is not
+    censored as its values are. ``inner_plates`` are those of a model of one data set,
     whose axes lead the event, see `numpyro_vae.model.data_sets`.
     """
 
@@ -42,6 +43,7 @@ class Site:
     is_enumerated: bool
     is_improper: bool
     is_broadcast: bool = False
+    is_censored: bool = False
     inner_plates: tuple[str, ...] = ()
 
     @property

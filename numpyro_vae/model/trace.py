@@ -28,6 +28,11 @@ Rows = dict[str, tuple[int, Any]]  # by plate its size, and the rows that it hol
 
 
 # What JAX raises when a model asks for the values of an abstract array.
+CENSORED = (
+    dist.IntervalCensoredDistribution,
+    dist.LeftCensoredDistribution,
+    dist.RightCensoredDistribution,
+)
 NEEDS_VALUES = (
     jax.errors.ConcretizationTypeError,
     jax.errors.TracerArrayConversionError,
@@ -99,6 +104,15 @@ def _is_broadcast(msg: dict) -> bool:
     return msg["is_observed"] and shape[max(len(shape) - fn.event_dim, 0) :] != fn.event_shape
 
 
+def is_censored(fn: Any) -> bool:
+    """Return whether a distribution scores censored values; those that it draws are not."""
+    while hasattr(fn, "base_dist"):
+        if isinstance(fn, CENSORED):
+            return True
+        fn = fn.base_dist
+    return False
+
+
 def with_event(fn: dist.Distribution, event_shape: tuple[int, ...]) -> dist.Distribution:
     """Return a distribution of independent values with a larger event."""
     if fn.event_shape == event_shape:
@@ -140,6 +154,7 @@ def sites_of_trace(trace: dict) -> ModelSites:
             _is_enumerated(msg),
             is_improper(msg["fn"]) or is_switched_off(msg["fn"]),
             _is_broadcast(msg),
+            is_censored(msg["fn"]),
             msg["fn"].plates if isinstance(msg["fn"], Stacked) else (),
         )
     return ModelSites(sites, plates, deterministic)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from numpyro_vae.data.arguments import require_whole
 from numpyro_vae.guides.global_sites import NoDensityError
 from numpyro_vae.inference.global_space import flatten, unflatten_all
 from numpyro_vae.inference.global_weights import weigh_globals
@@ -109,8 +110,7 @@ def repair_globals(
     runner: Runner, rng_key: Array, data: Any, method: str, num_samples: int
 ) -> GlobalRepair:
     """Repair the global sites; see `Posterior.repair_globals`."""
-    if num_samples < 1:
-        raise ValueError(f"num_samples is {num_samples}, expected at least 1.")
+    require_whole("num_samples", num_samples)
     if method not in ("auto", *METHODS):
         raise ValueError(f"method is {method!r}, expected 'auto' or one of {list(METHODS)}.")
     rows = runner.read(data)

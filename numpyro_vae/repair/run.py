@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array
 
 from numpyro_vae.checks.report import Report
+from numpyro_vae.data.arguments import require_whole
 from numpyro_vae.inference.derived import derived_sites
 from numpyro_vae.inference.encoded import EncodedBatch
 from numpyro_vae.inference.memory import require_memory
@@ -41,8 +42,7 @@ def run_repair(
     runner: Runner, rng_key: Array, data: Any, rows: Any, method: str, num_samples: int
 ) -> Repair:
     """Repair rows; see `Posterior.repair`."""
-    if num_samples < 1:
-        raise ValueError(f"num_samples is {num_samples}, expected at least 1.")
+    require_whole("num_samples", num_samples)
     if method not in ("auto", *METHODS):
         raise ValueError(f"method is {method!r}, expected 'auto' or one of {list(METHODS)}.")
     every = runner.read(data)

@@ -46,6 +46,7 @@ from numpyro_vae.training.options import (
     check_supports,
     check_svi,
     settled_epoch,
+    warn_of_another_model,
 )
 from numpyro_vae.training.progress import Progress
 from numpyro_vae.training.simulations import Simulations, SimulationSource
@@ -184,6 +185,7 @@ def fit(
     state = devices.put(_start(svi, trainer, source, init_key, init_state, init_params))
     check_supports(trainer, source.first())
     check_guide(trainer, source.first(), source.sites, state)
+    warn_of_another_model(svi, source.first())
     if isinstance(source, SimulationSource):
         source.require_frozen()
     score = _validator(trainer, source, devices, validation, batch_axes, validation_key)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -11,7 +13,9 @@ from weakref import WeakKeyDictionary
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.interpreters import partial_eval
 from jaxtyping import Array, Int
+from numpyro import handlers
 from numpyro.infer import SVI
 from numpyro.infer.elbo import ELBO
 from numpyro.infer.svi import SVIState
@@ -289,3 +293,44 @@ def check_guide(trainer: Trainer, batch: Batch, sites: ModelSites, state: SVISta
             f"amortized guide; or train on all rows at once, with batch_size={batch.num_data}; or, "
             "if the model selects rows itself by subsample_size=, with another batch_size."
         )
+
+
+def warn_of_another_model(svi: SVI, batch: Batch) -> None:
+    """Warn if an amortized guide was made for another model than the one that is trained.
+
+    Its posterior, and so weights and checks, are of the model that the guide was made for.
+    """
+    guide = svi.guide
+    if not isinstance(guide, AmortizedGuide) or guide.model is svi.model:
+        return
+    args, kwargs = batch.arguments()
+    try:
+        programs = [
+            _program(model, args, {**kwargs, **svi.static_kwargs})
+            for model in (svi.model, guide.model)
+        ]
+    except Exception:  # of any kind: what training needs of a model is not for this to say
+        return
+    if programs[0] != programs[1]:
+        warnings.warn(
+            "The model of SVI is another one than the guide was made for, so that predictions, "
+            "importance weights and checks would not be of what is trained. Pass the same model to "
+            "both, as in SVI(model, AutoAmortizedNormal(model), ...).",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
+def _program(model: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> tuple[str, list]:
+    """Return as text what is computed for a model's densities, and the constants in it."""
+
+    def densities(rng_key: Array) -> list[Any]:
+        with handlers.block():
+            trace = handlers.trace(handlers.seed(model, rng_key)).get_trace(*args, **kwargs)
+        sites = (site for site in trace.values() if site["type"] == "sample")
+        return [(site["fn"].log_prob(site["value"]), site["scale"]) for site in sites]
+
+    program = jax.make_jaxpr(densities)(jax.random.key(0))
+    constants = [np.asarray(constant).tobytes() for constant in program.consts]
+    needed, _ = partial_eval.dce_jaxpr(program.jaxpr, [True] * len(program.jaxpr.outvars))
+    return re.sub(r" at 0x[0-9a-f]+", "", str(needed)), constants

@@ -12,7 +12,12 @@ from numpyro.infer.autoguide import AutoNormal
 from numpyro.infer.calibration import vsbc_diagnostic
 from scipy.stats import ks_2samp, kstest
 
-from numpyro_vae import AutoAmortizedMultivariateNormal, AutoAmortizedNormal, Calibration
+from numpyro_vae import (
+    AutoAmortizedMultivariateNormal,
+    AutoAmortizedNormal,
+    Calibration,
+    Posterior,
+)
 
 KEY = jax.random.key(1)
 NUM_TRAIN, NUM_SIMULATIONS = 2000, 1000
@@ -86,3 +91,22 @@ def test_ranks_are_those_of_numpyro_which_fits_every_simulation():
         for ranks, others in ((u, v), (abs(2 * u - 1), abs(2 * v - 1))):
             assert ks_2samp(ranks, others).pvalue > 1e-3
         assert max(kstest(abs(2 * x - 1), "uniform").pvalue for x in (u, v)) < 1e-4
+
+
+def observed_in_turn(y, x):
+    with numpyro.plate("data", len(x)):
+        z = numpyro.sample("z", dist.Normal(0.0, 1.0))
+        numpyro.sample("x", dist.Normal(z, 1.0), obs=x)
+        numpyro.sample("y", dist.Normal(z + 2.0 * x, 1.0), obs=y)
+
+
+def exact_in_turn(y, x):
+    with numpyro.plate("data", len(x)):
+        numpyro.sample("z", dist.Normal((y - x) / 3.0, 3.0**-0.5))
+
+
+def test_what_is_computed_from_an_observation_is_simulated_from_a_simulated_one():
+    y, x = np.random.default_rng(0).normal(size=(2, 300)).astype(np.float32)
+    posterior = Posterior(exact_in_turn, {}, model=observed_in_turn)
+    report = posterior.check(jax.random.key(0), (y, x), "calibration", progress_bar=False)
+    assert all(finding.ok for finding in report.findings), report

@@ -364,7 +364,7 @@ def test_groups_whose_data_lie_in_another_plate():
     [
         ([30], {}, r"There is no row 30: the data have 30 rows, 0 to 29"),
         ([-1], {}, r"There is no row -1"),
-        ([0.5], {}, r"Rows are chosen by their numbers, found float64"),
+        ([0.5], {}, r"rows has values of type float64, expected the numbers"),
         (np.ones(5, bool), {}, r"The data have 30 rows, and rows= has shape \(5,\)"),
         ([0], {"method": "mcmc"}, r"method is 'mcmc', expected 'auto' or one of"),
         ([0], {"num_samples": 0}, r"num_samples is 0, expected at least 1"),

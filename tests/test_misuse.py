@@ -1,0 +1,139 @@
+"""What users get wrong ends in an error that says what was found, what was expected, what to do."""
+
+import re
+from functools import partial
+
+import jax
+import jaxtyping
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import optax
+import pytest
+from numpyro.contrib.funsor import config_enumerate
+from numpyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO
+
+from numpyro_vae import AutoAmortizedNormal, Posterior, fit
+
+KEY = jax.random.key(0)
+X = np.random.default_rng(0).normal(size=(30, 2)).astype(np.float32)
+
+
+def model(x):
+    mu = numpyro.sample("mu", dist.Normal(0.0, 1.0))
+    with numpyro.plate("data", len(x)):
+        z = numpyro.sample("z", dist.Normal(mu, 1.0))
+        y = numpyro.sample("y", dist.Normal(z, 1.0))
+        numpyro.sample("x", dist.Normal(y[:, None], 0.5).expand([len(x), 2]).to_event(1), obs=x)
+
+
+def counted(x):
+    with numpyro.plate("data", len(x)):
+        k = numpyro.sample("k", dist.Poisson(3.0), infer={"enumerate": "parallel"})
+        z = numpyro.sample("z", dist.Normal(k, 1.0))
+        numpyro.sample("x", dist.Normal(z[..., None], 1.0).to_event(1), obs=x)
+
+
+def train(fn, data=X, guide=None, loss=None, **options):
+    guide = guide or AutoAmortizedNormal(fn)
+    svi = SVI(fn, guide, optax.adam(1e-2), loss or Trace_ELBO())
+    options = {"num_epochs": 1, "progress_bar": False} | options
+    return Posterior(guide, fit(svi, KEY, data, **options))
+
+
+@pytest.fixture
+def as_for_users(monkeypatch):
+    """Leave it to the library to look at types."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+
+
+@pytest.fixture(scope="module")
+def posterior():
+    return train(model)
+
+
+def test_a_number_of_draws_that_is_no_int_leaves_no_trace(as_for_users, posterior):
+    with pytest.raises(ValueError, match=r"num_samples is 7\.0, expected at least 1, and an int"):
+        posterior.sample(KEY, X, 7.0)
+    assert posterior.sample(KEY, X, np.int64(7))["z"].shape == (7, 30)
+    with pytest.raises(ValueError, match=r"num_samples is '7', expected at least 1, and an int"):
+        posterior.repair(KEY, X, [0], num_samples="7")
+
+
+@pytest.mark.parametrize("number", [0, 5.0])
+def test_a_number_of_particles_that_is_no_int_leaves_no_trace(as_for_users, posterior, number):
+    text = f"num_particles is {number}, expected at least 1"
+    with pytest.raises(ValueError, match=re.escape(text)):
+        posterior.log_evidence(KEY, X, 2, num_particles=number)
+    with pytest.raises(ValueError, match=re.escape(text)):
+        posterior.to_datatree(KEY, X, 2, num_particles=number)
+    assert posterior.log_evidence(KEY, X, 2, num_particles=5).shape == (2, 30)
+
+
+def test_numbers_in_a_list_are_no_data(posterior):
+    for data in ([0.5, 1.0], X.tolist()):
+        with pytest.raises(ValueError, match=r"is .* of type float, where an array.*np\.asarray"):
+            posterior.sample(KEY, data, 3)
+
+
+@pytest.mark.parametrize("batch_axes", [(0, 0), {"x": 0}, "0"])
+def test_batch_axes_of_another_form_than_the_data(as_for_users, batch_axes):
+    with pytest.raises(ValueError, match=r"batch_axes is .* not fit data .*'data\[0\]'"):
+        train(model, (X,), batch_axes=batch_axes)
+
+
+def test_names_of_rows_are_no_numbers(posterior):
+    for rows in (["a", "b"], None):
+        with pytest.raises(ValueError, match=r"rows has values of type .*get_indexer"):
+            posterior.repair(KEY, X, rows)
+
+
+def test_parameters_without_those_of_the_global_sites(posterior):
+    local = {"auto$params": posterior.params["auto$params"]}
+    untrained = Posterior(AutoAmortizedNormal(model), local)
+    with pytest.raises(ValueError, match=r"global sites \['mu'\] have no 'mu_auto_loc'.*auto\$p"):
+        untrained.sample(KEY, X, 3)
+
+
+def test_a_site_of_infinitely_many_values_cannot_be_enumerated():
+    with pytest.raises(
+        ValueError, match=r"'k' in the plates \['data'\].*its distribution has no finite"
+    ):
+        train(counted, loss=TraceEnum_ELBO())
+
+
+def test_what_is_no_function_is_refused_where_it_is_given(as_for_users):
+    with pytest.raises(TypeError, match=r"inputs is of type ndarray, expected a function"):
+        AutoAmortizedNormal(model, inputs=X)
+    for wrong in (X, AutoAmortizedNormal(model)):
+        with pytest.raises(TypeError, match=r"The model is of type .*expected a function"):
+            AutoAmortizedNormal(wrong)
+
+
+def test_one_name_may_be_given_alone(as_for_users):
+    guide = AutoAmortizedNormal(model, condition_on="mu", dependencies={"y": "z"})
+    assert (guide.condition_on, guide.dependencies) == (("mu",), {"y": ("z",)})
+
+
+def wider(x):
+    with numpyro.plate("data", len(x)):
+        z = numpyro.sample("z", dist.Normal(0.0, 2.0))
+        numpyro.sample("x", dist.Normal(z[:, None], 0.5).expand([len(x), 2]).to_event(1), obs=x)
+
+
+def narrower(x, scale=1.0):
+    with numpyro.plate("data", len(x)):
+        z = numpyro.sample("z", dist.Normal(0.0, scale))
+        numpyro.sample("x", dist.Normal(z[:, None], 0.5).expand([len(x), 2]).to_event(1), obs=x)
+
+
+def test_a_guide_of_another_model_is_said():
+    with pytest.warns(UserWarning, match="another one than the guide was made for"):
+        train(wider, guide=AutoAmortizedNormal(narrower))
+
+
+def test_a_model_made_twice_is_no_other_one(recwarn):
+    makes = [partial(narrower, scale=2.0) for _ in range(2)]
+    train(makes[0], guide=AutoAmortizedNormal(makes[1]))
+    train(config_enumerate(narrower), guide=AutoAmortizedNormal(narrower))
+    assert not [found for found in recwarn if "guide was made for" in str(found.message)]
