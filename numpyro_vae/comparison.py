@@ -177,7 +177,7 @@ def compare(
     Raises:
         ValueError: if there is no posterior, or the importance check is not among the checks; or
             why the first posterior cannot be checked, if none can.
-        TypeError: if an entry is no posterior.
+        TypeError: if it is no dict, or an entry is no posterior.
 
     Example:
         >>> import jax, numpyro, numpyro.distributions as dist
@@ -199,6 +199,9 @@ def compare(
         >>> found["joint_diff"].round(1).tolist()
         [0.0, 1.0]
     """
+    if not isinstance(posteriors, Mapping):
+        found = type(posteriors).__name__
+        raise TypeError(f"posteriors is of type {found}, expected a dict of a Posterior by name.")
     if not posteriors:
         raise ValueError("posteriors is empty, expected a Posterior by each name.")
     importance = _importance(checks)

@@ -305,7 +305,7 @@ def test_what_has_no_place_in_a_data_set_is_named(data):
     [
         ((np.zeros((3, 5)), np.zeros((4, 5))), {}, "disagrees on the number of data"),
         ((), {}, "no array with a datum axis"),
-        ((np.zeros((3, 5)), 1.0), {}, r"data\[1\] has shape \(\)"),
+        ((np.zeros((3, 5)), 1.0), {}, r"data\[1\] is 1.0 of type float"),
         ((np.zeros((3, 5)),) * 2, {"sizes": {"school": [1, 2]}}, "integer for each of 3"),
         ((np.zeros((3, 5)),) * 2, {"sizes": {"school": [1.0] * 3}}, "integer for each of 3"),
         ((np.zeros((3, 5)),) * 2, {"sizes": {"class": [1] * 3}}, "has \\['school'\\]"),

@@ -137,8 +137,13 @@ def predicted_rows(trace: dict[str, Any], run: Run) -> dict[str, Array]:
         if site["is_observed"] or not jnp.size(site["value"]):
             continue  # what cannot be drawn, or a numpyro.factor
         if plate:
-            fn, value = site["fn"], site["value"]
-            # Of an interval, which is an event of two values, a point is drawn.
-            event_dim = min(fn.event_dim, jnp.ndim(value) - len(fn.batch_shape))
-            found[name] = jnp.moveaxis(value, dims[plate] - event_dim, 0)
+            found[name] = drawn_rows(site, dims[plate])
     return found
+
+
+def drawn_rows(site: dict[str, Any], dim: int) -> Array:
+    """Return what was drawn of a site, with the plate of a dimension in front."""
+    fn, value = site["fn"], site["value"]
+    # Of an interval, which is an event of two values, a point is drawn.
+    event_dim = min(fn.event_dim, jnp.ndim(value) - len(fn.batch_shape))
+    return jnp.moveaxis(value, dim - event_dim, 0)

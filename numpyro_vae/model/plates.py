@@ -72,8 +72,10 @@ class same_rows(Messenger):  # noqa: N801
         >>> import numpyro
         >>> from numpyro import handlers
         >>> def guide():
-        ...     rows = [numpyro.plate("data", 9, subsample_size=3) for _ in range(2)]
-        ...     return [plate.__enter__() for plate in rows]
+        ...     with numpyro.plate("data", 9, subsample_size=3) as first:
+        ...         pass
+        ...     with numpyro.plate("data", 9, subsample_size=3) as second:
+        ...         return first, second
         >>> first, second = handlers.seed(same_rows(guide), 0)()
         >>> bool((first == second).all())
         True

@@ -9,12 +9,14 @@ from typing import Any
 import jax
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
+from jaxtyping import Array
 from numpyro.primitives import Messenger
 
 PREFIX = "numpyro_vae/"  # of the names that are given to values
 KINDS = ("sample", "param", "plate")
 RANDOM = "/random"  # what comes from a random key, and from nothing with a name
 
+ARGUMENT = "/argument/"  # before the number of an array among the model's arguments
 LOOKED_UP = "/looked-up/"  # before the name of what is looked up by an index that has a name
 LOOKUPS = ("gather", "dynamic_slice")
 
@@ -44,6 +46,21 @@ class named_values(Messenger):  # noqa: N801 - handlers are lower case, as in nu
         if msg["type"] not in KINDS or msg.get("is_observed") or msg["value"] is None:
             return
         msg["value"] = checkpoint_name(msg["value"], PREFIX + msg["name"])
+
+
+def name_argument(number: int, array: Array) -> Array:
+    """Name an array among a model's arguments by its number, so that `sources` finds it."""
+    return checkpoint_name(array, f"{PREFIX}{ARGUMENT}{number}")
+
+
+def arguments_among(names: Names) -> frozenset[int]:
+    """Return the numbers of the arrays among names."""
+    return frozenset(int(x.removeprefix(ARGUMENT)) for x in names if x.startswith(ARGUMENT))
+
+
+def without_arguments(names: Names) -> Names:
+    """Return the names that are not of arrays."""
+    return frozenset(name for name in names if not name.startswith(ARGUMENT))
 
 
 def sources(jaxpr: ClosedJaxpr, *, lookups: bool = False) -> list[Names]:

@@ -17,7 +17,12 @@ from numpyro.primitives import Messenger
 
 from numpyro_vae.data.arrays import ArrayData, Layout
 from numpyro_vae.model.contents import Reading, Values, reading_of, values_of
-from numpyro_vae.model.provenance import sources
+from numpyro_vae.model.provenance import (
+    arguments_among,
+    name_argument,
+    sources,
+    without_arguments,
+)
 from numpyro_vae.model.sites import ModelSites, Reads
 from numpyro_vae.model.trace import NEEDS_VALUES, Model, Rows, trace_model
 
@@ -201,7 +206,12 @@ class ModelReader:
         shapes = tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(like))
         known = (layout, sizes, shapes)
         if known not in self._reads:
-            self._reads[known] = _reads(partial(self._traced, layout, sizes), *like)
+
+            def trace(rng_key: Array, arrays: list[Any], indices: list[Array]) -> Any:
+                named = [name_argument(number, x) for number, x in enumerate(arrays)]
+                return self._traced(layout, sizes, rng_key, named, indices)
+
+            self._reads[known] = _reads(trace, *like)
         return self._reads[known]
 
 
@@ -209,8 +219,10 @@ def _reads(trace: Callable[..., tuple[Reading, Values]], *args: Any) -> Reads:
     """Return what the values that a trace returns come from."""
     jaxpr, shapes = jax.make_jaxpr(lambda *args: trace(*args)[1], return_shape=True)(*args)
     leaves = iter(sources(jaxpr))
-    found = jax.tree.map(lambda _: next(leaves), shapes)
-    return Reads(*(_united(names) for names in found))
+    found = [_united(names) for names in jax.tree.map(lambda _: next(leaves), shapes)]
+    arguments = {name: arguments_among(names) for name, names in found[1].items()}
+    rest = ({name: without_arguments(names) for name, names in part.items()} for part in found)
+    return Reads(*rest, arguments)
 
 
 def _united(by_name: dict[str, Any]) -> dict[str, frozenset[str]]:

@@ -21,6 +21,7 @@ from numpyro_vae.model.simulate import (
     simulate,
     simulated_latents,
 )
+from numpyro_vae.numpyro_internals import was_observed
 from numpyro_vae.objectives.base import AbstractObjective
 
 __all__ = ["ForwardKL"]
@@ -130,25 +131,39 @@ def _simulated(
     args: tuple,
     kwargs: dict[str, Any],
 ) -> tuple[Latents, tuple, dict[str, Any]]:
-    """Return latents from the model, and the arguments with data drawn with them."""
+    """Return latents from the model, and the arguments with data drawn with them.
+
+    The model is run with the same key for each observed site, as it may compute one from another
+    that is among its arguments.
+    """
     guide_key, model_key = jax.random.split(rng_key)
     given = _globals(guide, params, guide_key, args, kwargs)
-    latents, seen = simulate(model, params, given, model_key, args, kwargs)
-    latents = jax.lax.stop_gradient(latents)
-    leaves, treedef = jax.tree.flatten((args, kwargs))
+    seeded = handlers.seed(handlers.substitute(model, data=params), model_key)
     with handlers.block(), handlers.trace() as trace:
-        handlers.seed(handlers.substitute(model, data=params), model_key)(*args, **kwargs)
-    for name, site in seen.items():
-        found = [number for number, leaf in enumerate(leaves) if leaf is trace[name]["value"]]
-        if not found:
-            raise NotSimulableError(
-                f"The observed values of site {name!r} are not one of the model's arguments as it "
-                "stands, so simulated ones cannot be put in its place. Train with fit on "
-                "Simulations(num_data, like=data, to_data=...)."
-            )
-        for number in found:
-            leaves[number] = site["value"].astype(leaves[number].dtype)
-    return latents, *jax.tree.unflatten(treedef, leaves)
+        seeded(*args, **kwargs)
+    leaves, treedef = jax.tree.flatten((args, kwargs))
+    sites = {name: site for name, site in trace.items() if site["type"] == "sample"}
+    values = {name: site["value"] for name, site in sites.items() if was_observed(site)}
+    places = {name: _places(name, value, leaves) for name, value in values.items()}
+    for _ in range(max(len(places), 1)):
+        args, kwargs = jax.tree.unflatten(treedef, leaves)
+        latents, seen = simulate(model, params, given, model_key, args, kwargs)
+        for name, numbers in places.items():
+            for number in numbers:
+                leaves[number] = seen[name]["value"].astype(leaves[number].dtype)
+    return jax.lax.stop_gradient(latents), *jax.tree.unflatten(treedef, leaves)
+
+
+def _places(name: str, value: Any, leaves: list[Any]) -> list[int]:
+    """Return the numbers of the arguments that are what a site observes."""
+    found = [number for number, leaf in enumerate(leaves) if leaf is value]
+    if not found:
+        raise NotSimulableError(
+            f"The observed values of site {name!r} are not one of the model's arguments as it "
+            "stands, so simulated ones cannot be put in its place. Train with fit on "
+            "Simulations(num_data, like=data, to_data=...)."
+        )
+    return found
 
 
 def _globals(

@@ -14,6 +14,7 @@ from numpyro.infer import SVI
 
 from numpyro_vae.data.arrays import as_arguments, is_array
 from numpyro_vae.data.batch import Batch
+from numpyro_vae.model.densities import drawn_rows
 from numpyro_vae.model.simulate import draw_outside, simulate
 
 
@@ -27,6 +28,8 @@ class Simulation:
         to_data: from simulated values by observed site to data; None to put them into ``places``.
         plates: those that hold the observations of the local plate's data, itself the first.
         num_parts: how many parts of consecutive rows a batch has, one of each host.
+        num_passes: how often the model is run with the same key, on what was simulated before, as
+            it may compute an observation from another one that is among its arguments.
     """
 
     places: tuple[tuple[str, tuple[int, ...]], ...]
@@ -34,6 +37,7 @@ class Simulation:
     to_data: Callable[[dict], Any] | None
     plates: tuple[str, ...]
     num_parts: int = 1
+    num_passes: int = 1
 
     def drawn(self, num_rows: int) -> np.ndarray | slice:
         """Return which of the rows of a batch are simulated."""
@@ -60,27 +64,29 @@ def draw_batch(
     kwargs = {**kwargs, **svi.static_kwargs}
     guide_key, model_key = jax.random.split(rng_key)
     given = draw_outside(svi.guide, params, guide_key, batch.plate, args, kwargs)
-    latents, seen = simulate(svi.model, params, given, model_key, args, kwargs)
-    latents = jax.lax.stop_gradient(latents)
-    made = {name: _by_row(site, plan.plates) for name, site in seen.items()}
-    arrays = batch.layout.take(batch.arrays, batch.indices) if batch.cuts else batch.arrays
-    arrays = _replaced(plan, batch, arrays, made)
-    indices = jnp.arange(len(batch.indices)) if batch.cuts else batch.indices
-    return replace(
-        batch,
-        arrays=arrays,
-        indices=indices,
-        cuts=False,
-        latents=None if plan.num_real else latents,
-    )
+    made = _cut(batch)
+    for _ in range(plan.num_passes):
+        args, kwargs = made.arguments()
+        kwargs = {**kwargs, **svi.static_kwargs}
+        latents, seen = simulate(svi.model, params, given, model_key, args, kwargs)
+        drawn = {name: _by_row(site, plan.plates) for name, site in seen.items()}
+        made = replace(made, arrays=_replaced(plan, made, made.arrays, drawn))
+    return replace(made, latents=None if plan.num_real else jax.lax.stop_gradient(latents))
+
+
+def _cut(batch: Batch) -> Batch:
+    """Return a batch with nothing but its own rows, where it takes them from all."""
+    if not batch.cuts:
+        return batch
+    arrays = batch.layout.take(batch.arrays, batch.indices)
+    return replace(batch, arrays=arrays, indices=jnp.arange(len(batch.indices)), cuts=False)
 
 
 def _by_row(site: dict[str, Any], plates: tuple[str, ...]) -> Array:
     """Return the value of an observed site, rows in front where it has some."""
     dims = {frame.name: frame.dim for frame in site["cond_indep_stack"]}
     dim = next((dims[plate] for plate in plates if plate in dims), None)
-    value = site["value"]
-    return value if dim is None else jnp.moveaxis(value, dim - site["fn"].event_dim, 0)
+    return site["value"] if dim is None else drawn_rows(site, dim)
 
 
 def _replaced(
@@ -93,7 +99,7 @@ def _replaced(
     else:
         new = {number: made[name] for name, numbers in plan.places for number in numbers}
     drawn = plan.drawn(len(batch.indices))
-    places = jnp.arange(len(batch.indices)) if batch.cuts else batch.indices
+    places = batch.indices[drawn]
     found = list(arrays)
     for number, value in new.items():
         axis = batch.layout.axes[number]
@@ -101,6 +107,6 @@ def _replaced(
             found[number] = value.astype(arrays[number].dtype)
             continue
         rows = jnp.moveaxis(arrays[number], axis, 0)
-        rows = rows.at[places[drawn]].set(value[drawn].astype(rows.dtype))
+        rows = rows.at[places].set(value[drawn].astype(rows.dtype))
         found[number] = jnp.moveaxis(rows, 0, axis)
     return tuple(found)

@@ -16,7 +16,7 @@ from numpyro.infer.svi import SVIState
 from numpyro_vae.data.arguments import require_count
 from numpyro_vae.data.arrays import ArrayData
 from numpyro_vae.data.batch import Batch
-from numpyro_vae.model.simulate import NotSimulableError, places, why_not_simulable
+from numpyro_vae.model.simulate import NotSimulableError, places, why_censored, why_not_simulable
 from numpyro_vae.numpyro_internals import HANDLERS
 from numpyro_vae.objectives import ForwardKL
 from numpyro_vae.training.guarded import guarded_steps
@@ -131,6 +131,10 @@ class SimulationSource:
         guide, wanted = self.trainer.svi.guide, self.simulations
         if reason := why_not_simulable(self.sites, getattr(guide, "global_names", ())):
             raise NotSimulableError(f"{reason}, or train on the data themselves.")
+        if wanted.to_data is None and (reason := why_censored(self.sites)):
+            raise NotSimulableError(
+                f"{reason}. Pass Simulations(to_data=...), a function that censors them too."
+            )
         if wanted.real_fraction and isinstance(self.trainer.svi.loss, ForwardKL):
             raise ValueError(
                 f"real_fraction is {wanted.real_fraction}, but ForwardKL trains on the latents "
@@ -140,7 +144,25 @@ class SimulationSource:
         places = () if wanted.to_data is not None else tuple(self._places(batch, plates))
         num_parts = self.devices.num_hosts
         num_real = round(wanted.real_fraction * (self.size // num_parts))
-        return Simulation(places, num_real, wanted.to_data, plates, num_parts)
+        num_passes = self._num_passes(dict(places))
+        return Simulation(places, num_real, wanted.to_data, plates, num_parts, num_passes)
+
+    def _num_passes(self, places: dict[str, tuple[int, ...]]) -> int:
+        """Return how often a model is run, each time on what was simulated before.
+
+        Once, if no observation is computed from another one; else as often as there are
+        observations, of which each may be computed from the one before.
+        """
+        seen = [name for name, site in self.sites.sites.items() if site.is_observed]
+        reads = self.sites.reads.arguments
+        of_others = (
+            reads.get(name, frozenset()) & set(numbers)
+            for name in seen
+            for other, numbers in places.items()
+            if other != name
+        )
+        is_chained = any(of_others) if self.simulations.to_data is None else True
+        return len(seen) if is_chained else 1
 
     def _places(self, batch: Batch, plates: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
         """Yield for each observed site the numbers of the arrays among the arguments that hold it.

@@ -241,6 +241,8 @@ class TestCompare:
     def test_bad_input(self):
         with pytest.raises(ValueError, match="posteriors is empty"):
             compare({}, KEY, X)
+        with pytest.raises(TypeError, match="of type list, expected a dict"):
+            compare([posterior_of()], KEY, X)
         with pytest.raises(TypeError, match=r"'one'.*expected a Posterior"):
             compare({"one": guide}, KEY, X)
         with pytest.raises(ValueError, match="without 'importance'"):

@@ -288,7 +288,7 @@ BAD = {
     "batch too large": (X, {"batch_size": 101}, "batch_size is 101.*1 to the 100 rows"),
     "batch too small": (X, {"batch_size": -1}, "batch_size is -1"),
     "lengths disagree": ((X, X[:50]), {}, r"disagrees.*'data\[0\]': 100.*'data\[1\]': 50"),
-    "no datum axis": ((X, 3.0), {}, r"data\[1\] has shape \(\).*batch_axes"),
+    "no datum axis": ((X, 3.0), {}, r"data\[1\] is 3.0 of type float.*batch_axes"),
     "nan": (X.at[13].set(jnp.nan), {}, "1 values that are NaN or infinite, the first in row 13"),
     "inf": ({"x": X.at[2].set(jnp.inf)}, {}, r"data\['x'\].*row 2"),
     "beyond float32": (np.full(100, 1e300), {}, "float64.*beyond the range of float32"),
