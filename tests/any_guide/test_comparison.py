@@ -1,5 +1,6 @@
 """Guides beside each other, and beside MCMC."""
 
+import inspect
 from functools import partial
 
 import jax
@@ -242,7 +243,7 @@ class TestCompare:
         with pytest.raises(ValueError, match="posteriors is empty"):
             compare({}, KEY, X)
         with pytest.raises(TypeError, match="of type list, expected a dict"):
-            compare([posterior_of()], KEY, X)
+            inspect.unwrap(compare)([posterior_of()], KEY, X)  # without the tests' own type checks
         with pytest.raises(TypeError, match=r"'one'.*expected a Posterior"):
             compare({"one": guide}, KEY, X)
         with pytest.raises(ValueError, match="without 'importance'"):
