@@ -14,6 +14,7 @@ from numpyro.distributions import kl_divergence
 from numpyro.distributions.util import scale_and_mask
 
 from numpyro_vae.model.densities import log_prob_of
+from numpyro_vae.model.simulate import simulate
 from numpyro_vae.numpyro_internals import check_traces, seed_plates
 
 Site = dict[str, Any]
@@ -43,10 +44,11 @@ class Call(NamedTuple):
         """Run the guide, with values that some of its sites have already."""
         return self._trace(self._seeded(self.guide, key), {**self.params, **(values or {})})
 
-    def simulate(self, key: Array) -> Trace:
-        """Run the model, and draw all of its sites, observed or not."""
-        drawn = handlers.uncondition(self._seeded(self.model, key))
-        return self._trace(drawn, self.params)
+    def simulate(self, key: Array) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return the values of the model's latent sites, drawn from it, and of observed ones."""
+        model = self._with_rows(self.model)
+        drawn, seen = simulate(model, self.params, {}, key, self.args, self.kwargs)
+        return drawn.drawn, values_of(seen)
 
     def trace_model(self, guide_trace: Trace, key: Array) -> Trace:
         """Run the model against the guide, whose new state it sees where they share a network."""
@@ -56,8 +58,10 @@ class Call(NamedTuple):
         return trace
 
     def _seeded(self, fn: Callable[..., Any], key: Array) -> Callable[..., Any]:
-        fn = fn if self.plate_key is None else seed_plates(fn, self.plate_key)
-        return handlers.seed(fn, key)
+        return handlers.seed(self._with_rows(fn), key)
+
+    def _with_rows(self, fn: Callable[..., Any]) -> Callable[..., Any]:
+        return fn if self.plate_key is None else seed_plates(fn, self.plate_key)
 
     def _trace(self, fn: Callable[..., Any], data: dict[str, Any]) -> Trace:
         given = handlers.substitute(fn, data=data)

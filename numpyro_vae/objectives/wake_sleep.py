@@ -15,10 +15,8 @@ from numpyro_vae.objectives.traces import (
     Call,
     Trace,
     latents,
-    samples,
     scaled_log_prob,
     total,
-    values_of,
 )
 
 __all__ = ["ReweightedWakeSleep"]
@@ -117,11 +115,25 @@ class ReweightedWakeSleep(AbstractImportance):
     def _sleep(sleep: Simulated, call: Call, rng_key: Array) -> Array:
         """Return the log density that the guide gives latents drawn with data from the model."""
         model_key, guide_key = jax.random.split(rng_key)
-        simulated = call._replace(params=stop_gradient(call.params)).simulate(model_key)
-        values = values_of(samples(simulated))
-        args, kwargs = sleep(values, *call.args, **call.kwargs)
+        dreaming = call._replace(params=stop_gradient(call.params))
+        values, args, kwargs = _dream(sleep, dreaming, model_key)
         trace = call._replace(args=args, kwargs=kwargs).trace_guide(guide_key, values)
         return total(scaled_log_prob(site).sum() for site in _known(trace, values))
+
+
+def _dream(sleep: Simulated, call: Call, key: Array) -> tuple[dict[str, Array], tuple, dict]:
+    """Return values of the model's sites, and arguments with the simulated data.
+
+    The model is run with the same key for each observed site, as it may compute one from another
+    that is among its arguments.
+    """
+    number = 1
+    while True:
+        drawn, seen = call.simulate(key)
+        args, kwargs = sleep(drawn | seen, *call.args, **call.kwargs)
+        if number >= len(seen):
+            return drawn | seen, args, kwargs
+        call, number = call._replace(args=args, kwargs=kwargs), number + 1
 
 
 def _known(guide_trace: Trace, values: dict[str, Array]) -> list[dict[str, Any]]:

@@ -10,6 +10,7 @@ from helpers import make_svi
 
 from numpyro_vae import ForwardKL, Simulations, fit
 from numpyro_vae.model.simulate import NotSimulableError
+from numpyro_vae.objectives import ReweightedWakeSleep
 from numpyro_vae.training.simulations import SimulationSource
 from numpyro_vae.training.sources import ArraySource
 from numpyro_vae.training.step import batch_of, trainer_of
@@ -58,16 +59,28 @@ def test_observations_are_computed_from_those_simulated(to_data):
         assert abs(np.corrcoef(residual, z)[0, 1]) < 5 / len(x) ** 0.5
 
 
-def test_plain_svi_simulates_them_too():
-    found = []
+def guide(x, y, w):
+    with numpyro.plate("data", len(x)):
+        numpyro.sample("z", dist.Normal(0.0, 1.0))
 
-    def guide(x, y, w):
-        found.extend([x, y, w])
-        with numpyro.plate("data", len(x)):
-            numpyro.sample("z", dist.Normal(0.0, 1.0))
 
-    ForwardKL().loss(KEY, {}, chain, guide, *X)
-    x, y, w = found
+@pytest.mark.parametrize("phase", ["forward KL", "sleep"])
+def test_plain_svi_simulates_them_too(phase):
+    found = {}
+
+    def read(x, y, w):
+        found.update(x=x, y=y, w=w)
+        guide(x, y, w)
+
+    def sleep(values, x, y, w):
+        found.update(values)
+        return (values["x"], values["y"], values["w"]), {}
+
+    if phase == "sleep":
+        ReweightedWakeSleep(2, sleep=sleep).loss(KEY, {}, chain, guide, *X)
+    else:
+        ForwardKL().loss(KEY, {}, chain, read, *X)
+    x, y, w = (found[name] for name in "xyw")
     for residual, variance in ((x, 2), (y - 2 * x, 2), (w - (y - x), 1)):
         assert abs(residual.mean()) < 5 * (variance / len(x)) ** 0.5
         np.testing.assert_allclose(residual.var(), variance, rtol=0.15)
