@@ -63,7 +63,7 @@ def load(path):
     """Return binary images to train with and to test with; few random ones without a path."""
     if path is None:
         rng = np.random.default_rng(0)
-        return tuple(rng.binomial(1, 0.2, (n, PIXELS)).astype(np.float32) for n in (256, 128))
+        return tuple(rng.binomial(1, 0.2, (n, PIXELS)).astype(np.float32) for n in (256, 8))
     with np.load(path) as file:
         if "x_train" in file:
             return tuple(map(np.asarray, binarized(path, 60_000, 10_000)))
