@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -171,7 +172,7 @@ class ModelReader:
                 pass
         found = call(lambda: self._trace(layout, sizes, key, arrays, indices)[0])
         trace = partial(self._trace, layout, sizes, arrays=arrays, indices=indices)
-        return found.with_reads(_reads(trace, key))
+        return found.with_reads(replace(_reads(trace, key), arguments=None))
 
     def _arguments(self, args: tuple, kwargs: dict, rows: Rows, rng_key: Array | None) -> tuple:
         """Return the arguments of `_trace`, of which the first two are static."""

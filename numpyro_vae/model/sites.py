@@ -101,14 +101,14 @@ class Reads:
         supports: by latent site, what its support is made of.
         deterministic: by deterministic site, what its value is computed from.
         arguments: by observed site, of which arrays among the model's arguments its distribution is
-            made, by number; empty if the model asks for their values.
+            made, by number; None if the model asks for their values, so that it is not known.
     """
 
     values: dict[str, Any] = field(default_factory=dict)
     distributions: dict[str, Any] = field(default_factory=dict)
     supports: dict[str, Any] = field(default_factory=dict)
     deterministic: dict[str, Any] = field(default_factory=dict)
-    arguments: dict[str, frozenset[int]] = field(default_factory=dict)
+    arguments: dict[str, frozenset[int]] | None = None
 
 
 @dataclass(frozen=True)

@@ -27,12 +27,12 @@ Model = Callable[..., Any]
 Rows = dict[str, tuple[int, Any]]  # by plate its size, and the rows that it holds
 
 
-# What JAX raises when a model asks for the values of an abstract array.
 CENSORED = (
     dist.IntervalCensoredDistribution,
     dist.LeftCensoredDistribution,
     dist.RightCensoredDistribution,
 )
+# What JAX raises when a model asks for the values of an abstract array.
 NEEDS_VALUES = (
     jax.errors.ConcretizationTypeError,
     jax.errors.TracerArrayConversionError,

@@ -150,18 +150,19 @@ class SimulationSource:
     def _num_passes(self, places: dict[str, tuple[int, ...]]) -> int:
         """Return how often a model is run, each time on what was simulated before.
 
-        Once, if no observation is computed from another one; else as often as there are
-        observations, of which each may be computed from the one before.
+        Once, if no observation is computed from another one; else, or if that is not known, as
+        often as there are observations, of which each may be computed from the one before.
         """
         seen = [name for name, site in self.sites.sites.items() if site.is_observed]
-        reads = self.sites.reads.arguments
+        reads = self.sites.reads.arguments or {}
         of_others = (
             reads.get(name, frozenset()) & set(numbers)
             for name in seen
             for other, numbers in places.items()
             if other != name
         )
-        is_chained = any(of_others) if self.simulations.to_data is None else True
+        is_known = self.simulations.to_data is None and self.sites.reads.arguments is not None
+        is_chained = any(of_others) if is_known else True
         return len(seen) if is_chained else 1
 
     def _places(self, batch: Batch, plates: tuple[str, ...]) -> Iterator[tuple[str, Any]]:

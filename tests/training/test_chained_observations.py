@@ -9,6 +9,7 @@ import pytest
 from helpers import make_svi
 
 from numpyro_vae import ForwardKL, Simulations, fit
+from numpyro_vae.model.reading import ModelReader
 from numpyro_vae.model.simulate import NotSimulableError
 from numpyro_vae.objectives import ReweightedWakeSleep
 from numpyro_vae.training.simulations import SimulationSource
@@ -47,7 +48,11 @@ def simulate(model, data, to_data=None):
     return batch_of(table, 0), plan.num_passes
 
 
-@pytest.mark.parametrize("to_data", [None, lambda made: (made["x"], made["y"], made["w"])])
+def in_order(made):
+    return made["x"], made["y"], made["w"]
+
+
+@pytest.mark.parametrize("to_data", [None, in_order])
 def test_observations_are_computed_from_those_simulated(to_data):
     """Those of the data, which are around 10, would show in their means."""
     batch, num_passes = simulate(chain, X, to_data)
@@ -101,3 +106,15 @@ def test_censored_observations_need_what_censors_the_simulated_ones():
     data = X[0], np.zeros(len(X[0]), np.int32)
     with pytest.raises(NotSimulableError, match=r"'x' has a censored distribution.*to_data"):
         simulate(model, data)
+
+
+def test_what_is_read_of_arguments_is_not_known_of_a_model_that_asks_for_values():
+    def model(x, group):
+        with numpyro.plate("groups", len(np.unique(group))):
+            z = numpyro.sample("z", dist.Normal(0.0, 1.0))
+        numpyro.sample("x", dist.Normal(z[group], 1.0), obs=x)
+
+    group = np.arange(8) % 3
+    assert ModelReader(model).sites((X[0][:8], group), {}).reads.arguments is None
+    known = ModelReader(chain).sites(tuple(x[:8] for x in X), {}).reads.arguments
+    assert known == {"x": frozenset(), "y": {0}, "w": {0, 1}}
