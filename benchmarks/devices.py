@@ -1,6 +1,6 @@
 """One training epoch on all devices of this process, and the same written by hand in JAX.
 
-    python benchmarks/devices.py [--repeats 5]
+    python benchmarks/devices.py [--repeats 5] [--num-data 131072]
     XLA_FLAGS=--xla_force_host_platform_device_count=2 python benchmarks/devices.py
 
 Both do the arithmetic of `vae.py` with the same sharding: the rows of a batch are divided among the
@@ -28,7 +28,7 @@ from vae import (
 from numpyro_vae.data.devices import Devices
 
 NETWORK = {"pixels": 784, "hidden": 400, "latent": 50}
-SIZES = [Sizes(num_data=131_072, batch_size=size, **NETWORK) for size in (4_096, 65_536)]
+BATCH_SIZES = 4_096, 65_536
 TINY = [Sizes(num_data=256, pixels=16, hidden=8, latent=2, batch_size=64)]
 
 
@@ -59,10 +59,12 @@ def compare(sizes, repeats):
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--num-data", type=int, default=131_072, help="rows of an epoch")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes: does it run?")
     args = parser.parse_args()
-    for sizes in TINY if args.smoke else SIZES:
-        compare(sizes, 2 if args.smoke else args.repeats)
+    sizes = [Sizes(num_data=args.num_data, batch_size=size, **NETWORK) for size in BATCH_SIZES]
+    for one in TINY if args.smoke else sizes:
+        compare(one, 2 if args.smoke else args.repeats)
 
 
 if __name__ == "__main__":

@@ -17,8 +17,10 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from functools import partial
 from typing import Any, ClassVar
 
+import jax
 import jax.numpy as jnp
 import numpyro.distributions as dist
 from flax import nnx
@@ -117,6 +119,10 @@ class AbstractFamily(ABC):
 
 
 # -- what several families share -----------------------------------------------------------------
+
+# GPUs and TPUs multiply matrices with some ten bits by default. That is enough for networks; but
+# the inverse of a correlation magnifies what was lost, in the densities of a guide's own draws.
+full_precision = partial(jax.default_matmul_precision, "highest")
 
 
 class LogScaleAffine(Transform):

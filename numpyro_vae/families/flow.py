@@ -17,7 +17,12 @@ from jaxtyping import Array, Float
 from numpyro.distributions import constraints
 from numpyro.distributions.transforms import Transform
 
-from numpyro_vae.families.base import AbstractFamily, AbstractHead, constant_linear
+from numpyro_vae.families.base import (
+    AbstractFamily,
+    AbstractHead,
+    constant_linear,
+    full_precision,
+)
 from numpyro_vae.families.multivariate_normal import CholeskyHead
 from numpyro_vae.layers.splines import NUM_OUTPUTS, Knots
 from numpyro_vae.scales.parameterization import (
@@ -169,9 +174,10 @@ class CouplingLayer(Transform):
         """Return the splines, shifts and log-scales; after the tanh, bounded for any ``x``."""
         seen, changed = _halves(self.number, x.shape[-1])
         first, *others = self.kernels
-        hidden = x[..., seen] @ first + self.context
-        for kernel, bias in zip(others, self.biases, strict=True):
-            hidden = jnp.tanh(hidden) @ kernel + bias
+        with full_precision():
+            hidden = x[..., seen] @ first + self.context
+            for kernel, bias in zip(others, self.biases, strict=True):
+                hidden = jnp.tanh(hidden) @ kernel + bias
         raw = hidden.reshape(*hidden.shape[:-1], len(changed), -1)
         raw = raw / math.sqrt(others[-1].shape[0])  # or a step of Adam moves it the further
         log_scale = MAX_LOG_SCALE * jnp.tanh(raw[..., 1] / MAX_LOG_SCALE)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import jax.numpy as jnp
 import numpyro.distributions as dist
@@ -17,6 +18,7 @@ from numpyro_vae.families.base import (
     LogScaleAffine,
     PartOfNormal,
     constant_linear,
+    full_precision,
 )
 from numpyro_vae.scales.log_scale_normal import LogScaleNormal
 from numpyro_vae.scales.parameterization import (
@@ -34,6 +36,25 @@ MAX_NORM = 1e3
 Triple = tuple[
     Float[Array, "*batch size"], Float[Array, "*batch size"], Float[Array, "*batch entries"]
 ]
+
+
+class Correlated(dist.LowRankMultivariateNormal):
+    """NumPyro's distribution, whose products of matrices a GPU does not shorten."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        with full_precision():
+            super().__init__(*args, **kwargs)
+
+    def sample(self, key: Array | None, sample_shape: tuple[int, ...] = ()) -> Array:
+        """Draw as NumPyro does."""
+        with full_precision():
+            return super().sample(key, sample_shape)
+
+    def log_prob(self, value: Any, intermediates: Any = None) -> Array:
+        """Return NumPyro's log-density."""
+        del intermediates
+        with full_precision():
+            return jnp.asarray(super().log_prob(value))
 
 
 class LowRankHead(AbstractHead):
@@ -78,7 +99,7 @@ class LowRankHead(AbstractHead):
     def _correlated(self, raw: Triple, factor: Array) -> dist.TransformedDistribution:
         loc, raw_scale, _ = raw
         # NumPyro's class divides by the diagonal of the covariance, so that diagonal is 1 here.
-        correlated = dist.LowRankMultivariateNormal(jnp.zeros_like(loc), factor, jnp.ones_like(loc))
+        correlated = Correlated(jnp.zeros_like(loc), factor, jnp.ones_like(loc))
         rescale = LogScaleAffine(loc, self.parameterization.log_scale(raw_scale))
         return dist.TransformedDistribution(correlated, rescale)
 

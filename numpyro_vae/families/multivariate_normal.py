@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +18,7 @@ from numpyro_vae.families.base import (
     LogScaleAffine,
     PartOfNormal,
     constant_linear,
+    full_precision,
 )
 from numpyro_vae.scales.log_scale_normal import LogScaleNormal
 from numpyro_vae.scales.parameterization import (
@@ -30,6 +32,15 @@ __all__ = ["FullRankNormal"]
 Triple = tuple[
     Float[Array, "*batch size"], Float[Array, "*batch size"], Float[Array, "*batch lower"]
 ]
+
+
+class Correlate(LowerCholeskyAffine):
+    """NumPyro's transform, whose product a GPU does not shorten; its inverse is never shortened."""
+
+    def __call__(self, x: Any) -> Float[Array, "*shape size"]:
+        """Return ``loc + scale_tril @ x``."""
+        with full_precision():
+            return jnp.asarray(super().__call__(x))
 
 
 class CholeskyHead(AbstractHead):
@@ -73,7 +84,7 @@ class CholeskyHead(AbstractHead):
         # Not NumPyro's MultivariateNormal: it solves for the noise of its own draws, and its
         # scale_tril cannot hold scales for which exp() over- or underflows.
         zeros = jnp.zeros_like(loc)
-        correlate = LowerCholeskyAffine(zeros, tril)
+        correlate = Correlate(zeros, tril)
         rescale = LogScaleAffine(loc, self.parameterization.log_scale(raw_scale))
         noise = dist.Normal(zeros, 1.0).to_event(1)
         return dist.TransformedDistribution(noise, [correlate, rescale])

@@ -64,6 +64,22 @@ def test_density_by_change_of_variables(name):
         assert abs(log_det) > 0.1
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_products_of_matrices_are_not_shortened_on_a_gpu(name):
+    """An inverse would magnify the difference, and a draw have the density of another."""
+    head = trained(FAMILIES[name])
+    raw = head(features())
+
+    def used(raw):
+        value = draw(head, raw)
+        return value, own_log_prob(head, raw), log_prob(head, raw, value)
+
+    text = str(jax.make_jaxpr(used)(raw))
+    assert text.count("dot_general[") == text.count("precision=(Precision.HIGHEST")
+    if "rank" in name or "flow" in name:
+        assert "dot_general[" in text
+
+
 @pytest.mark.parametrize("name", NORMALS)
 def test_normals_agree_with_scipy(name):
     with jax.enable_x64(True):
