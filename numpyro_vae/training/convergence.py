@@ -9,8 +9,16 @@ from jaxtyping import Float
 from numpyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
 
 from numpyro_vae.model.sites import ModelSites
+from numpyro_vae.objectives import ImportanceWeightedELBO
 
-BOUNDS = (Trace_ELBO, TraceMeanField_ELBO, TraceEnum_ELBO, TraceGraph_ELBO)  # on the log evidence
+# On the log evidence.
+BOUNDS = (
+    Trace_ELBO,
+    TraceMeanField_ELBO,
+    TraceEnum_ELBO,
+    TraceGraph_ELBO,
+    ImportanceWeightedELBO,
+)
 FEWEST = 20  # steps in a tenth of the training that are enough to judge by
 LEAST = 0.01  # nats a datum; training ten times as long may gain ten times that, which matters
 SURE = 3.0  # standard errors
@@ -45,7 +53,8 @@ def warn_of_losses(losses: Float[np.ndarray, "num_steps"], svi: SVI, sites: Mode
             f"The ELBO is {elbo:.2g} nats a datum, though all that the model observes is discrete: "
             "probabilities are at most 1, and their logarithms at most 0. Look for latents that "
             "the model masks or does not score, and for distributions whose probabilities do not "
-            "add up to 1.",
+            "add up to 1. Where it is very large, the correlations of the guide have grown beyond "
+            "what its precision can undo: train at a lower learning rate.",
             stacklevel=3,
         )
 

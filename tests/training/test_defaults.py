@@ -16,6 +16,7 @@ from scipy import stats
 
 from numpyro_vae import MLP, AutoAmortizedNormal, fit
 from numpyro_vae.encoders.base import shorten
+from numpyro_vae.objectives import ImportanceWeightedELBO
 from numpyro_vae.training.convergence import warn_of_losses
 
 RNG = np.random.default_rng(1)
@@ -125,9 +126,10 @@ def test_losses_are_not_warned_about_without_reason(losses):
     judge(losses)
 
 
-def test_a_positive_elbo_of_discrete_data_is_warned_about():
+@pytest.mark.parametrize("loss", [Trace_ELBO, ImportanceWeightedELBO])
+def test_a_positive_elbo_of_discrete_data_is_warned_about(loss):
     with pytest.warns(UserWarning, match="ELBO is 0.5.* discrete"):
-        judge(losses_of(-0.5, -0.5))
+        judge(losses_of(-0.5, -0.5), loss=loss)
     judge(losses_of(-0.005, -0.005))  # by less than the noise
     judge(losses_of(-0.5, -0.5), normal_model)  # densities may be large
     judge(losses_of(-0.5, -0.5), loss=partial(RenyiELBO, alpha=2.0))  # not known to be a bound
