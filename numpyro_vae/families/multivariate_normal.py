@@ -29,6 +29,17 @@ from numpyro_vae.scales.parameterization import (
 
 __all__ = ["FullRankNormal"]
 
+# A step of Adam moves a correlation by the learning rate times the sum of the features, and all of
+# them at once: with many features and latents it throws the factor so far that its inverse is lost
+# in rounding. Beyond this product of both numbers it moves as far as there.
+EXTENT = 2048
+
+
+def gain(num_features: int, size: int) -> float:
+    """Return what the features are multiplied by before they become correlations."""
+    return min(1.0, EXTENT / (num_features * size))
+
+
 Triple = tuple[
     Float[Array, "*batch size"], Float[Array, "*batch size"], Float[Array, "*batch lower"]
 ]
@@ -59,10 +70,11 @@ class CholeskyHead(AbstractHead):
         self.loc = nnx.Linear(num_features, size, rngs=rngs)
         self.raw_scale = constant_linear(num_features, size, parameterization.init_raw, rngs=rngs)
         self.lower = constant_linear(num_features, size * (size - 1) // 2, 0.0, rngs=rngs)
+        self.gain = gain(num_features, size)
 
     def __call__(self, features: Float[Array, "*batch k"]) -> Triple:
         """Return ``(loc, raw_scale, lower)``."""
-        return self.loc(features), self.raw_scale(features), self.lower(features)
+        return self.loc(features), self.raw_scale(features), self.lower(self.gain * features)
 
     def distribution(self, raw: Triple) -> dist.TransformedDistribution:
         """Return standard Normal noise, correlated by ``unit_tril``, scaled and shifted."""

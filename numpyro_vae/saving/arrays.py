@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from numpyro_vae.families.multivariate_normal import gain
 from numpyro_vae.saving.codec import Json
 
 KINDS = "biuf"  # of dtypes; others, such as bfloat16, are stored as bytes
@@ -31,6 +33,25 @@ def store(arrays: dict[str, np.ndarray], value: Any, path: str) -> Json:
     is_number = array.dtype.kind in KINDS
     arrays[path] = array if is_number else np.frombuffer(array.tobytes(), np.uint8)
     return known
+
+
+def upgrade(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Return arrays of format 1 as those of format 2, of networks that compute the same.
+
+    In format 1 a multivariate Normal's correlations were features times ``lower.kernel``; now the
+    features are multiplied by a gain first, which is 1 for most.
+    """
+    found = dict(arrays)
+    for name, array in arrays.items():
+        if name.endswith("['lower']['kernel']"):
+            num_features, entries = array.shape
+            found[name] = array / array.dtype.type(gain(num_features, _size(entries)))
+    return found
+
+
+def _size(entries: int) -> int:
+    """Return the rows of a matrix with so many entries below the diagonal."""
+    return (1 + math.isqrt(1 + 8 * entries)) // 2
 
 
 def restore(arrays: dict[str, np.ndarray], known: Json) -> Array:

@@ -20,7 +20,7 @@ from numpyro_vae.saving.codec import Json
 
 __all__ = ["SavedPosteriorError"]
 
-FORMAT = 1
+FORMAT = 2
 KIND = "numpyro_vae.Posterior"
 MANIFEST, ARRAYS = "manifest.json", "arrays.safetensors"
 

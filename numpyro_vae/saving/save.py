@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from numpyro_vae.guides.base import AmortizedGuide
 from numpyro_vae.numpyro_internals import HANDLERS
-from numpyro_vae.saving.arrays import restore, store
+from numpyro_vae.saving.arrays import restore, store, upgrade
 from numpyro_vae.saving.codec import CannotRestoreError, CannotStoreError, Json, pack, unpack
 from numpyro_vae.saving.guides import (
     describe_guide,
@@ -126,6 +126,8 @@ def load_posterior[P](  # noqa: D417 - a method
     if encoder is not None:
         given["encoder"] = encoder
     manifest, arrays = read_folder(path)
+    if manifest["format"] == 1:
+        arrays = upgrade(arrays)
     try:
         loaded = _restore(str(path), model, manifest, arrays, given, static_kwargs or {})
     except (KeyError, AttributeError, CannotRestoreError) as error:

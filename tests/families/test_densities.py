@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import FAMILIES
+from flax import nnx
 from heads import (
     NUM_DRAWS,
     SIGMAS,
@@ -126,6 +127,19 @@ def test_the_full_rank_family_starts_diagonal():
     lower = fresh(FullRankNormal())(features(5))[2]
     assert lower.shape == (5, 3)
     assert (lower == 0).all()
+
+
+def test_a_step_moves_correlations_no_further_in_a_wide_network():
+    """A factor that is thrown far has an inverse that is lost in rounding."""
+
+    def moved(num_features, size):
+        head = FullRankNormal().head(num_features, size, rngs=nnx.Rngs(0))
+        head.lower.kernel[...] += 1e-3  # as Adam does, with slopes of one sign
+        raw = head(jnp.full(num_features, 7 / num_features**0.5))
+        return np.linalg.norm(raw[2][-size + 1 :])  # of the last row
+
+    assert moved(64, 8) < moved(128, 16) == pytest.approx(0.31, abs=0.01)
+    assert moved(1024, 40) < moved(512, 40) < moved(128, 16)
 
 
 def test_a_large_factor_of_low_rank_is_bounded_and_a_small_one_is_not():

@@ -97,8 +97,8 @@ def test_what_is_no_folder_of_ours_is_told(tmp_path):
 
 
 def test_a_later_format_asks_for_an_upgrade(path):
-    rewrite(path, format=2)
-    with pytest.raises(SavedPosteriorError, match=r"has format 2.* up to 1. Upgrade numpyro_vae"):
+    rewrite(path, format=3)
+    with pytest.raises(SavedPosteriorError, match=r"has format 3.* up to 2. Upgrade numpyro_vae"):
         manifest.read_folder(path)
 
 

@@ -7,11 +7,15 @@ are, and has what the first version drew of them.
 import pathlib
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from saved_cases import CASES
 
 from numpyro_vae import Posterior
+from numpyro_vae.families import FullRankNormal
+from numpyro_vae.saving.arrays import upgrade
 
 FOLDER = pathlib.Path(__file__).parent / "format_1"
 NAMES = ("state and dropout", "global sites", "options", "networks in the model")
@@ -29,6 +33,19 @@ def test_it_is_read(name):
         for site, draws in case.draw(posterior).items():
             # Other processors, and other versions of XLA, round otherwise.
             np.testing.assert_allclose(draws, expected[f"{name}/{site}"], rtol=1e-4, atol=1e-4)
+
+
+def test_correlations_of_a_wide_network_are_what_they_were():
+    """They were features times a kernel, without the gain of today."""
+    rng = np.random.default_rng(0)
+    features = rng.normal(size=(3, 1024)).astype(np.float32)
+    kernel = rng.normal(size=(1024, 780)).astype(np.float32)
+    name = "auto$params['blocks']['z']['head']['lower']['kernel']"
+    head = FullRankNormal().head(1024, 40, rngs=nnx.Rngs(0))
+    assert head.gain < 1
+    head.lower.kernel[...] = upgrade({name: kernel, "other": kernel})[name]
+    found = head(jnp.asarray(features))[2]
+    np.testing.assert_allclose(found, features @ kernel, rtol=1e-4, atol=1e-3)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,13 @@ from models import normal_model
 from numpyro.infer import SVI, RenyiELBO, Trace_ELBO
 from scipy import stats
 
-from numpyro_vae import MLP, AutoAmortizedNormal, fit
+from numpyro_vae import (
+    MLP,
+    AutoAmortizedMultivariateNormal,
+    AutoAmortizedNormal,
+    ResidualMLP,
+    fit,
+)
 from numpyro_vae.encoders.base import shorten
 from numpyro_vae.objectives import ImportanceWeightedELBO
 from numpyro_vae.training.convergence import warn_of_losses
@@ -140,3 +146,22 @@ def test_a_fit_that_was_too_short_says_so():
     options = {"num_epochs": 100, "batch_size": 10, "progress_bar": False}
     with pytest.warns(UserWarning, match="still falling"):
         fit(svi, jax.random.key(0), 100 + X, **options)
+
+
+@pytest.mark.slow
+def test_a_wide_network_learns_many_correlations():
+    """It threw them so far in some steps that densities of draws were off without limit."""
+    rng, mix = np.random.default_rng(0), np.eye(24) + 1
+    x = rng.normal(size=(512, 24)) @ mix + 0.3 * rng.normal(size=(512, 24))
+
+    def model(x):
+        with numpyro.plate("data", len(x)):
+            z = numpyro.sample("z", dist.Normal(0.0, 1.0).expand([24]).to_event(1))
+            numpyro.sample("x", dist.Normal(z @ mix, 0.3).to_event(1), obs=x)
+
+    guide = AutoAmortizedMultivariateNormal(model, partial(ResidualMLP, hidden_size=1024))
+    svi = SVI(model, guide, optax.adam(1e-3), ImportanceWeightedELBO(1, "stl"))
+    options = {"batch_size": 64, "num_epochs": 40, "progress_bar": False}
+    losses = fit(svi, jax.random.key(0), x.astype(np.float32), **options).losses
+    assert np.isfinite(losses).all()
+    assert 38 < losses[-20:].mean() < 400  # of 240,000 at first; minus the evidence is 38.1
