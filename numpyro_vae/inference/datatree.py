@@ -121,7 +121,7 @@ def build_datatree(
         ValueError: if a coordinate has another length than its dimension, or there is no such
             dimension.
     """
-    import arviz as az
+    from arviz_base import from_dict  # not from arviz, which imports its plots
     from xarray import DataTree
 
     coords, found = {tree_name(name): coord for name, coord in (coords or {}).items()}, {}
@@ -136,7 +136,7 @@ def build_datatree(
             for name in values
         }
         values = {tree_name(name): value for name, value in values.items()}
-        tree = az.from_dict({group: values}, dims=known, coords=coords)
+        tree = from_dict({group: values}, dims=known, coords=coords)
         found[group] = tree[group].to_dataset()
     require_known_dims(coords, sites, (dim for group in found.values() for dim in group.dims))
     tree = DataTree.from_dict(found)

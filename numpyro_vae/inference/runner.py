@@ -63,6 +63,7 @@ class Runner:
         self.static_kwargs, self.batch_axes = static_kwargs, batch_axes
         self.num_data = num_data
         self.sizes: dict[str, tuple[int, int]] = {}  # of the data sets that it was trained on
+        self._has_features: bool | None = None
 
     @property
     def local_names(self) -> tuple[str, ...]:
@@ -251,9 +252,11 @@ class Runner:
 
     def has_features(self, rows: Rows) -> bool:
         """Return whether the guide says what it says of a row by features; see `refine`."""
-        found: list[bool] = []
-        self.trace(lambda batch: found.append(batch.encoding.has_features), rows)
-        return found[0]
+        if self._has_features is None:  # it is the guide's, whatever the rows
+            found: list[bool] = []
+            self.trace(lambda batch: found.append(batch.encoding.has_features), rows)
+            self._has_features = found[0]
+        return self._has_features
 
     def once(self, quantity: Quantity, rows: Rows, *args: Any, **static: Any) -> Any:
         """Run a quantity of all rows at once; see `per_batch`."""
