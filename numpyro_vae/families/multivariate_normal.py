@@ -32,7 +32,7 @@ __all__ = ["FullRankNormal"]
 # A step of Adam moves a correlation by the learning rate times the sum of the features, and all of
 # them at once: with many features and latents it throws the factor so far that its inverse is lost
 # in rounding. Beyond this product of both numbers it moves as far as there.
-EXTENT = 4096
+EXTENT = 2048
 
 
 def gain(num_features: int, size: int) -> float:
