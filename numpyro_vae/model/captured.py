@@ -20,6 +20,7 @@ LIBRARIES = ("stdlib", "platstdlib", "purelib", "platlib")
 INSTALLED = tuple(sysconfig.get_path(name) for name in LIBRARIES)
 INSTALLED += (str(Path(__file__).parents[1]),)  # the folders of code that does not change
 CALLED = (FunctionType, partial, MethodType, Messenger)
+LARGE = 2**24  # bytes of an array that is not read, as it may be on disk
 PLAIN = (bool, int, float, complex, str, bytes, type(None))
 READS_GLOBALS, WRITES_ITEMS = {"LOAD_GLOBAL", "LOAD_NAME"}, {"STORE_SUBSCR", "DELETE_SUBSCR"}
 WRITES_NAMES = {"STORE_GLOBAL", "STORE_DEREF", "STORE_ATTR"}
@@ -30,8 +31,8 @@ def captured(*functions: Any) -> tuple[Any, ...]:
 
     These are numbers, strings and arrays, also in tuples, dicts and attributes of objects, and
     what functions of the same module read in turn. Other objects count as themselves, and so do
-    lists. What a function writes itself, such as a count of its calls, is left out, and so are the
-    globals of installed packages.
+    lists and large arrays. What a function writes itself, such as a count of its calls, is left
+    out, and so are the globals of installed packages.
 
     Args:
         functions: functions, methods, partials, or objects that are called.
@@ -57,9 +58,9 @@ def signature(value: Any) -> Any:
     """
     if isinstance(value, PLAIN):
         return type(value), value
-    if isinstance(value, np.ndarray | np.generic) and value.dtype != object:
-        held = hashlib.blake2b(np.ascontiguousarray(value), digest_size=16).digest()
-        return value.dtype.str, value.shape, held
+    if isinstance(value, np.ndarray | np.generic) and _is_read(value):
+        held = hashlib.blake2b(value.tobytes(), digest_size=16).digest()
+        return value.dtype, value.shape, held
     if isinstance(value, nnx.Module):
         return nnx.graphdef(value)  # in which the mode of its layers is
     if type(value) is tuple:
@@ -84,6 +85,10 @@ class _Same:
 
     def __hash__(self) -> int:
         return id(self.value)
+
+
+def _is_read(value: np.ndarray | np.generic) -> bool:
+    return value.nbytes <= LARGE and not value.dtype.hasobject
 
 
 def _of_callable(fn: Any, seen: set[int]) -> Iterator[Any]:

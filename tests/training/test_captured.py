@@ -4,6 +4,7 @@ from functools import partial
 from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
@@ -13,7 +14,7 @@ from numpyro.infer import SVI, Trace_ELBO
 from numpyro.infer.autoguide import AutoNormal
 
 from numpyro_vae import AutoAmortizedNormal, Posterior, fit
-from numpyro_vae.model.captured import captured
+from numpyro_vae.model.captured import captured, signature
 
 KEY = jax.random.key(0)
 X = np.random.default_rng(0).normal(size=40).astype(np.float32)
@@ -91,6 +92,21 @@ def test_what_a_closure_holds_is_seen_to_change(number):
     before = captured(model)
     changes[number]()
     assert captured(model) != before
+
+
+@pytest.mark.parametrize("dtype", ["datetime64[D]", "float16", jnp.bfloat16, bool])
+def test_an_array_of_any_type_counts_by_what_it_holds(dtype):
+    value = np.zeros((2, 3), dtype)[:, ::2]
+    before = signature(value)
+    assert signature(value.copy()) == before
+    value[0, 0] = np.ones((), dtype)
+    assert signature(value) != before
+
+
+def test_a_large_array_counts_as_itself():
+    """It may be on disk, where it would take long to read."""
+    value = np.broadcast_to(np.float32(0.0), (2**40,))
+    assert signature(value) == signature(value) != signature(value[:])
 
 
 def test_what_a_function_writes_itself_is_no_change():
