@@ -53,6 +53,7 @@ ORDER = {
     "scales": ("parameterization", "log_scale_normal"),
     "layers": ("convolution", "splines"),
     "model": (
+        "captured",
         "provenance",
         "sites",
         "stacked",

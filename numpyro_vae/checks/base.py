@@ -28,6 +28,7 @@ import xarray as xr
 from jaxtyping import Array
 
 from numpyro_vae.inference.fingerprint import NAME
+from numpyro_vae.inference.gathering import site_dims
 from numpyro_vae.inference.rows import Rows
 from numpyro_vae.inference.runner import Runner
 from numpyro_vae.model.redraw import explain_undrawn, undrawn
@@ -166,6 +167,22 @@ class Subject:
     def plate(self) -> str:
         """The local plate's name, the dimension of variables with a value for each row."""
         return self.runner.guide.plate.name
+
+    def dims_of(self, name: str, shape: tuple[int, ...]) -> list[str]:
+        """Return the dimensions of what each datum has of a site, as they are in a DataTree.
+
+        Unconstrained values that are not as many as the site's own have dimensions of their own.
+
+        Args:
+            name: of the site.
+            shape: of its values, without the rows; empty for one value of all that a datum has.
+        """
+        sites = self.runner.guide.sites
+        site, plates = sites.sites[name], site_dims(sites)[name]
+        batch = [dim for dim in plates if dim != self.plate and shape]
+        event = tuple(shape[len(batch) :])
+        word = "dim" if site.event_shape in (event, site.unconstrained_shape) else "unconstrained"
+        return [*batch, *(f"{name}_{word}_{axis}" for axis in range(len(event)))]
 
     def empty(self) -> xr.Dataset:
         """Return a dataset without variables, with the rows' fingerprints and their number."""

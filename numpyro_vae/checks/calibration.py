@@ -101,7 +101,8 @@ class Calibration(AbstractCheck):
         rng = np.random.default_rng(0)
         found: dict[str, Any] = {"tarp": (["simulation"], _tarp(truths, draws, rng))}
         for name, truth in truths.items():
-            found |= _compared(name, truth, draws[name], rng)
+            dims = subject.dims_of(name, truth.shape[1:])
+            found |= _compared(name, dims, truth, draws[name], rng)
         return xr.Dataset(found, coords={"interval": list(INTERVALS)})
 
     def find(self, dataset: xr.Dataset) -> Findings:
@@ -145,10 +146,9 @@ def _pits(dataset: xr.Dataset) -> Iterator[tuple[str, np.ndarray]]:
 
 
 def _compared(
-    name: str, truth: np.ndarray, drawn: np.ndarray, rng: np.random.Generator
+    name: str, dims: list[str], truth: np.ndarray, drawn: np.ndarray, rng: np.random.Generator
 ) -> dict[str, Any]:
     """Return the variables of one site, from simulated values and the guide's draws."""
-    dims = [f"{name}_dim_{axis}" for axis in range(truth.ndim - 1)]
     masked = np.isnan(truth)
     pit = _rank(drawn < truth[:, None], drawn == truth[:, None], rng)
     pit = np.where(masked, np.nan, pit)

@@ -56,7 +56,7 @@ class Collapse(RowwiseCheck):
         divergences = _run(subject, diverge)
         return xr.Dataset(
             {
-                f"kl_{name}": ([subject.plate, *_dims(name, kl)], kl)
+                f"kl_{name}": ([subject.plate, *subject.dims_of(name, kl.shape[1:])], kl)
                 for name, kl in divergences.items()
             }
         )
@@ -65,7 +65,8 @@ class Collapse(RowwiseCheck):
         """Return how far the rows' guides are from one another."""
         found: dict[str, Any] = {}
         for name, (between, within) in _variances(subject).items():
-            found[f"activity_{name}"] = (_dims(name, between[None]), between / (between + within))
+            dims = subject.dims_of(name, between.shape)
+            found[f"activity_{name}"] = (dims, between / (between + within))
         information = _mutual_information(subject)
         total = sum(np.nansum(kl, dtype=float) for kl in _divergences(dataset))
         found["mutual_information"] = information
@@ -124,10 +125,6 @@ def count_collapsed(dataset: xr.Dataset) -> dict[str, tuple[int, int]]:
         name: (int((means < COLLAPSED).sum()), int(np.isfinite(means).sum()))
         for name, means in mean_divergences(dataset)
     }
-
-
-def _dims(name: str, rows: np.ndarray) -> list[str]:
-    return [f"{name}_dim_{axis}" for axis in range(rows.ndim - 1)]
 
 
 def _divergences(dataset: xr.Dataset) -> Iterator[np.ndarray]:

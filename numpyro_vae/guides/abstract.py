@@ -13,12 +13,14 @@ from numpyro.distributions import biject_to
 
 from numpyro_vae.data.batch import Batch
 from numpyro_vae.data.shapes import Shapes
+from numpyro_vae.model.captured import captured
 from numpyro_vae.model.plan import GuidePlan
 from numpyro_vae.model.reading import ModelReader
 from numpyro_vae.model.run import Run
 from numpyro_vae.model.sites import ModelSites, Plate, Site, choose_plate
 from numpyro_vae.model.stacked import peeled
 from numpyro_vae.model.trace import Rows, is_real
+from numpyro_vae.numpyro_internals import HANDLERS
 
 
 @dataclass(frozen=True)
@@ -159,6 +161,8 @@ class AbstractGuide(ABC):
         plan: the model as the guide divides it; None before it has read its model.
         argument_shapes: of the model's arguments, as they were then.
         compiled: what was compiled for this guide.
+        functions: those of the user that it runs.
+        held: what they read beside their arguments, when that was compiled.
     """
 
     model: Callable[..., Any]
@@ -168,6 +172,18 @@ class AbstractGuide(ABC):
     plan: GuidePlan | None
     argument_shapes: Shapes
     compiled: dict[Any, Callable[..., Any]]
+    functions: tuple[Any, ...]
+    held: tuple[Any, ...] | None = None
+
+    def renew(self) -> None:
+        """Forget what was compiled, if a function reads other values, as of globals, than then."""
+        held = captured(*self.functions)
+        if held == self.held:
+            return
+        with HANDLERS:
+            if self.held is not None:
+                self.reader, self.compiled = ModelReader(self.model), {}
+            self.held = held
 
     @property
     @abstractmethod

@@ -92,6 +92,7 @@ class AmortizedGuide(AutoGuide, AbstractGuide):
         self.inputs = inputs
         self.plate_name = plate
         self.segments = dict(segments or {})
+        self.functions = (model, self.encoder, inputs, *self.segments.values())
         self.condition_on = as_names(condition_on)
         self.dependencies = {name: as_names(read) for name, read in (dependencies or {}).items()}
         self.global_guide = require_maker(global_guide)
@@ -106,7 +107,7 @@ class AmortizedGuide(AutoGuide, AbstractGuide):
 
     def __getstate__(self) -> dict[str, Any]:
         """Return all but what is compiled, which cannot be pickled."""
-        return {**super().__getstate__(), "compiled": {}}
+        return {**super().__getstate__(), "compiled": {}, "held": None}
 
     def setup(self, *args: Any, **kwargs: Any) -> None:
         """Read the model, once: nothing is computed, no likelihood evaluated, at any size.

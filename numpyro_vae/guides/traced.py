@@ -69,6 +69,8 @@ class TracedGuide(AbstractGuide):
         self.guide, self.params, self.plate_name = guide, params, plate
         self.model = observed_plates(enumerated(model, plate))
         self.segments = dict(segments or {})
+        own = () if isinstance(guide, AutoGuide) else (guide,)
+        self.functions = (self.model, *own, *self.segments.values())
         self.reader = ModelReader(self.model)
         self.plan: GuidePlan | None = None
         self.argument_shapes = {}

@@ -49,12 +49,3 @@ class Compiled:
         """Return the shapes of what it returns, for which nothing is computed."""
         with HANDLERS:
             return jax.eval_shape(self._fn, *args)
-
-
-def identity_of(value: Any) -> Any:
-    """Return what tells a static argument from others: its value, or itself if it has no hash."""
-    try:
-        hash(value)
-    except TypeError:
-        return id(value)  # of an object that the compiled function keeps alive
-    return value

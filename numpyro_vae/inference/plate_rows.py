@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -71,6 +72,22 @@ def require_same_events(guide: AbstractGuide, sites: ModelSites) -> None:
                 f"Site {name!r} observes values of event shape {site.event_shape}, to which its "
                 "distribution would be broadcast."
             )
+
+
+def warn_of_batch_statistics(sites: ModelSites) -> None:
+    """Warn if a network of the model takes statistics of a batch, in which rows are not alone."""
+    states = [name for name, reads in sites.reads.states.items() if reads]
+    if states:
+        names = [name.removesuffix("$state") for name in states]
+        warnings.warn(
+            f"The model's networks {names} take statistics of a batch, as nnx.BatchNorm does in "
+            "training mode: what is computed of a row depends on the other rows of its batch, and "
+            "a repair, of one row alone, is of another posterior. Let them use their running "
+            "averages after training: call eval() on an nnx.Module, or let an argument of the "
+            "model set use_running_average, and pass Posterior(..., static_kwargs=).",
+            UserWarning,
+            stacklevel=2,
+        )
 
 
 def require_finite(

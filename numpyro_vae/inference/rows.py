@@ -27,6 +27,7 @@ from numpyro_vae.inference.plate_rows import (
     held_rows,
     require_finite,
     require_same_events,
+    warn_of_batch_statistics,
 )
 from numpyro_vae.inference.stored import SOME, StoredRows
 from numpyro_vae.model.missing import require_finite_observations
@@ -136,6 +137,8 @@ class Rows:
             held = held_rows(guide, arrays, args, kwargs)
             sites = guide.reader.sites(args, kwargs, held)
             require_same_events(guide, sites)
+            if not arrays.is_whole:
+                warn_of_batch_statistics(sites)
             require_finite_observations(guide.reader, arrays, static_kwargs, held)
         guide.read_model(args, kwargs, held)
         name = guide.plate.name

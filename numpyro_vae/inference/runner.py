@@ -17,7 +17,7 @@ from numpyro_vae.data.arrays import ArrayData
 from numpyro_vae.data.batch import Batch
 from numpyro_vae.data.devices import ONE_DEVICE, Devices
 from numpyro_vae.guides.abstract import AbstractGuide
-from numpyro_vae.inference.compiled import Compiled, identity_of
+from numpyro_vae.inference.compiled import Compiled
 from numpyro_vae.inference.functions import (
     Quantity,
     draws_of_globals,
@@ -28,6 +28,7 @@ from numpyro_vae.inference.functions import (
 )
 from numpyro_vae.inference.memory import require_memory, size_of
 from numpyro_vae.inference.rows import Rows, rounded
+from numpyro_vae.model.captured import signature
 from numpyro_vae.model.data_sets import DataSets
 from numpyro_vae.numpyro_internals import HANDLERS
 
@@ -81,6 +82,7 @@ class Runner:
         Raises:
             ValueError: if there are no observations, and they will not do.
         """
+        self.guide.renew()
         read = partial(Rows.read, self.guide, self.static_kwargs, data, devices=self.devices)
         rows = read(self.batch_axes)
         if self.sizes and isinstance(rows.data, ArrayData):
@@ -331,7 +333,7 @@ class Runner:
 
     def _compiled(self, key: tuple, fn: Callable[..., Any]) -> Compiled:
         """Return a compiled function, the same for all runners with these static arguments."""
-        kwargs = ((name, identity_of(value)) for name, value in self.static_kwargs.items())
+        kwargs = ((name, signature(value)) for name, value in self.static_kwargs.items())
         compiled: dict[Any, Any] = self.guide.compiled
         key = (*key, *kwargs)
         if key not in compiled:

@@ -99,6 +99,8 @@ class Reads:
         values: by observed site, what its value is computed from; of data, nothing.
         distributions: by observed site, what its distribution is made of.
         supports: by latent site, what its support is made of.
+        states: by the name of a network's state, what a run of the model makes it of; nothing if
+            the run leaves it as it was.
         deterministic: by deterministic site, what its value is computed from.
         arguments: by observed site, of which arrays among the model's arguments its distribution is
             made, by number; None if the model asks for their values, so that it is not known.
@@ -107,6 +109,7 @@ class Reads:
     values: dict[str, Any] = field(default_factory=dict)
     distributions: dict[str, Any] = field(default_factory=dict)
     supports: dict[str, Any] = field(default_factory=dict)
+    states: dict[str, Any] = field(default_factory=dict)
     deterministic: dict[str, Any] = field(default_factory=dict)
     arguments: dict[str, frozenset[int]] | None = None
 

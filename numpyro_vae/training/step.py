@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
+from types import FunctionType
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -22,6 +23,7 @@ from numpyro.infer.svi import SVIState
 from numpyro_vae.data.arrays import ArrayData
 from numpyro_vae.data.batch import Batch, each_step
 from numpyro_vae.guides.base import AmortizedGuide
+from numpyro_vae.model.captured import captured, signature
 from numpyro_vae.model.contents import Reading
 from numpyro_vae.model.plates import at_step, minibatch
 from numpyro_vae.model.reading import ModelReader, read_for
@@ -58,6 +60,7 @@ class Trainer:
     def __init__(self, svi: SVI, freeze: Freeze = ()):
         self.svi = copy.copy(svi)  # whose parts may be replaced; see `serves`
         self.freeze, self.frozen = freeze, frozenset[str]()
+        self.held = _held(svi)
         shared = isinstance(svi.guide, AmortizedGuide) and svi.guide.model is svi.model
         self.reader = svi.guide.reader if shared else ModelReader(svi.model)
         self.parts: dict[str, frozenset[str]] = {}  # the names of parameters
@@ -77,15 +80,10 @@ class Trainer:
         self._evaluate_compiled = jax.jit(partial(self._evaluate))
 
     def serves(self, svi: SVI, freeze: Freeze) -> bool:
-        """Return whether an SVI has the parts that this trainer was made with."""
+        """Return whether an SVI has the parts that this trainer was made with, as they were."""
         mine, theirs = vars(self.svi), vars(svi)
-        parts = ("model", "guide", "optim", "loss")
-        same = all(mine[part] is theirs[part] for part in parts)
-        return (
-            same
-            and self.freeze == freeze
-            and _same_values(self.svi.static_kwargs, svi.static_kwargs)
-        )
+        same = all(mine[part] is theirs[part] for part in ("model", "guide", "optim", "loss"))
+        return same and self.freeze == freeze and self.held == _held(svi)
 
     def _bind(self, batch: Batch, transforms: dict[str, Any], *, evaluate: bool = False) -> SVI:
         """Return the SVI whose model and guide see the batch as part of all the data."""
@@ -363,14 +361,19 @@ _TRAINERS: WeakKeyDictionary[SVI, Trainer] = WeakKeyDictionary()
 
 def trainer_of(svi: SVI, freeze: Freeze = ()) -> Trainer:
     """Return the trainer of an SVI, the same as the last time, so that nothing compiles twice."""
+    if isinstance(svi.guide, AmortizedGuide):
+        svi.guide.renew()
     trainer = _TRAINERS.get(svi)
     if trainer is None or not trainer.serves(svi, freeze):
         trainer = _TRAINERS[svi] = Trainer(svi, freeze)
     return trainer
 
 
-def _same_values(first: dict[str, Any], second: dict[str, Any]) -> bool:
-    return first.keys() == second.keys() and all(first[name] is second[name] for name in first)
+def _held(svi: SVI) -> tuple[Any, ...]:
+    """Return what the parts of an SVI are made of beside each other, to compare."""
+    plain = (svi.guide,) if isinstance(svi.guide, FunctionType) else ()
+    functions = getattr(svi.guide, "functions", plain)
+    return (*captured(svi.model, *functions, svi.loss), signature(svi.static_kwargs))
 
 
 def _declare_params(reading: Reading, *args: Any, **kwargs: Any) -> None:

@@ -263,3 +263,28 @@ def test_state_of_a_network_in_the_model():
     first, second = variance(Trace_ELBO()), variance(Trace_ELBO(num_particles=2))
     np.testing.assert_allclose(first, second, rtol=0.1)
     assert abs(first - 1) > 0.01
+
+
+def test_a_posterior_says_that_a_network_of_the_model_takes_statistics_of_a_batch():
+    """It is the row's own once the network is in evaluation mode, whatever was compiled before."""
+    decoder = nnx.BatchNorm(1, momentum=0.9, rngs=nnx.Rngs(0))
+
+    def decoded(x):
+        decode = nnx_module("decoder", decoder)
+        with numpyro.plate("data", len(x)):
+            z = numpyro.sample("z", dist.Normal(0.0, 1.0))
+            numpyro.sample("x", dist.Normal(decode(z[:, None])[:, 0], 0.5), obs=x)
+
+    svi = helpers.make_svi(decoded, loss=Trace_ELBO())
+    result = fit(svi, jax.random.key(0), DATA, num_epochs=1, progress_bar=False)
+    posterior = Posterior(svi.guide, result)
+
+    def of_first(rows):
+        return posterior.log_weights(KEY, DATA[:rows], 5)[:, 0]
+
+    warned = pytest.warns(UserWarning, match=r"networks \['decoder'\] take statistics.*call eval")
+    with warned:
+        among, alone = of_first(100), of_first(1)
+    assert abs(among - alone).max() > 0.1
+    decoder.eval()
+    np.testing.assert_allclose(of_first(100), of_first(1), rtol=1e-4, atol=1e-4)

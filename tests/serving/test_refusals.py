@@ -106,6 +106,7 @@ def in_batches(x):
         numpyro.sample("x", dist.Normal(norm(z), 0.5).to_event(1), obs=x)
 
 
+@pytest.mark.filterwarnings("ignore:The model's networks .* take statistics:UserWarning")
 def test_rows_that_depend_on_each_other(tmp_path):
     posterior = make(in_batches, AutoAmortizedNormal(in_batches, SMALL), FEW)
     match = "log_weights of row 0 is .* for the row alone, and .* in a batch.*use_running_average"
