@@ -93,6 +93,8 @@ def draw_arguments(
         data["covariate"], axes["covariate"] = None, 0
     if "constant_argument" in choices.used:
         data["constant"], axes["constant"] = rng.normal(size=3).astype(np.float32), None
+    if choices.has("noise_argument"):
+        data["noise"], axes["noise"] = np.ones((), np.float32), None
     for site in sites:
         if isinstance(site, Data) and site.fills:
             data[site.name] = _with_missing(site, data, axes)

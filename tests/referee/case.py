@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 from kinds import ENUMERATED
 from numpyro import handlers
 from program import PlateSpec, Program
@@ -48,6 +50,22 @@ class Case:
             program = replace(program, plates=plates)
         model = as_model(program, self.names)
         return handlers.reparam(model, config=self.reparam) if self.reparam else model
+
+    def one_of(self, what: str, ways: Sequence[str]) -> str:
+        """Return one of several ways to the same answer, by the seed; others see the others."""
+        return ways[zlib.crc32(f"{what} {self.seed}".encode()) % len(ways)]
+
+    @property
+    def has_noise(self) -> bool:
+        """Whether the scale of the noise is among the data."""
+        return "noise_argument" in self.features
+
+    def with_argument(self, name: str, value: float) -> Any:
+        """Return the data with another value of an argument that is one number."""
+        if isinstance(self.data, dict):
+            return {**self.data, name: np.full_like(self.data[name], value)}
+        pairs = zip(self.names, self.data, strict=False)
+        return tuple(np.full_like(x, value) if key == name else x for key, x in pairs)
 
     @property
     def is_enumerated(self) -> bool:

@@ -86,6 +86,7 @@ ARGUMENTS = {
     "none_argument": 0.15,
     "covariate": 0.2,
     "constant_argument": 0.2,
+    "noise_argument": 0.5,
     "keywords": 0.3,
     "inputs": 0.15,
     "condition_on": 0.3,

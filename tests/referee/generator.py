@@ -267,7 +267,7 @@ def generate(seed: int, enabled: Collection[str] = FEATURES) -> Case:
         guide,
         "x64" in choices.used,
         reparam,
-        (*data, "noise", *static),
+        tuple(dict.fromkeys((*data, "noise", *static))),
     )
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import xarray as xr
 from program import DATA, Data
 from reference import is_latent, is_local, rows_in_front
-from subject import NUM_SAMPLES, Subject, close
+from subject import Subject, close
 
 SAMPLED = ("chain", "draw")
 ENGINES = ("h5netcdf", "netcdf4")
@@ -19,10 +19,7 @@ ENGINES = ("h5netcdf", "netcdf4")
 
 def datatree(subject: Subject) -> None:
     """A DataTree has every variable with its dimensions, and can be saved."""
-    tree = subject.posterior.to_datatree(
-        subject.key, subject.case.data, NUM_SAMPLES, num_particles=2
-    )
-    trace = subject.log_p[0][1]
+    tree, trace = subject.tree, subject.trace
     for name, site in trace.items():
         if is_latent(site):
             _latent(tree["posterior"], name, site, subject.draws[name])
