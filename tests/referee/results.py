@@ -14,6 +14,7 @@ from kinds import OBSERVED, Observed
 from program import DATA, NUM_DATA, Data
 from reference import is_local, rows_in_front
 from subject import NUM_SAMPLES, Subject, close
+from trees import variable_of
 
 ROWS = 4  # of which subsets of the data are
 GROUPS = ("posterior", "sample_stats")
@@ -27,7 +28,7 @@ def rows(subject: Subject) -> None:
     whole = _by_row(subject, subject.tree, subject.encoded)
     for name in subject.local:
         value = rows_in_front(subject.draws[name], trace[name], trace[name]["fn"].event_dim)
-        close(whole[f"{name} of posterior"], value, f"{name} in the DataTree")
+        close(whole[f"{variable_of(name)} of posterior"], value, f"{name} in the DataTree")
     what = subject.case.one_of("rows", ("permuted", "left out", "in batches"))
     if what == "in batches":
         with mock.patch("numpyro_vae.inference.runner.ROWS", ROWS):
@@ -47,12 +48,13 @@ def _of(subject: Subject, data: Any) -> dict[str, np.ndarray]:
 
 def _by_row(subject: Subject, tree: xr.DataTree, encoded: dict) -> dict[str, np.ndarray]:
     """Return by name arrays with the rows in front."""
+    local = [variable_of(name) for name in subject.local]
     found = {
         f"{name} of {group}": np.moveaxis(value.values[0], 1, 0)
         for group in GROUPS
         if group in tree
         for name, value in tree[group].data_vars.items()
-        if group == "sample_stats" or name in subject.local
+        if group == "sample_stats" or name in local
     }
     for name, parts in encoded.items():
         found |= {f"{part} of {name}": x for part, x in parts._asdict().items()}

@@ -97,7 +97,7 @@ class Subject:
         rng = np.random.default_rng(self.case.seed)
         shapes = svi.optim.get_params(state.optim_state)
         return svi.constrain_fn(
-            jax.tree.map(lambda x: jnp.asarray(0.4 * rng.normal(size=x.shape), x.dtype), shapes)
+            jax.tree.map(lambda x: jnp.asarray(0.2 * rng.normal(size=x.shape), x.dtype), shapes)
         )
 
     def posterior_of(self, static: dict[str, Any]) -> Posterior:
@@ -218,16 +218,18 @@ class Subject:
 
     def rows(self, chosen: Any) -> Any:
         """Return the data of some rows."""
+        return _take(self.case.data, self.case.batch_axes, chosen)
 
-        def take(value: Any, axis: int | None) -> Any:
-            return value if axis is None or value is None else np.take(value, chosen, axis)
 
-        data, axes = self.case.data, self.case.batch_axes
-        if axes == 0:
-            return jax.tree.map(lambda value: take(value, 0), data)
-        if isinstance(data, dict):
-            return {name: take(value, axes[name]) for name, value in data.items()}
-        return tuple(take(value, axis) for value, axis in zip(data, axes, strict=True))
+def _take(value: Any, axes: Any, chosen: Any) -> Any:
+    """Return the rows of nested arrays, whose axes are nested likewise or one for all."""
+    if isinstance(value, dict):
+        parts = ((x, axes[name] if isinstance(axes, dict) else axes) for name, x in value.items())
+        return dict(zip(value, (_take(*part, chosen) for part in parts), strict=True))
+    if isinstance(value, tuple):
+        each = axes if isinstance(axes, tuple) else (axes,) * len(value)
+        return tuple(_take(*part, chosen) for part in zip(value, each, strict=True))
+    return value if axes is None or value is None else np.take(value, chosen, axes)
 
 
 def _arguments(data: Any) -> tuple[tuple, dict[str, Any]]:

@@ -35,7 +35,13 @@ def datatree(subject: Subject) -> None:
     _saved(tree, ENGINES[subject.case.seed % 2])
 
 
+def variable_of(name: str) -> str:
+    """Return the name of a site in a DataTree, which knows no scopes."""
+    return name.replace("/", ".")
+
+
 def _latent(posterior: xr.Dataset, name: str, site: dict, draws: np.ndarray) -> None:
+    name = variable_of(name)
     assert name in posterior, f"{name} is not in the posterior"
     found = posterior[name]
     expected = draws
@@ -74,7 +80,7 @@ def _constants(tree: xr.DataTree, subject: Subject) -> None:
     """The model's other arguments with a value for each row."""
     given: dict[str, Any] = dict(zip(subject.case.names, subject.args, strict=False))
     given |= subject.kwargs
-    for name in ("covariate", "row_scale", "row_mask"):
+    for name in ("covariate", "row_scale", "row_mask", "group"):
         if given.get(name) is not None:
             found = tree["constant_data"][name]
             assert found.dims == (DATA,), f"{name}: dimensions {found.dims}"
