@@ -154,9 +154,10 @@ class Posterior:
     ) -> dict[str, np.ndarray]:
         """Draw the observed sites from the posterior predictive of every row.
 
-        The latents are those that `sample` draws with the same key. Draws of the observed sites
-        depend on the batches. Where the model is given no observations, as in ``model(x, None)``,
-        the latents are drawn from their prior, given the posterior of the globals.
+        The latents are those that `sample` draws with the same key, and observed sites that are of
+        no row keep their values. Draws of the others depend on the batches. Where the model is
+        given no observations, as in ``model(x, None)``, the latents are drawn from their prior,
+        given the posterior of the globals.
 
         Args:
             rng_key: the random key.

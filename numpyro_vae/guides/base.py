@@ -214,11 +214,12 @@ class AmortizedGuide(AutoGuide, AbstractGuide):
         if not sites or (given is not None and self.is_unobserved(run.sites)):
             return Encoding(run, {}, {}, self.family)
         network, inputs = self._network(run, sites), run.inputs(self.inputs)
+        structure = network.structure(inputs)  # for which the user's code builds the encoder
         if given is not None:
-            network.check_params(given, self.prefix, inputs)
+            network.check_params(given, self.prefix, structure)
         training = self.training and is_training()
-        applied, features = declare_network(network, self.prefix, inputs, train=training)
-        return Encoding(run, features, applied.in_order(), self.family)
+        found = declare_network(network, structure, self.prefix, inputs, train=training)
+        return Encoding(run, found[1], found[0].in_order(), self.family)
 
     def is_unobserved(self, sites: ModelSites) -> bool:
         """Return whether a model holds none of the observations that the network reads."""

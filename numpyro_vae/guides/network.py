@@ -131,13 +131,12 @@ class Network:
         graphdef, is_deterministic = found[-1]
         return Structure(graphdef, params, state, is_deterministic)
 
-    def check_params(self, params: Mapping[str, Any], prefix: str, inputs: Any) -> None:
-        """Raise unless ``params`` hold this network's parameters and state.
+    def check_params(self, params: Mapping[str, Any], prefix: str, structure: Structure) -> None:
+        """Raise unless ``params`` hold the parameters and the state of a structure of this network.
 
         Raises:
             ValueError: naming what is missing, or the first array of another shape.
         """
-        structure = self.structure(inputs)
         needed = {f"{prefix}$params": structure.params}
         state_name = f"{prefix}$state"
         if structure.has_state and (state_name in params or not structure.is_deterministic):
@@ -340,12 +339,13 @@ def apply_network(
 
 
 def declare_network(
-    network: Network, prefix: str, inputs: Any, *, train: bool
+    network: Network, structure: Structure, prefix: str, inputs: Any, *, train: bool
 ) -> tuple[Amortizer, dict[str, Any]]:
     """Return a network and its features, with its parameters and state declared to NumPyro.
 
     Args:
         network: the network.
+        structure: what it is on these inputs.
         prefix: of the names of its sites.
         inputs: data along the leading axis.
         train: see `apply_network`; in training the state is updated.
@@ -353,7 +353,7 @@ def declare_network(
     Raises:
         ValueError: if evaluation is given parameters, but not the state that belongs to them.
     """
-    structure, fresh = network.structure(inputs), {}
+    fresh: dict[str, Any] = {}
 
     def init(rng_key: Array) -> dict:
         params, fresh["state"] = network.init(rng_key, inputs)

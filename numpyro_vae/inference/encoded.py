@@ -121,8 +121,9 @@ class EncodedBatch:
         return jax.tree.map(lambda x: x[:number], found)
 
     def trace(self, values: dict[str, Array], rng_key: Array, *, observed: bool = True) -> dict:
-        """Run the model on the rows, with their observations or without."""
-        model = self.guide.model if observed else redraw(self.guide.model)
+        """Run the model on the rows, with their observations or with new ones."""
+        run, model = self.encoding.run, self.guide.model
+        model = model if observed else redraw(model, (run.plate.name, *run.groups))
         values = {**self.params, **values}
         return trace_rows(model, values, self.hold_rows, rng_key, self.args, self.kwargs)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
@@ -12,7 +13,7 @@ from numpyro import handlers
 from numpyro.distributions.batch_util import promote_batch_shape
 
 from numpyro_vae.model.stacked import Stacked
-from numpyro_vae.model.trace import event_shape_of, with_event
+from numpyro_vae.model.trace import Model, event_shape_of, with_event
 
 UNDRAWN = "undrawn"  # in a site's ``infer``: why it was left as it was observed
 
@@ -20,10 +21,17 @@ UNDRAWN = "undrawn"  # in a site's ``infer``: why it was left as it was observed
 class redraw(handlers.uncondition):  # noqa: N801 - handlers are lower case, as in numpyro.handlers
     """Draw observed sites anew, as ``handlers.uncondition`` does, where that can be compiled.
 
+    A site in none of ``plates`` keeps its value: it is no row's, and what is given of all rows,
+    such as a site that ``handlers.condition`` gives a value, is given of new ones too.
+
     Where NumPyro broadcasts the event of a distribution to that of the data, it draws one value for
     all of them; here each is drawn. A site that cannot be drawn keeps its observed value, and
     `undrawn` says why. Such are distributions without a sampler, and counts out of a total that is
     an array without a bound.
+
+    Args:
+        fn: a NumPyro model.
+        plates: the names of plates whose observed sites are drawn; by default all are.
 
     Example:
         >>> import jax.numpy as jnp, numpyro, numpyro.distributions as dist
@@ -36,9 +44,15 @@ class redraw(handlers.uncondition):  # noqa: N801 - handlers are lower case, as 
         {'x': 'Please specify total_count_max in Multinomial distribution.'}
     """
 
+    def __init__(self, fn: Model | None = None, plates: Collection[str] | None = None):
+        self.plates = plates
+        super().__init__(fn)
+
     def process_message(self, msg: Any) -> None:
         """Take the observed value off a site that can be drawn."""
         if msg["type"] == "sample" and msg["is_observed"]:
+            if not lies_in(msg, self.plates):
+                return
             if not isinstance(msg["fn"], Stacked):
                 msg["fn"] = with_shapes_of_parts(msg["fn"])  # if scan has stacked it
             reason = _why_not_drawn(msg)
@@ -47,6 +61,12 @@ class redraw(handlers.uncondition):  # noqa: N801 - handlers are lower case, as 
                 return
             msg["fn"] = with_event(msg["fn"], event_shape_of(msg))
         super().process_message(msg)
+
+
+def lies_in(site: Mapping[str, Any], plates: Collection[str] | None) -> bool:
+    """Return whether a site lies in one of some plates; in any, or none, if they are None."""
+    frames = {frame.name for frame in site["cond_indep_stack"]}
+    return plates is None or not frames.isdisjoint(plates)
 
 
 def with_shapes_of_parts(fn: dist.Distribution) -> dist.Distribution:

@@ -46,6 +46,7 @@ def simulate(
     rng_key: Array,
     args: tuple,
     kwargs: dict[str, Any],
+    plates: Collection[str] | None = None,
 ) -> tuple[Latents, dict[str, dict[str, Any]]]:
     """Draw latents from their prior and data from the likelihood.
 
@@ -56,6 +57,8 @@ def simulate(
         rng_key: the random key.
         args: the model's arguments, of which the covariates matter.
         kwargs: its keyword arguments.
+        plates: the names of plates whose observed sites are drawn, as those of others are given
+            like the latents outside; by default all are.
 
     Returns:
         The latents, and the observed sites of the trace, whose values are drawn.
@@ -63,7 +66,7 @@ def simulate(
     Raises:
         ValueError: if the model cannot draw one of its sites.
     """
-    model = handlers.substitute(redraw(model), data={**values, **given})
+    model = handlers.substitute(redraw(model, plates), data={**values, **given})
     with handlers.block():
         trace = handlers.trace(handlers.seed(model, rng_key)).get_trace(*args, **kwargs)
     sites = {name: site for name, site in trace.items() if site["type"] == "sample"}

@@ -14,6 +14,7 @@ from numpyro.infer.elbo import LossWithMutableState
 from numpyro.primitives import Messenger
 
 from numpyro_vae.guides.base import AmortizedGuide
+from numpyro_vae.model.redraw import lies_in
 from numpyro_vae.model.simulate import (
     Latents,
     NotSimulableError,
@@ -137,17 +138,18 @@ def _simulated(
     that is among its arguments.
     """
     guide_key, model_key = jax.random.split(rng_key)
-    given = _globals(guide, params, guide_key, args, kwargs)
+    given, plates = _outside(guide, params, guide_key, args, kwargs)
     seeded = handlers.seed(handlers.substitute(model, data=params), model_key)
     with handlers.block(), handlers.trace() as trace:
         seeded(*args, **kwargs)
     leaves, treedef = jax.tree.flatten((args, kwargs))
     sites = {name: site for name, site in trace.items() if site["type"] == "sample"}
-    values = {name: site["value"] for name, site in sites.items() if was_observed(site)}
+    seen = {name: site for name, site in sites.items() if was_observed(site)}
+    values = {name: site["value"] for name, site in seen.items() if lies_in(site, plates)}
     places = {name: _places(name, value, leaves) for name, value in values.items()}
     for _ in range(max(len(places), 1)):
         args, kwargs = jax.tree.unflatten(treedef, leaves)
-        latents, seen = simulate(model, params, given, model_key, args, kwargs)
+        latents, seen = simulate(model, params, given, model_key, args, kwargs, plates)
         for name, numbers in places.items():
             for number in numbers:
                 leaves[number] = seen[name]["value"].astype(leaves[number].dtype)
@@ -166,13 +168,15 @@ def _places(name: str, value: Any, leaves: list[Any]) -> list[int]:
     return found
 
 
-def _globals(
+def _outside(
     guide: Any, params: dict[str, Any], rng_key: Array, args: tuple, kwargs: dict[str, Any]
-) -> dict[str, Any]:
-    """Return an amortized guide's draw of its global sites."""
+) -> tuple[dict[str, Any], tuple[str, ...] | None]:
+    """Return an amortized guide's draw of its global sites, and the plates of the local ones."""
     inner = guide
     while not isinstance(inner, AmortizedGuide) and hasattr(inner, "fn"):
         inner = inner.fn
     if not isinstance(inner, AmortizedGuide):
-        return {}
-    return draw_outside(guide, params, rng_key, inner.plate.name, args, kwargs)
+        return {}, None
+    plate = inner.plate.name
+    drawn = draw_outside(guide, params, rng_key, plate, args, kwargs)
+    return drawn, (plate, *inner.segments)

@@ -68,7 +68,7 @@ def draw_batch(
     for _ in range(plan.num_passes):
         args, kwargs = made.arguments()
         kwargs = {**kwargs, **svi.static_kwargs}
-        latents, seen = simulate(svi.model, params, given, model_key, args, kwargs)
+        latents, seen = simulate(svi.model, params, given, model_key, args, kwargs, plan.plates)
         drawn = {name: _by_row(site, plan.plates) for name, site in seen.items()}
         made = replace(made, arrays=_replaced(plan, made, made.arrays, drawn))
     return replace(made, latents=None if plan.num_real else jax.lax.stop_gradient(latents))

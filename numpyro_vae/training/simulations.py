@@ -185,7 +185,7 @@ class SimulationSource:
             yield name, tuple(np.flatnonzero(found).tolist())
 
     def _holds(self, batch: Batch, plates: tuple[str, ...]) -> Iterator[tuple[str, np.ndarray]]:
-        """Yield for each observed site whether each array has its values, in this host's rows."""
+        """Yield for each site of rows whether each array has its values, in this host's rows."""
         trainer, data = self.trainer, self.data
         args, kwargs = data.whole()
         kwargs = {**kwargs, **trainer.svi.static_kwargs}
@@ -195,7 +195,9 @@ class SimulationSource:
         for name, value in reading.values.items():
             site = reading.sites.sites[name]
             plate = next((reading.sites.plates[p] for p in plates if p in site.plates), None)
-            rows = value if plate is None else jnp.moveaxis(value, site.axis(plate), 0)
+            if plate is None:
+                continue  # what is observed of no row is not drawn
+            rows = jnp.moveaxis(value, site.axis(plate), 0)
             found = places(data.arrays, data.layout.axes, np.asarray(rows))
             numbers = [number for number, _ in found]
             yield name, np.isin(np.arange(len(data.arrays)), numbers)

@@ -8,6 +8,7 @@ import numpyro
 import numpyro.distributions as dist
 import optax
 import pytest
+from common import run
 from flax import linen, nnx
 from numpyro.infer import SVI, Trace_ELBO
 
@@ -132,3 +133,18 @@ def test_a_network_without_parameters_in_every_framework():
         }
         losses.append(svi.evaluate(svi.init(jax.random.key(0), DATA, init_params=blocks), DATA))
     np.testing.assert_allclose(losses, losses[0], rtol=1e-5)
+
+
+def test_encoding_builds_the_encoder_once():
+    """A builder is the user's code, and may be slow: checking parameters needs no second one."""
+    built = []
+
+    def build(inputs, *, rngs):
+        built.append(inputs.shape)
+        return nnx.Linear(3, 4, rngs=rngs)
+
+    guide = AutoAmortizedNormal(model, build)
+    params = run(model, guide, DATA, num_steps=1)[1].params
+    built.clear()
+    guide.encode(params, DATA)
+    assert built == [(40, 3)]

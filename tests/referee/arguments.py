@@ -13,7 +13,7 @@ from features import Choices
 from jax import Array
 from kinds import ENUMERATED, OBSERVED
 from numpyro.infer.autoguide import AutoDelta, AutoDiagonalNormal
-from program import DATA, NUM_DATA, Data, Latent, PlateSpec, Program
+from program import DATA, NUM_DATA, NUM_GROUPS, Data, Latent, PlateSpec, Program
 
 from numpyro_vae import (
     MLP,
@@ -83,16 +83,21 @@ def draw_arguments(
         "covariate": rng.normal(size=NUM_DATA).astype(np.float32),
         "row_scale": rng.uniform(0.3, 1.5, NUM_DATA).astype(np.float32),
         "row_mask": rng.random(NUM_DATA) < 0.7,
+        "group": rng.integers(0, NUM_GROUPS, NUM_DATA),
     }
     needed = {site.modifiers.scale == "rows" and "row_scale" for site in sites}
     needed |= {site.modifiers.mask == "rows" and "row_mask" for site in sites}
+    needed |= {isinstance(site, Latent) and site.is_bounded and "row_scale" for site in sites}
     needed |= {"covariate"} & choices.used - {"none_argument"}
+    needed |= {"grouped" in choices.used and "group"}
     for name in sorted(needed - {False}):
         data[str(name)], axes[str(name)] = by_row[str(name)], 0
     if "none_argument" in choices.used:
         data["covariate"], axes["covariate"] = None, 0
     if "constant_argument" in choices.used:
         data["constant"], axes["constant"] = rng.normal(size=3).astype(np.float32), None
+    if choices.has("noise_argument"):
+        data["noise"], axes["noise"] = np.ones((), np.float32), None
     for site in sites:
         if isinstance(site, Data) and site.fills:
             data[site.name] = _with_missing(site, data, axes)
@@ -131,6 +136,7 @@ FAMILIES = {
 def _inputs(names: tuple[str, ...], axis: int, *args: Any, **kwargs: Any) -> Any:
     """Return what an encoder reads of a model's arguments: the first observed site."""
     given = {**dict(zip(names, args, strict=False)), **kwargs}
+    given |= given.pop("batch", {})
     return jnp.nan_to_num(jnp.moveaxis(jnp.asarray(given["x0"], float), axis, 0))
 
 
@@ -156,5 +162,7 @@ def draw_guide(
         if chosen is not None:
             options["global_guide"] = {"global_delta": AutoDelta}.get(chosen, AutoDiagonalNormal)
     family = choices.first(FAMILIES, "family")
+    if family is None:
+        options["scale"] = choices.first(("softplus", "log_variance"))
     make = AutoAmortizedNormal if family is None else FAMILIES[family]
     return partial(make, encoder=partial(MLP, hidden_sizes=(3,), activation=jnp.tanh), **options)

@@ -10,17 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from numpyro import handlers
-from numpyro.infer import Trace_ELBO
 from program import BATCH, DATA, NUM_DATA
 from reference import (
-    as_one,
     by_row,
     density,
     is_enumerated,
     is_latent,
     is_local,
-    normal_log_q,
     shared_scale,
     total,
 )
@@ -34,19 +30,9 @@ from numpyro_vae.training.step import Trainer
 # -- the objective ------------------------------------------------------------------------------
 
 
-def _traces(subject: Subject, key: Array) -> tuple[dict, dict]:
-    """Trace guide and model as an objective does with a key."""
-    model_key, guide_key = jax.random.split(key)
-    guide = handlers.substitute(handlers.seed(subject.guide, guide_key), data=subject.params)
-    guide_trace = handlers.trace(guide).get_trace(*subject.args, **subject.kwargs)
-    model = handlers.substitute(handlers.seed(subject.model, model_key), data=subject.params)
-    model = handlers.replay(model, guide_trace)
-    return guide_trace, handlers.trace(model).get_trace(*subject.args, **subject.kwargs)
-
-
 def sites(subject: Subject) -> None:
     """The guide has the model's latent sites, of the same shapes, plates, scales and masks."""
-    guide_trace, model_trace = as_one(partial(_traces, subject))(subject.key)
+    guide_trace, model_trace, *_ = subject.objective
     latent = {name: site for name, site in model_trace.items() if is_latent(site)}
     latent = {name: site for name, site in latent.items() if not is_enumerated(site)}
     ours = {
@@ -69,26 +55,8 @@ def _scale(site: dict) -> Any:
 
 def elbo(subject: Subject) -> None:
     """The loss is the guide's log-density less the model's, at the values that the key gives."""
-    if subject.case.is_enumerated:
-        return
-    found, expected = jax.jit(partial(_elbo, subject))(subject.key)
-    close(found, expected, "loss")
-
-
-def _elbo(subject: Subject, key: Array) -> tuple[Array, Array]:
-    """Return the loss, and the difference of the log-densities."""
-    guide_trace, _ = _traces(subject, key)
-    values = {
-        name: site["value"]
-        for name, site in guide_trace.items()
-        if site["type"] == "plate" or is_latent(site)
-    }
-    values = {**subject.params, **values}
-    args, kwargs = subject.args, subject.kwargs
-    log_p, _ = density(subject.model, args, kwargs, values)
-    log_q, _ = density(subject.guide, args, kwargs, values)
-    loss = Trace_ELBO().loss(key, subject.params, subject.model, subject.guide, *args, **kwargs)
-    return loss, total(log_q) - total(log_p)
+    if subject.objective.loss is not None:
+        close(subject.objective.loss, subject.objective.expected, "loss")
 
 
 # -- weights ------------------------------------------------------------------------------------
@@ -99,66 +67,60 @@ def weights(subject: Subject) -> None:
 
     They are divided by the factor that the model scales all latents of the row with.
     """
-    scale = shared_scale(subject.log_p[0][1], NUM_DATA)
+    scale = shared_scale(subject.trace, NUM_DATA)
     if not subject.has_density or scale is None:
         return
-    found = subject.posterior.log_weights(subject.key, subject.case.data, NUM_SAMPLES)
+    found = _log_weights(subject)
     for number in range(NUM_SAMPLES):
         log_p = _summed(subject, number, scale)
-        log_q = _rows_of(subject.log_q[number]) / scale
+        scored = subject.scored[number]
+        log_q = _rows_of(scored.log_q, scored.guide_trace) / scale
         close(found[number], log_p - log_q, f"log weights of draw {number}")
+
+
+def _log_weights(subject: Subject) -> np.ndarray:
+    if subject.case.one_of("weights", ("alone", "tree")) == "tree":
+        return subject.tree["sample_stats"]["log_weights"].values[0]
+    return subject.posterior.log_weights(subject.key, subject.case.data, NUM_SAMPLES)
 
 
 def _summed(subject: Subject, number: int, scale: np.ndarray) -> np.ndarray:
     """Return a row's log-density over the scale, summed over the values of discrete latents."""
-    trace, values = subject.log_p[number][1], subject.values(number)
+    trace, values = subject.scored[number].trace, subject.values(number)
     discrete = [name for name in subject.local if is_enumerated(trace[name])]
+    if not discrete:
+        return _rows_of(subject.scored[number].log_p, trace) / scale
     found = []
     for combination in product(range(2), repeat=len(discrete)):
         chosen = zip(discrete, combination, strict=True)
         given = {name: jnp.full_like(values[name], value) for name, value in chosen}
-        densities = subject.density({**values, **given})
-        found.append(_rows_of(densities) / scale)
+        scored = subject.score({**values, **given}, subject.encoded)
+        found.append(_rows_of(scored.log_p, scored.trace) / scale)
     return np.logaddexp.reduce(found)
 
 
-def _rows_of(densities: tuple[dict[str, Array], dict]) -> np.ndarray:
-    log_probs, trace = densities
+def _rows_of(log_probs: dict[str, Array], trace: dict) -> np.ndarray:
     local = [name for name in log_probs if is_local(trace[name])]
     return np.sum([by_row(log_probs[name], trace[name], NUM_DATA) for name in local], axis=0)
 
 
 def jacobians(subject: Subject) -> None:
     """A Normal guide's log-density is that of its loc and scale, with volumes by autodiff."""
-    options = subject.guide
-    if not (subject.is_factorized and subject.has_density):
-        return
-    if options.dependencies or options.condition_on:
-        return
-    encoded = subject.posterior.encode(subject.case.data)
-
-    @jax.jit
-    def log_q(values: dict[str, Any]) -> dict[str, Array]:
-        _, trace = density(subject.full, subject.args, subject.kwargs, values)
-        return normal_log_q(encoded, trace, values)
-
-    for number in range(NUM_SAMPLES):
-        log_probs, guide_trace = subject.log_q[number]
-        for name, terms in log_q(subject.values(number)).items():
-            found = by_row(log_probs[name], guide_trace[name], NUM_DATA)
-            expected = by_row(terms, subject.log_p[number][1][name], NUM_DATA)
+    for scored in subject.scored:
+        for name, terms in scored.normal.items():
+            found = by_row(scored.log_q[name], scored.guide_trace[name], NUM_DATA)
+            expected = by_row(terms, scored.trace[name], NUM_DATA)
             close(found, expected, f"log q of {name}")
 
 
 def supports(subject: Subject) -> None:
     """Draws lie in their supports, and have the shapes of their sites."""
-    for number in range(NUM_SAMPLES):
-        for name, site in subject.log_p[number][1].items():
+    for number, scored in enumerate(subject.scored):
+        for name, site in scored.trace.items():
             if is_latent(site):
                 value = subject.draws[name][number]
                 assert value.shape == site["fn"].shape(), f"{name}: shape {value.shape}"
-                inside = jax.jit(site["fn"].support.check)(value)
-                assert np.asarray(inside).all(), f"{name} is out of its support"
+                assert np.asarray(scored.inside[name]).all(), f"{name} is out of its support"
 
 
 # -- minibatches -----------------------------------------------------------------------------------
@@ -205,7 +167,8 @@ def _partition(subject: Subject) -> list[dict[str, Array]]:
 
 
 def _elbo_of_all(subject: Subject) -> Array:
-    return total(subject.log_p[0][0]) - _log_q(subject, *subject.log_q[0])
+    first = subject.scored[0]
+    return total(first.log_p) - _log_q(subject, first.log_q, first.guide_trace)
 
 
 def _log_q(subject: Subject, log_probs: dict[str, Array], trace: dict) -> Array:
@@ -235,7 +198,7 @@ def _elbo_of_rows(
 
 def _cut(subject: Subject, held: dict[str, Array]) -> dict[str, Any]:
     """Return the parameters, and the rows of the first draw that plates hold."""
-    trace, found = subject.log_p[0][1], subject.values(0)
+    trace, found = subject.trace, subject.values(0)
     for name in subject.draws:
         for frame in trace[name]["cond_indep_stack"]:
             if frame.name in held:

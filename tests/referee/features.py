@@ -36,6 +36,10 @@ STRUCTURE = {
     "many_observed": 0.4,
     "nested_observed": 0.5,
     "global_observed": 0.15,
+    "grouped": 0.2,
+    "latent_reads_group": 0.4,
+    "bounded_rows": 0.08,
+    "scoped": 0.1,
 }
 MODIFIERS = {
     "mask_rows": 0.15,
@@ -45,6 +49,7 @@ MODIFIERS = {
     "mask_latent": 0.12,
     "mask_latent_entries": 0.1,
     "mask_false": 0.1,
+    "mask_method": 0.4,
     "auxiliary": 0.1,
     "scale_latent": 0.15,
     "scale_latent_rows": 0.1,
@@ -59,6 +64,8 @@ MODIFIERS = {
     "missing": 0.3,
     "enumerated": 0.08,
     "reparam": 0.15,
+    "reparam_transform": 0.3,
+    "conditioned": 0.12,
 }
 DETERMINISTIC = {
     "det_local": 0.3,
@@ -86,7 +93,9 @@ ARGUMENTS = {
     "none_argument": 0.15,
     "covariate": 0.2,
     "constant_argument": 0.2,
+    "noise_argument": 0.5,
     "keywords": 0.3,
+    "nested_argument": 0.2,
     "inputs": 0.15,
     "condition_on": 0.3,
     "dependencies": 0.2,
@@ -94,6 +103,8 @@ ARGUMENTS = {
     "low_rank": 0.06,
     "flow": 0.08,
     "delta": 0.06,
+    "softplus": 0.1,
+    "log_variance": 0.1,
     "global_delta": 0.15,
     "global_joint": 0.15,
     "x64": 0.6,

@@ -11,11 +11,12 @@ from arguments import as_float64, draw_arguments, draw_guide
 from case import Case
 from features import FEATURES, Choices
 from kinds import ENUMERATED, LATENTS, OBSERVED
-from numpyro.infer.reparam import LocScaleReparam
+from numpyro.infer.reparam import LocScaleReparam, TransformReparam
 from program import (
     BATCH,
     DATA,
     NUM_DATA,
+    NUM_GROUPS,
     Auxiliary,
     Data,
     Deterministic,
@@ -78,6 +79,15 @@ def _global_sites(choices: Choices, plates: tuple[PlateSpec, ...]) -> list[Laten
     return sites
 
 
+def _groups(choices: Choices) -> tuple[list[PlateSpec], list[Latent]]:
+    """Return a plate of groups, and a site with a value for each; a row reads that of its own."""
+    if not choices.has("grouped"):
+        return [], []
+    plate = PlateSpec("groups", NUM_GROUPS, -1)
+    kind = "positive" if choices.has("global_positive", "h") else "real"
+    return [plate], [Latent("h", kind, (plate.name,))]
+
+
 def _event(choices: Choices, name: str) -> tuple[int, ...]:
     if choices.has("event_matrix", name):
         return (2, 3)
@@ -96,11 +106,19 @@ def _local(
     ]
     entries = choices.has("mask_latent_entries", name)
     kind = "real" if entries else choices.kind(tuple(LATENTS), "real", name)
-    event = () if entries else _event(choices, name)
+    bounded = not entries and choices.has("bounded_rows", name)
+    kind = "interval" if bounded else kind
+    event = () if entries or bounded else _event(choices, name)
     extra = 2 if not entries and choices.has("extra_batch", name) else None
     scaled = name if choices.has("scale_mixed", name) else "all latents"
-    modifiers = Modifiers(_scale(choices, "latent", scaled), _latent_mask(choices, name, kind))
-    return Latent(name, kind, around, event, Predictor(tuple(reads)), modifiers, entries, extra)
+    mask = _latent_mask(choices, name, kind)
+    by_fn = mask == "rows" and choices.has("mask_method", name)
+    modifiers = Modifiers(_scale(choices, "latent", scaled), mask, by_fn)
+    in_group = "grouped" in choices.used and choices.has("latent_reads_group", name)
+    predictor = Predictor(tuple(reads), group="h" if in_group else None)
+    scope = None if entries or not choices.has("scoped", name) else "inner"
+    name = name if scope is None else f"{scope}/{name}"
+    return Latent(name, kind, around, event, predictor, modifiers, entries, extra, bounded, scope)
 
 
 def _scale(choices: Choices, of: str, where: str) -> float | str | None:
@@ -147,6 +165,7 @@ def _observed(
             covariate=bool(choices.first(("covariate", "none_argument"))),
             constant=choices.has("constant_argument"),
             static=choices.has("static_kwarg"),
+            group="h" if "grouped" in choices.used else None,
         )
     kind = choices.kind(tuple(OBSERVED), "normal", name)
     obs_mask = OBSERVED[kind].is_continuous and choices.has("obs_mask", name)
@@ -155,7 +174,8 @@ def _observed(
     if not (obs_mask or entries):
         found = choices.first(("mask_rows", "mask_cells"), name)
         mask = {None: None, "mask_rows": "rows", "mask_cells": "cells"}[found]
-    modifiers = Modifiers(_scale(choices, "observed", name), mask)
+    by_fn = mask is not None and choices.has("mask_method", name)
+    modifiers = Modifiers(_scale(choices, "observed", name), mask, by_fn)
     fills = bool(mask or entries or obs_mask) and OBSERVED[kind].is_noisy
     fills = fills and choices.has("missing", name)
     return Data(name, kind, around, predictor, modifiers, entries, obs_mask, fills)
@@ -238,9 +258,10 @@ def generate(seed: int, enabled: Collection[str] = FEATURES) -> Case:
     choices = Choices(seed, frozenset(enabled))
     plates = _plates(choices)
     globals_ = _global_sites(choices, plates)
+    groups, by_group = _groups(choices)
     local = _locals(choices, plates, globals_)
-    latents = [*globals_, *local]
-    in_order = [*local, *globals_] if "globals_last" in choices.used else latents
+    latents = [*globals_, *by_group, *local]
+    in_order = [*by_group, *local, *globals_] if "globals_last" in choices.used else latents
     params = _params(choices, plates)
     observed = _all_observed(choices, plates, latents)
     made = _deterministic(choices, plates, latents, observed)
@@ -249,28 +270,51 @@ def generate(seed: int, enabled: Collection[str] = FEATURES) -> Case:
     scale_all = 0.8 if choices.has("scale_all") else None
     method = "subsample" in choices.used and choices.has("subsample_method")
     declares = "subsample" not in choices.used and choices.has("declared_size")
-    program = Program(plates, steps, -1, scale_all, method, declares)
+    program = Program((*plates, *groups), steps, -1, scale_all, method, declares)
     data, axes, static = draw_arguments(choices, program)
     program = replace(program, axis=axes["x0"] - np.ndim(data["x0"]))
-    reparam = _reparam(choices, local)
-    guide = draw_guide(choices, latents, tuple(data), program.axis, is_reparametrized=bool(reparam))
+    reparam, conditioned = _reparam(choices, local), _conditioned(choices, globals_)
+    as_dict = choices.has("keywords")
+    is_nested = not as_dict and choices.has("nested_argument")
+    names = ("batch",) if is_nested else tuple(data)
+    latents = [site for site in latents if site.name not in conditioned]
+    guide = draw_guide(choices, latents, names, program.axis, is_reparametrized=bool(reparam))
     if choices.has("x64"):
         data = {name: as_float64(value) for name, value in data.items()}
-    as_dict = choices.has("keywords")
     return Case(
         seed,
         tuple(sorted(choices.used)),
         program,
-        data if as_dict else tuple(data.values()),
-        0 if set(axes.values()) == {0} else axes if as_dict else tuple(axes.values()),
+        data if as_dict else (data,) if is_nested else tuple(data.values()),
+        0
+        if set(axes.values()) == {0}
+        else (axes if as_dict else (axes,) if is_nested else tuple(axes.values())),
         static,
         guide,
         "x64" in choices.used,
         reparam,
-        (*data, "noise", *static),
+        conditioned,
+        tuple(dict.fromkeys((*names, "noise", *static))),
     )
 
 
 def _reparam(choices: Choices, local: list[Latent]) -> dict[str, Any]:
     plain = [s for s in local if s.kind == "real" and not s.mask_entries and not s.modifiers.mask]
-    return {plain[-1].name: LocScaleReparam(0.0)} if plain and choices.has("reparam") else {}
+    plain = [site for site in plain if site.scope is None]
+    found: dict[str, Any] = {}
+    if plain and choices.has("reparam"):
+        found[plain[-1].name] = LocScaleReparam(0.0)
+    transformed = ("positive", "shifted", "ordered", "lower_cholesky")
+    for site in local:
+        is_plain = site.kind in transformed and not site.modifiers.mask and site.scope is None
+        if is_plain and choices.has("reparam_transform", site.name):
+            found[site.name] = TransformReparam()
+    return found
+
+
+def _conditioned(choices: Choices, globals_: list[Latent]) -> dict[str, np.ndarray]:
+    """Return values that `handlers.condition` gives a global site, if any."""
+    plain = [site for site in globals_ if not site.plates]
+    if not plain or not choices.has("conditioned"):
+        return {}
+    return {plain[-1].name: np.full(plain[-1].event, 0.3, np.float32)}

@@ -19,6 +19,7 @@ from numpyro.distributions import constraints
 
 DATA = "data"  # the local plate
 NUM_DATA, BATCH = 6, 3  # its rows, and those of a batch
+NUM_GROUPS = 5  # of rows, which have a value in common
 
 
 @dataclass(frozen=True)
@@ -126,18 +127,28 @@ class Modifiers:
 
     scale: float | str | None = None
     mask: str | None = None
+    masks_fn: bool = False  # the distribution, and no handler
 
     def enter(self, stack: ExitStack, state: State, plates: tuple[str, ...], name: str) -> None:
         if self.scale == "rows":
             stack.enter_context(handlers.scale(scale=state.rows("row_scale", plates)))
         elif self.scale is not None:
             stack.enter_context(handlers.scale(scale=self.scale))
+        if self.mask is not None and not self.masks_fn:
+            stack.enter_context(handlers.mask(mask=self._mask(state, plates, name)))
+
+    def masked(
+        self, fn: dist.Distribution, state: State, plates: tuple[str, ...], name: str
+    ) -> dist.Distribution:
+        """Return the distribution of a site, masked if no handler masks it."""
+        return fn.mask(self._mask(state, plates, name)) if self.masks_fn else fn
+
+    def _mask(self, state: State, plates: tuple[str, ...], name: str) -> Any:
+        if self.mask == "false":
+            return False
         if self.mask == "rows":
-            stack.enter_context(handlers.mask(mask=state.rows("row_mask", plates)))
-        elif self.mask == "cells":
-            stack.enter_context(handlers.mask(mask=state.batch(f"{name}_mask", plates, 0)))
-        elif self.mask == "false":
-            stack.enter_context(handlers.mask(mask=False))
+            return state.rows("row_mask", plates)
+        return state.batch(f"{name}_mask", plates, 0)
 
 
 @dataclass(frozen=True)
@@ -150,6 +161,7 @@ class Predictor:
     covariate: bool = False
     constant: bool = False
     static: bool = False
+    group: str | None = None  # a site with a value for each group, of which a row has one
 
     def __call__(self, state: State, plates: tuple[str, ...]) -> Array:
         m = jnp.asarray(0.1)
@@ -157,6 +169,8 @@ class Predictor:
             m = m + (0.8 - 0.3 * place) * state.summary(name, plates)
         if self.covariate and state.arguments.get("covariate") is not None:
             m = m + 0.5 * state.rows("covariate", plates)
+        if self.group is not None:
+            m = m + 0.7 * jnp.tanh(state.values[self.group])[state.rows("group", plates)]
         if self.constant:
             m = m + 0.1 * jnp.asarray(state.arguments["constant"]).sum()
         if self.static:
@@ -201,9 +215,15 @@ class Latent:
     modifiers: Modifiers = Modifiers()
     mask_entries: bool = False
     extra: int | None = None  # the size of a batch dimension that belongs to no plate
+    is_bounded: bool = False  # by a number of each datum
+    scope: str | None = None  # in front of its name
 
     def distribution(self, state: State) -> dist.Distribution:
         m = self.predictor(state, self.plates)
+        if self.is_bounded:
+            high = 0.5 + state.rows("row_scale", self.plates)
+            m, high = jnp.broadcast_arrays(m, high)  # NumPyro wants bounds of the same shape
+            return dist.TruncatedNormal(m, 1.0, low=jnp.full_like(m, -1.0), high=high)
         if self.extra is not None:
             shape = (self.extra, *(1,) * state.depth(tuple(state.specs)))
             m = m + 0.3 * jnp.arange(float(self.extra)).reshape(shape)
@@ -215,11 +235,18 @@ class Latent:
     def __call__(self, state: State) -> None:
         with entered(state, self.plates, self.modifiers, self.name):
             fn = self.distribution(state)
+            fn = self.modifiers.masked(fn, state, self.plates, self.name)
             infer = {"enumerate": "parallel"} if self.kind == ENUMERATED else None
-            value = jnp.asarray(numpyro.sample(self.name, fn, infer=infer))
+            value = jnp.asarray(self._sample(fn, infer))
         if self.kind == ENUMERATED:
             value = value.astype(float)
         state.put(self.name, self.plates, value, fn.event_dim)
+
+    def _sample(self, fn: dist.Distribution, infer: dict | None) -> Any:
+        if self.scope is None:
+            return numpyro.sample(self.name, fn, infer=infer)
+        with handlers.scope(prefix=self.scope, hide_types=["plate"]):
+            return numpyro.sample(self.name.removeprefix(f"{self.scope}/"), fn, infer=infer)
 
 
 @dataclass(frozen=True)
@@ -241,6 +268,7 @@ class Data:
     def __call__(self, state: State) -> None:
         with entered(state, self.plates, self.modifiers, self.name):
             fn = self.distribution(self.predictor(state, self.plates), state.arguments)
+            fn = self.modifiers.masked(fn, state, self.plates, self.name)
             options = {}
             if self.mask_entries:
                 mask = state.batch(f"{self.name}_entries", self.plates, fn.event_dim)

@@ -129,11 +129,14 @@ def log_det(support: Any, unconstrained: Array, event_dim: int) -> Array:
     while isinstance(base, constraints.independent):
         base = base.base_constraint
     transform = biject_to(base)
-    own = transform.domain.event_dim
-    shape = unconstrained.shape
-    flat = unconstrained.reshape(-1, *shape[len(shape) - own :])
-    volumes = jax.vmap(lambda u: _log_volume(base, transform, u))(flat)
-    volumes = volumes.reshape(shape[: len(shape) - own])
+    own, shape = transform.domain.event_dim, unconstrained.shape
+    if own:
+        flat = unconstrained.reshape(-1, *shape[len(shape) - own :])
+        volumes = jax.vmap(lambda u: _log_volume(base, transform, u))(flat)
+        volumes = volumes.reshape(shape[: len(shape) - own])
+    else:  # each value has bounds of its own
+        slopes = jax.jvp(transform, (unconstrained,), (jnp.ones(shape, unconstrained.dtype),))[1]
+        volumes = jnp.log(jnp.abs(slopes))
     extra = event_dim - support_event_dim(base)
     return volumes.sum(tuple(range(volumes.ndim - extra, volumes.ndim)))
 

@@ -2,55 +2,62 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import xarray as xr
 from jax import Array
-from kinds import OBSERVED
-from numpyro import handlers
-from numpyro.infer import Predictive
+from kinds import OBSERVED, Observed
 from program import DATA, NUM_DATA, Data
 from reference import is_local, rows_in_front
 from subject import NUM_SAMPLES, Subject, close
+from trees import variable_of
 
 ROWS = 4  # of which subsets of the data are
+GROUPS = ("posterior", "sample_stats")
 
 # -- rows ------------------------------------------------------------------------------------------
 
 
 def rows(subject: Subject) -> None:
     """What is said of a row depends on no other row, and not on the batches."""
-    data = subject.case.data
-    whole, trace = _by_row(subject, data), subject.log_p[0][1]
+    data, trace = subject.case.data, subject.trace
+    whole = _by_row(subject, subject.tree, subject.encoded)
     for name in subject.local:
         value = rows_in_front(subject.draws[name], trace[name], trace[name]["fn"].event_dim)
-        close(whole[f"{name} of posterior"], value, f"{name} in the DataTree")
-    others = np.array([*range(ROWS), *range(NUM_DATA - 1, ROWS - 1, -1)])
-    _same_rows(_by_row(subject, subject.rows(others)), whole, "other rows permuted")
-    _same_rows(_by_row(subject, subject.rows(np.arange(ROWS))), whole, "other rows left out")
-    with mock.patch("numpyro_vae.inference.runner.ROWS", ROWS):
-        _same_rows(_by_row(subject, data), whole, "in small batches", NUM_DATA)
+        close(whole[f"{variable_of(name)} of posterior"], value, f"{name} in the DataTree")
+    what = subject.case.one_of("rows", ("permuted", "left out", "in batches"))
+    if what == "in batches":
+        with mock.patch("numpyro_vae.inference.runner.ROWS", ROWS):
+            return _same_rows(_of(subject, data), whole, "in small batches", NUM_DATA)
+    others = [] if what == "left out" else range(NUM_DATA - 1, ROWS - 1, -1)
+    chosen = np.array([*range(ROWS), *others])
+    return _same_rows(_of(subject, subject.rows(chosen)), whole, f"other rows {what}")
 
 
-def _by_row(subject: Subject, data: Any) -> dict[str, np.ndarray]:
-    """Return by name arrays with the rows in front."""
-    posterior, groups = subject.posterior, ("posterior", "sample_stats")
+def _of(subject: Subject, data: Any) -> dict[str, np.ndarray]:
+    posterior = subject.posterior
     tree = posterior.to_datatree(
-        subject.key, data, NUM_SAMPLES, groups=groups, var_names=subject.local
+        subject.key, data, NUM_SAMPLES, groups=GROUPS, var_names=subject.local
     )
+    return _by_row(subject, tree, posterior.encode(data) if subject.is_encoded else {})
+
+
+def _by_row(subject: Subject, tree: xr.DataTree, encoded: dict) -> dict[str, np.ndarray]:
+    """Return by name arrays with the rows in front."""
+    local = [variable_of(name) for name in subject.local]
     found = {
         f"{name} of {group}": np.moveaxis(value.values[0], 1, 0)
-        for group in groups
+        for group in GROUPS
         if group in tree
         for name, value in tree[group].data_vars.items()
+        if group == "sample_stats" or name in local
     }
-    if subject.is_factorized and not subject.guide.dependencies:
-        for name, parts in posterior.encode(data).items():
-            found |= {f"{part} of {name}": x for part, x in parts._asdict().items()}
+    for name, parts in encoded.items():
+        found |= {f"{part} of {name}": x for part, x in parts._asdict().items()}
     return found
 
 
@@ -63,24 +70,21 @@ def _same_rows(found: dict, expected: dict, what: str, number: int = ROWS) -> No
 
 
 def deterministic(subject: Subject) -> None:
-    """Deterministic sites are those of NumPyro's `Predictive`, given the draws and the data."""
-    trace = subject.log_p[0][1]
+    """Deterministic sites are those of NumPyro's model, given the draws and the data."""
+    trace = subject.trace
     names = [name for name, site in trace.items() if site["type"] == "deterministic"]
     if not names:
         return
     if not subject.case.is_enumerated:
         _of_the_guide(subject, names)
-    tree = subject.posterior.to_datatree(
-        subject.key, subject.case.data, NUM_SAMPLES, groups=("posterior",)
-    )["posterior"]
-    found = {}
+    tree = subject.tree["posterior"]
     for name in names:
         assert name in tree, f"{name} is not in the DataTree"
-        found[name] = tree[name].values[0]
-        if is_local(trace[name]) and np.ndim(trace[name]["value"]):  # rows come first there
-            dim = _dim(trace[name]) - _event_dim(trace[name])
-            found[name] = np.moveaxis(found[name], 1, dim)
-    _same_deterministic(subject, names, subject.draws, found, "DataTree")
+        found, value = tree[name].values[0], trace[name]["value"]
+        if is_local(trace[name]) and np.ndim(value):  # rows come first there
+            found = np.moveaxis(found, 1, 1 + np.shape(value).index(NUM_DATA))
+        expected = [scored.trace[name]["value"] for scored in subject.scored]
+        close(found, np.stack(expected), f"{name} in DataTree")
 
 
 def _of_the_guide(subject: Subject, names: list[str]) -> None:
@@ -91,54 +95,53 @@ def _of_the_guide(subject: Subject, names: list[str]) -> None:
         )
 
     draws = jax.jit(sample)(subject.key, subject.params)
-    _same_deterministic(subject, names, draws, draws, "sample_posterior")
-
-
-def _same_deterministic(
-    subject: Subject, names: list[str], draws: dict, found: dict, what: str
-) -> None:
-    latent = {name: jnp.asarray(draws[name]) for name in subject.draws}
-    predictive = Predictive(subject.full, latent, params=subject.params, return_sites=names)
-    predict = partial(predictive, **subject.kwargs)
-    expected = jax.jit(lambda key: predict(key, *subject.args))(jax.random.key(0))
-    for name in names:
-        close(found[name], expected[name], f"{name} in {what}")
-
-
-def _dim(site: dict) -> int:
-    return next(frame.dim for frame in site["cond_indep_stack"] if frame.name == DATA)
-
-
-def _event_dim(site: dict) -> int:
-    """Return how many axes of a deterministic site are of no plate."""
-    depth = max(-frame.dim for frame in site["cond_indep_stack"])
-    return max(np.ndim(site["value"]) - depth, 0)
+    for number in range(NUM_SAMPLES):
+        values = {name: draws[name][number] for name in subject.draws}
+        trace = subject.score({**subject.params, **values}, subject.encoded).trace
+        for name in names:
+            close(draws[name][number], trace[name]["value"], f"{name} in sample_posterior")
 
 
 def predictions(subject: Subject) -> None:
     """Predictions are in their supports and of the right shapes; without noise they are known."""
-    posterior = subject._posterior({**subject.static, "noise": 1e-5})
-    found = posterior.predict(subject.key, subject.case.data, NUM_SAMPLES)
-    model = handlers.uncondition(subject.full)
-    draws = subject.draws
-    if subject.case.is_enumerated:  # discrete latents depend on the noise
-        draws = posterior.sample(subject.key, subject.case.data, NUM_SAMPLES)
-    latent = {name: jnp.asarray(value) for name, value in draws.items()}
-    predictive = Predictive(model, latent, params=subject.params)
-    predict = partial(predictive, **{**subject.kwargs, "noise": 1e-5})
-    expected = jax.jit(lambda key: predict(key, *subject.args))(subject.key)
-    trace = subject.log_p[0][1]
+    found, traces = _without_noise(subject)
     for step in subject.case.program.steps:
         if isinstance(step, Data) and DATA in step.plates:
             name = f"{step.name}_observed" if step.obs_mask else step.name
-            site, kind = trace[name], OBSERVED[step.kind]
+            kind = OBSERVED[step.kind]
             assert name in found, f"{name} is not predicted"
-            rows = rows_in_front(expected[name], site, site["fn"].event_dim)
-            rows = np.moveaxis(np.asarray(rows), 0, 1)
-            if kind.event is not None:  # NumPyro draws one value for all that it broadcasts it to
-                rows = np.broadcast_to(rows, rows.shape[: -len(kind.event)] + kind.event)
+            rows = np.stack([_mean(trace[name], kind) for trace in traces])
             assert found[name].shape == rows.shape, f"{name}: {found[name].shape}, {rows.shape}"
             if kind.is_noisy:
                 close(found[name], rows, f"prediction of {name}", 3.0)
-            inside = site["fn"].support.check(jnp.asarray(found[name]))
+            inside = traces[0][name]["fn"].support.check(jnp.asarray(found[name]))
             assert np.asarray(inside).all(), f"prediction of {name} is out of its support"
+
+
+def _without_noise(subject: Subject) -> tuple[dict[str, np.ndarray], list[dict]]:
+    """Return predictions, and the model's traces for the draws that they are made of."""
+    case, key, noise = subject.case, subject.key, 1e-5
+    traces = [scored.trace for scored in subject.scored]
+    if case.has_noise and not case.is_enumerated:  # as an argument: it is compiled already
+        group = subject.tree_of(case.with_argument("noise", noise))["posterior_predictive"]
+        return {str(name): value.values[0] for name, value in group.data_vars.items()}, traces
+    static = {**subject.static, "noise": noise}
+    data = case.with_argument("noise", noise) if case.has_noise else case.data
+    posterior = subject.posterior if case.has_noise else subject.posterior_of(static)
+    if case.is_enumerated:  # discrete latents depend on the noise
+        draws = posterior.sample(key, data, NUM_SAMPLES)
+        values = [{name: x[number] for name, x in draws.items()} for number in range(NUM_SAMPLES)]
+        given = ({**subject.params, **draw} for draw in values)
+        traces = [subject.score(draw, subject.encoded).trace for draw in given]
+    return posterior.predict(key, data, NUM_SAMPLES), traces
+
+
+def _mean(site: dict, kind: Observed) -> np.ndarray:
+    """Return what a site is without noise, rows in front; of other sites the shape counts."""
+    fn = site["fn"]
+    mean = fn.mean if kind.is_noisy else np.zeros(fn.shape())
+    rows = np.asarray(rows_in_front(np.broadcast_to(mean, fn.shape()), site, fn.event_dim))
+    if kind.event is None:
+        return rows
+    # NumPyro draws one value for all that it broadcasts it to
+    return np.broadcast_to(rows, rows.shape[: -len(kind.event)] + kind.event)

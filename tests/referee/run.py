@@ -11,10 +11,10 @@ one line of the table.
 from __future__ import annotations
 
 import argparse
+import gc
 import multiprocessing
 import os
 import sys
-import tempfile
 import traceback
 from collections.abc import Collection, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -26,7 +26,7 @@ from features import FEATURES
 from generator import generate
 from subject import Subject, settings
 
-AT_ONCE = 20  # models in a process, before it is replaced: what is compiled is never freed
+AT_ONCE = 40  # models in a process, before it is replaced: what is compiled is never freed
 
 # What no posterior of the rows has, or no network; in messages that name it.
 REFUSALS = ("unlike factors", "which subsamples", "draws all latents of a datum jointly")
@@ -50,13 +50,15 @@ class Failure:
 
 
 def prepare() -> None:
-    """Let a process compile for the CPU, without optimizing, and keep what it has compiled."""
+    """Let a process compile for the CPU, without optimizing.
+
+    Nothing is kept on disk: hardly a program is compiled twice, and writing them takes long. What
+    is imported is never garbage, nor is most of what a model leaves before it is examined.
+    """
     jax.config.update("jax_platforms", "cpu")
     os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
-    folder = os.path.join(tempfile.gettempdir(), "numpyro_vae_referee")
-    jax.config.update("jax_compilation_cache_dir", folder)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    gc.freeze()
+    gc.set_threshold(200_000, 20, 100)
 
 
 def failures(seed: int, enabled: Collection[str], comparisons: Sequence[str]) -> dict[str, str]:
@@ -112,10 +114,12 @@ def reduced(seed: int, enabled: Collection[str], comparison: str) -> tuple[str, 
 def examine(seed: int, enabled: Collection[str], comparisons: Sequence[str]) -> list[Failure]:
     """Return the failures of a seed, reduced."""
     found = failures(seed, enabled, comparisons)
-    return [
+    all_of_it = [
         Failure(seed, name, reduced(seed, enabled, name), message)
         for name, message in found.items()
     ]
+    gc.collect()
+    return all_of_it
 
 
 def table(found: Sequence[Failure]) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 import xarray as xr
 from program import DATA, Data
 from reference import is_latent, is_local, rows_in_front
-from subject import NUM_SAMPLES, Subject, close
+from subject import Subject, close
 
 SAMPLED = ("chain", "draw")
 ENGINES = ("h5netcdf", "netcdf4")
@@ -19,10 +19,7 @@ ENGINES = ("h5netcdf", "netcdf4")
 
 def datatree(subject: Subject) -> None:
     """A DataTree has every variable with its dimensions, and can be saved."""
-    tree = subject.posterior.to_datatree(
-        subject.key, subject.case.data, NUM_SAMPLES, num_particles=2
-    )
-    trace = subject.log_p[0][1]
+    tree, trace = subject.tree, subject.trace
     for name, site in trace.items():
         if is_latent(site):
             _latent(tree["posterior"], name, site, subject.draws[name])
@@ -38,7 +35,13 @@ def datatree(subject: Subject) -> None:
     _saved(tree, ENGINES[subject.case.seed % 2])
 
 
+def variable_of(name: str) -> str:
+    """Return the name of a site in a DataTree, which knows no scopes."""
+    return name.replace("/", ".")
+
+
 def _latent(posterior: xr.Dataset, name: str, site: dict, draws: np.ndarray) -> None:
+    name = variable_of(name)
     assert name in posterior, f"{name} is not in the posterior"
     found = posterior[name]
     expected = draws
@@ -77,7 +80,7 @@ def _constants(tree: xr.DataTree, subject: Subject) -> None:
     """The model's other arguments with a value for each row."""
     given: dict[str, Any] = dict(zip(subject.case.names, subject.args, strict=False))
     given |= subject.kwargs
-    for name in ("covariate", "row_scale", "row_mask"):
+    for name in ("covariate", "row_scale", "row_mask", "group"):
         if given.get(name) is not None:
             found = tree["constant_data"][name]
             assert found.dims == (DATA,), f"{name}: dimensions {found.dims}"
