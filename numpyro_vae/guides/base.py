@@ -217,9 +217,9 @@ class AmortizedGuide(AutoGuide, AbstractGuide):
         structure = network.structure(inputs)  # for which the user's code builds the encoder
         if given is not None:
             network.check_params(given, self.prefix, structure)
-        training = self.training and is_training()
-        found = declare_network(network, structure, self.prefix, inputs, train=training)
-        return Encoding(run, found[1], found[0].in_order(), self.family)
+        train = self.training and is_training()
+        applied, features = declare_network(network, structure, self.prefix, inputs, train=train)
+        return Encoding(run, features, applied.in_order(), self.family)
 
     def is_unobserved(self, sites: ModelSites) -> bool:
         """Return whether a model holds none of the observations that the network reads."""
@@ -230,10 +230,8 @@ class AmortizedGuide(AutoGuide, AbstractGuide):
         run.require_whole(self.condition_on, "Global site, which heads read,")
         sizes = {name: run.sites.sites[name].size for name in self.condition_on}
         local = {site.name: site.datum_size(run.plate) for site in sites}
-        reads = {
-            name: sizes | {read: local[read] for read in self.dependencies.get(name, ())}
-            for name in local
-        }
+        read = {name: self.dependencies.get(name, ()) for name in local}
+        reads = {name: sizes | {one: local[one] for one in read[name]} for name in local}
         return Network(self.encoder, self.family, sites, run.plate, reads)
 
     def encode(self, params: dict[str, Any], *args: Any, **kwargs: Any) -> Encoding:
