@@ -9,7 +9,7 @@ import copy
 import threading
 from collections.abc import Callable
 from contextlib import ExitStack
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 import jax
@@ -35,6 +35,17 @@ from numpyro.util import _validate_model, check_model_guide_match
 # Handlers sit in one stack for all threads: what runs a model holds this, so that no other
 # thread's handlers see its sites. Compiled code runs none.
 HANDLERS = threading.RLock()
+
+
+def in_one_thread(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function that runs, or traces, a model for one thread at a time."""
+
+    @wraps(fn)
+    def call(*args: Any) -> Any:
+        with HANDLERS:
+            return fn(*args)
+
+    return call
 
 
 def mask_of_masked(fn: dist.MaskedDistribution) -> Any:

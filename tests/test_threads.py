@@ -1,4 +1,4 @@
-"""One posterior in many threads: NumPyro's handlers are for one thread at a time."""
+"""Posteriors and fits in many threads: NumPyro's handlers are for one thread at a time."""
 
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -54,3 +54,16 @@ def test_threads_from_cold_find_what_one_finds(result):
                 jax.tree.map(
                     partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-6), value, expected[job]
                 )
+
+
+def test_fits_in_threads_are_those_of_one_thread():
+    """Each with an SVI of its own; before, their handlers saw each other's sites."""
+
+    def run(seed):
+        key = jax.random.key(seed)
+        return fit(make_svi(EXACT.model), key, X, num_epochs=2, progress_bar=False).losses
+
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(run, range(4)))
+    for seed in (0, 3):
+        np.testing.assert_array_equal(found[seed], run(seed))

@@ -101,7 +101,7 @@ def _through(eqn: Any, given: list[Names], lookups: bool) -> list[Names]:
     name = str(eqn.params.get("name", ""))
     if eqn.primitive.name == "name" and name.startswith(PREFIX):
         return [frozenset({name.removeprefix(PREFIX)})]
-    inner = [_open(x) for x in jax.tree.leaves(eqn.params, is_leaf=_is_jaxpr) if _is_jaxpr(x)]
+    inner = inner_jaxprs(eqn)
     if len(inner) == 1 and len(inner[0].invars) == len(given):
         flow = partial(_flow, inner[0], lookups=lookups)
         if eqn.primitive.name == "scan":
@@ -141,9 +141,8 @@ def _named_in(jaxpr: Jaxpr, lookups: bool) -> Names:
     return frozenset().union(*(names for found in results for names in found))
 
 
-def _is_jaxpr(x: Any) -> bool:
-    return isinstance(x, Jaxpr | ClosedJaxpr)
-
-
-def _open(jaxpr: Any) -> Jaxpr:
-    return jaxpr.jaxpr if isinstance(jaxpr, ClosedJaxpr) else jaxpr
+def inner_jaxprs(eqn: Any) -> list[Jaxpr]:
+    """Return the jaxprs inside an equation of a jaxpr."""
+    held = jax.tree.leaves(eqn.params, is_leaf=lambda x: isinstance(x, Jaxpr | ClosedJaxpr))
+    opened = (x.jaxpr if isinstance(x, ClosedJaxpr) else x for x in held)
+    return [x for x in opened if isinstance(x, Jaxpr)]

@@ -18,6 +18,7 @@ from numpyro_vae.data.batch import Batch
 from numpyro_vae.guides.auto import AutoAmortizedNormal
 from numpyro_vae.guides.network import is_headless
 from numpyro_vae.model.plates import all_rows, minibatch
+from numpyro_vae.numpyro_internals import in_one_thread
 from numpyro_vae.training.step import Trainer
 
 __all__ = ["Callback", "StopReason"]
@@ -130,7 +131,7 @@ class UndeclaredScale:
         if not is_headless(params, guide.prefix):
             return
         kwargs = self.trainer.svi.static_kwargs
-        compiled = jax.jit(partial(_raw_scale, guide, kwargs))
+        compiled = in_one_thread(jax.jit(partial(_raw_scale, guide, kwargs)))
         raw_scale = guide.compiled.setdefault((_raw_scale, self.trainer), compiled)
         if (np.asarray(raw_scale(params, self.batch)) >= 0).all():
             warnings.warn(

@@ -22,7 +22,7 @@ from numpyro_vae.data.sparse import as_rows
 from numpyro_vae.data.stores import is_stored
 from numpyro_vae.model.data_sets import DataSets
 from numpyro_vae.model.missing import require_finite_observations
-from numpyro_vae.numpyro_internals import param_transforms, set_param_transforms
+from numpyro_vae.numpyro_internals import HANDLERS, param_transforms, set_param_transforms
 from numpyro_vae.training.callbacks import (
     Callback,
     EarlyStopping,
@@ -176,21 +176,22 @@ def fit(
     check_stopping(patience, validation)
     check_start(init_state, init_params)
     freeze = freeze if isinstance(freeze, str) else tuple(freeze)
-    trainer, devices = trainer_of(svi, freeze), Devices.of(mesh)
-    plate = plate or getattr(svi.guide, "plate_name", None)
-    check_passes(data, num_epochs)
-    source = _source(trainer, data, batch_size, num_data, batch_axes, plate, devices)
-    check_objective(svi, source.sites)
-    init_key, order_key, validation_key = jax.random.split(rng_key, 3)
-    state = devices.put(_start(svi, trainer, source, init_key, init_state, init_params))
-    check_supports(trainer, source.first())
-    check_guide(trainer, source.first(), source.sites, state)
-    warn_of_another_model(svi, source.first())
-    if isinstance(source, SimulationSource):
-        source.require_frozen()
-    score = _validator(trainer, source, devices, validation, batch_axes, validation_key)
-    settled = settled_epoch(svi.loss, state, source.num_steps, num_epochs)
-    progress = Progress(state, None if patience is None else EarlyStopping(patience, settled))
+    with HANDLERS:  # what runs the model
+        trainer, devices = trainer_of(svi, freeze), Devices.of(mesh)
+        plate = plate or getattr(svi.guide, "plate_name", None)
+        check_passes(data, num_epochs)
+        source = _source(trainer, data, batch_size, num_data, batch_axes, plate, devices)
+        check_objective(svi, source.sites)
+        init_key, order_key, validation_key = jax.random.split(rng_key, 3)
+        state = devices.put(_start(svi, trainer, source, init_key, init_state, init_params))
+        check_supports(trainer, source.first())
+        check_guide(trainer, source.first(), source.sites, state)
+        warn_of_another_model(svi, source.first())
+        if isinstance(source, SimulationSource):
+            source.require_frozen()
+        score = _validator(trainer, source, devices, validation, batch_axes, validation_key)
+        settled = settled_epoch(svi.loss, state, source.num_steps, num_epochs)
+        progress = Progress(state, None if patience is None else EarlyStopping(patience, settled))
     folder: Any = nullcontext()
     if checkpoint is not None:
         options = {"batch_axes": batch_axes, "patience": patience}

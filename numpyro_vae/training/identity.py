@@ -14,9 +14,10 @@ from jax.extend.core import ClosedJaxpr
 from numpyro.infer.svi import SVIState
 
 from numpyro_vae.data.devices import ONE_DEVICE, Devices
+from numpyro_vae.model.provenance import inner_jaxprs
 from numpyro_vae.training.simulations import SimulationSource
 from numpyro_vae.training.sources import Source
-from numpyro_vae.training.step import Trainer, inner_jaxprs
+from numpyro_vae.training.step import Trainer
 
 STEP = "what a step computes, of model, guide, objective and optimizer"
 
@@ -111,7 +112,7 @@ def _operations(jaxpr: Any) -> Iterator[str]:
     for eqn in jaxpr.eqns:
         inner = inner_jaxprs(eqn)
         for found in inner:
-            yield from _operations(getattr(found, "jaxpr", found))
+            yield from _operations(found)
         if not inner:
             inputs = [getattr(var, "val", var.aval) for var in eqn.invars]
             yield f"{eqn.primitive} {inputs} {[var.aval for var in eqn.outvars]} {eqn.params}"

@@ -26,9 +26,12 @@ from numpyro_vae.guides.base import AmortizedGuide
 from numpyro_vae.model.captured import captured, signature
 from numpyro_vae.model.contents import Reading
 from numpyro_vae.model.plates import at_step, minibatch
+from numpyro_vae.model.provenance import inner_jaxprs
 from numpyro_vae.model.reading import ModelReader, read_for
 from numpyro_vae.model.simulate import simulated
 from numpyro_vae.numpyro_internals import (
+    HANDLERS,
+    in_one_thread,
     in_order,
     init_model_key,
     param_transforms,
@@ -71,13 +74,13 @@ class Trainer:
     def _compile(self) -> None:
         """Forget what was compiled before."""
         # Of functions made here, as JAX knows a method that it has traced before.
-        self._init_compiled = jax.jit(partial(self._init))
-        self._draw_compiled = jax.jit(partial(self._draw), static_argnums=0)
-        self._step_compiled = jax.jit(partial(self._step))
-        self._guarded_compiled = jax.jit(partial(self._guarded_step))
-        self._scan_compiled = jax.jit(partial(self._scan))
-        self._scan_batches_compiled = jax.jit(partial(self._scan_batches))
-        self._evaluate_compiled = jax.jit(partial(self._evaluate))
+        self._init_compiled = in_one_thread(jax.jit(partial(self._init)))
+        self._draw_compiled = in_one_thread(jax.jit(partial(self._draw), static_argnums=0))
+        self._step_compiled = in_one_thread(jax.jit(partial(self._step)))
+        self._guarded_compiled = in_one_thread(jax.jit(partial(self._guarded_step)))
+        self._scan_compiled = in_one_thread(jax.jit(partial(self._scan)))
+        self._scan_batches_compiled = in_one_thread(jax.jit(partial(self._scan_batches)))
+        self._evaluate_compiled = in_one_thread(jax.jit(partial(self._evaluate)))
 
     def serves(self, svi: SVI, freeze: Freeze) -> bool:
         """Return whether an SVI has the parts that this trainer was made with, as they were."""
@@ -287,11 +290,13 @@ class Trainer:
         """Return whether a step has convolutions, which XLA runs slowly in a scan on a CPU."""
         if jax.default_backend() != "cpu":
             return False
-        return "conv_general_dilated" in _primitives(self.jaxpr_of_step(state, batch))
+        return "conv_general_dilated" in _primitives(self.jaxpr_of_step(state, batch).jaxpr)
 
     def jaxpr_of_step(self, state: SVIState, batch: Batch) -> ClosedJaxpr:
         """Return what a step computes; shapes will do for arrays."""
-        return self._step_compiled.trace(self.transforms, state, batch).jaxpr
+        step: Any = self._step_compiled
+        with HANDLERS:
+            return step.__wrapped__.trace(self.transforms, state, batch).jaxpr
 
     # -- what a state says ------------------------------------------------------------------------
 
@@ -317,7 +322,7 @@ class Trainer:
     def culprit(self, state: SVIState, batch: Batch) -> str:
         """Say where the next step stops being finite: the first such site, or the gradient."""
         (args, kwargs), svi = batch.arguments(), self._bind(batch, self.transforms)
-        with numpyro.validation_enabled(False):
+        with HANDLERS, numpyro.validation_enabled(False):
             for guide, model in _traces(svi, state, args, kwargs, svi.loss.num_particles):
                 for name, of, site in (*_sites(guide, "guide"), *_sites(model, "model")):
                     if not _is_finite(site):
@@ -382,19 +387,9 @@ def _declare_params(reading: Reading, *args: Any, **kwargs: Any) -> None:
         numpyro.param(name, param.value, constraint=param.constraint, **dict(param.kwargs))
 
 
-def _primitives(jaxpr: Any) -> set[str]:
+def _primitives(jaxpr: Jaxpr) -> set[str]:
     """Return the names of the primitives of a jaxpr and of those inside it."""
-    jaxpr = jaxpr.jaxpr if isinstance(jaxpr, ClosedJaxpr) else jaxpr
     names = {eqn.primitive.name for eqn in jaxpr.eqns}
     for eqn in jaxpr.eqns:
         names |= {name for found in inner_jaxprs(eqn) for name in _primitives(found)}
     return names
-
-
-def inner_jaxprs(eqn: Any) -> list[Any]:
-    """Return the jaxprs inside an equation of a jaxpr."""
-    return [x for x in jax.tree.leaves(eqn.params, is_leaf=_is_jaxpr) if _is_jaxpr(x)]
-
-
-def _is_jaxpr(x: Any) -> bool:
-    return isinstance(x, Jaxpr | ClosedJaxpr)
