@@ -174,10 +174,12 @@ class Subject:
         Unconstrained values that are not as many as the site's own have dimensions of their own.
 
         Args:
-            name: of the site.
+            name: of the site, or of several together, which have no plates of their own.
             shape: of its values, without the rows; empty for one value of all that a datum has.
         """
         sites = self.runner.guide.sites
+        if name not in sites.sites:
+            return [f"{name}_dim_{axis}" for axis in range(len(shape))]
         site, plates = sites.sites[name], site_dims(sites)[name]
         batch = [dim for dim in plates if dim != self.plate and shape]
         event = tuple(shape[len(batch) :])

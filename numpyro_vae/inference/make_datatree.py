@@ -65,6 +65,7 @@ def make_datatree(
     """
     rows = runner.read(data, of_prior=True)
     check_names(runner.guide.sites)
+    require_length(coords or {}, rows.plate, rows.num_rows)
     gathering = Gathering.plan(
         runner,
         rows,
@@ -77,7 +78,6 @@ def make_datatree(
         given=globals_,
     )
     coords = with_labels(coords, gathering, data)
-    require_length(coords, rows.plate, rows.num_rows)
     if store is not None:
         return write_datatree(gathering, coords, store)
     found = gathering.of_rows(rows)

@@ -9,7 +9,13 @@ import optax
 import pytest
 from numpyro.infer import SVI, Trace_ELBO
 
-from numpyro_vae import AutoAmortizedNormal, Calibration, Posterior, fit
+from numpyro_vae import (
+    AutoAmortizedFlow,
+    AutoAmortizedNormal,
+    Calibration,
+    Posterior,
+    fit,
+)
 
 KEY = jax.random.key(0)
 X = np.random.default_rng(0).normal(size=(8, 3)).astype(np.float32)
@@ -54,3 +60,17 @@ def test_variables_of_a_site_have_its_dimensions_and_coordinates(posterior):
     activity = tree["checks"]["activity_share"]
     assert activity.dims == ("share_batch_1", "share_unconstrained_0")
     assert activity.shape == (1, 2)
+
+
+def test_latents_that_are_drawn_jointly_have_one_divergence_together():
+    def pair(x):
+        with numpyro.plate("person", len(x)):
+            u, v = (numpyro.sample(name, dist.Normal(0.0, 1.0)) for name in ("u", "v"))
+            numpyro.sample("x", dist.Normal(u + v, 0.5), obs=x)
+
+    guide = AutoAmortizedFlow(pair)
+    svi = SVI(pair, guide, optax.adam(1e-2), Trace_ELBO())
+    trained = Posterior(guide, fit(svi, KEY, X[:, 0], num_epochs=1, progress_bar=False))
+    report = trained.check(KEY, X[:, 0], ("collapse",), progress_bar=False)
+    assert report.dataset["kl_u_v"].dims == ("person",)
+    assert {"activity_u", "activity_v"} <= set(report.dataset)

@@ -92,7 +92,7 @@ def hand_written(model):
 def with_networks(x):
     """A network with batch statistics of flax, and one of linen."""
     first = flax_module("first", linen.Dense(3), input_shape=(1, 3))
-    second = nnx_module("second", nnx.BatchNorm(3, use_running_average=True, rngs=nnx.Rngs(0)))
+    second = nnx_module("second", nnx.BatchNorm(3, rngs=nnx.Rngs(0)))
     with numpyro.plate("data", len(x)):
         z = numpyro.sample("z", dist.Normal(0.0, 1.0).expand([3]).to_event(1))
         numpyro.sample("x", dist.Normal(second(first(z)), 0.5).to_event(1), obs=x)

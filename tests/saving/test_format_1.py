@@ -17,6 +17,8 @@ from numpyro_vae import Posterior
 from numpyro_vae.families import FullRankNormal
 from numpyro_vae.saving.arrays import upgrade
 
+# One of the models takes statistics of a batch.
+pytestmark = pytest.mark.filterwarnings("ignore:The model's networks .* take statistics of a batch")
 FOLDER = pathlib.Path(__file__).parent / "format_1"
 NAMES = ("state and dropout", "global sites", "options", "networks in the model")
 

@@ -12,6 +12,8 @@ from saved_cases import CASES, X
 
 from numpyro_vae import Posterior
 
+# One of the models takes statistics of a batch.
+pytestmark = pytest.mark.filterwarnings("ignore:The model's networks .* take statistics of a batch")
 HERE = pathlib.Path(__file__).parent
 
 
@@ -24,7 +26,10 @@ def saved(tmp_path_factory):
         posterior.save(folder / name)
         draws[name] = case.draw(posterior)
     done = subprocess.run(
-        [sys.executable, "-W", "error::UserWarning", HERE / "saved_cases.py", folder],
+        [
+            *(sys.executable, "-W", "error::UserWarning", "-W", "ignore:The model's networks"),
+            *(HERE / "saved_cases.py", folder),
+        ],
         capture_output=True,
         text=True,
         env={**os.environ, "PYTHONPATH": str(HERE.parent.parent)},

@@ -112,7 +112,7 @@ def test_amortize_makes_them_dense():
         num_simulation_steps=0,
         progress_bar=False,
     )
-    assert posterior.encode(X)["z"].loc.shape == (ROWS,)
+    assert posterior.sample(KEY, X, 3)["z"].shape == (3, ROWS)
 
 
 # -- Parquet ---------------------------------------------------------------------------------------
