@@ -241,9 +241,8 @@ def test_svi_alone_loses_the_state_with_several_particles():
         svi.run(jax.random.key(0), 2, X, progress_bar=False)
 
 
-@pytest.mark.slow
-def test_state_of_a_network_in_the_model():
-    decoder = nnx.BatchNorm(1, momentum=0.9, rngs=nnx.Rngs(0))
+def decoded_by(decoder):
+    """A model whose decoder is a network."""
 
     def decoded(x):
         decode = nnx_module("decoder", decoder)
@@ -251,6 +250,13 @@ def test_state_of_a_network_in_the_model():
             z = numpyro.sample("z", dist.Normal(0.0, 1.0))
             numpyro.sample("x", dist.Normal(decode(z[:, None])[:, 0], 0.5), obs=x)
 
+    return decoded
+
+
+@pytest.mark.slow
+def test_state_of_a_network_in_the_model():
+    decoder = nnx.BatchNorm(1, momentum=0.9, rngs=nnx.Rngs(0))
+    decoded = decoded_by(decoder)
     _, result = run(decoded, AutoAmortizedNormal(decoded, Normalized), X)
     assert set(result.state.mutable_state) == {"auto$state", "decoder$state"}
 
@@ -268,13 +274,7 @@ def test_state_of_a_network_in_the_model():
 def test_a_posterior_says_that_a_network_of_the_model_takes_statistics_of_a_batch():
     """It is the row's own once the network is in evaluation mode, whatever was compiled before."""
     decoder = nnx.BatchNorm(1, momentum=0.9, rngs=nnx.Rngs(0))
-
-    def decoded(x):
-        decode = nnx_module("decoder", decoder)
-        with numpyro.plate("data", len(x)):
-            z = numpyro.sample("z", dist.Normal(0.0, 1.0))
-            numpyro.sample("x", dist.Normal(decode(z[:, None])[:, 0], 0.5), obs=x)
-
+    decoded = decoded_by(decoder)
     svi = helpers.make_svi(decoded, loss=Trace_ELBO())
     result = fit(svi, jax.random.key(0), DATA, num_epochs=1, progress_bar=False)
     posterior = Posterior(svi.guide, result)
