@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +12,18 @@ from jax.interpreters import partial_eval
 
 from numpyro_vae.numpyro_internals import HANDLERS
 
+LEVEL = "xla_backend_optimization_level"
 ADDRESS = re.compile(r" at 0x[0-9a-f]+")  # of a function that a program names
+
+
+def options() -> dict[str, int] | None:
+    """Return what to tell XLA: on a CPU, to compile these programs at level 2.
+
+    They run as fast as at its level 3, and compile in half the time, of which most first calls
+    consist. A level in the environment's ``XLA_FLAGS`` is kept.
+    """
+    chosen = LEVEL in os.environ.get("XLA_FLAGS", "")
+    return None if chosen or jax.default_backend() != "cpu" else {LEVEL: 2}
 
 
 class Compiled:
@@ -26,7 +38,7 @@ class Compiled:
     """
 
     def __init__(self, fn: Callable[..., Any]):
-        self._fn = jax.jit(fn)
+        self._fn = jax.jit(fn, compiler_options=options())
 
     def __call__(self, *args: Any) -> Any:
         """Call the function with arrays, or pytrees of them."""
@@ -40,7 +52,7 @@ class Compiled:
             args: arrays, or their shapes.
         """
         with HANDLERS:
-            jaxpr = jax.make_jaxpr(self._fn)(*args).jaxpr
+            jaxpr = self._fn.trace(*args).jaxpr.jaxpr
         needed, used = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
         text = ADDRESS.sub("", str(needed))
         return text, jax.tree.unflatten(jax.tree.structure(args), used)
@@ -48,4 +60,4 @@ class Compiled:
     def shapes(self, *args: Any) -> Any:
         """Return the shapes of what it returns, for which nothing is computed."""
         with HANDLERS:
-            return jax.eval_shape(self._fn, *args)
+            return self._fn.eval_shape(*args)
