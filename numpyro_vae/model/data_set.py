@@ -12,7 +12,7 @@ from jaxtyping import Array
 
 from numpyro_vae.model.stacked import Axes, Stacked, peeled, stacked_support
 from numpyro_vae.model.trace import event_shape_of, mask_of, with_event
-from numpyro_vae.numpyro_internals import is_improper, is_switched_off, outwards
+from numpyro_vae.numpyro_internals import is_improper, outwards
 
 
 class DataSet(outwards):
@@ -71,7 +71,7 @@ class DataSet(outwards):
         _check_site(msg)
         fn, value = self._distribution(msg)
         shape, support = fn.batch_shape + fn.event_shape, peeled(fn.support)[0]
-        mask = None if is_switched_off(fn) else mask_of(fn)
+        mask = mask_of(fn, as_a_whole=False)
         parts = {"fn": fn, "mask": mask, "scale": msg["scale"], "value": value}
         parts["support"] = support if jax.tree.leaves(support) else None
 

@@ -263,12 +263,21 @@ def scoring(trace: dict, name: str) -> dist.Distribution | None:
 
 def counts(trace: dict, name: str) -> Array | None:
     """Return which entries of a site count, or None if all do; see `mask_of`."""
-    fn = trace[name]["fn"] if trace[name]["is_observed"] else scoring(trace, name)
-    return None if fn is None else mask_of(fn)
+    if trace[name]["is_observed"]:
+        return mask_of(trace[name]["fn"])
+    scored_by = scoring(trace, name)
+    if scored_by is None:
+        return mask_of(trace[name]["fn"], as_a_whole=False)
+    return mask_of(scored_by)
 
 
-def mask_of(fn: dist.Distribution) -> Array | None:
+def mask_of(fn: dist.Distribution, *, as_a_whole: bool = True) -> Array | None:
     """Return the mask of a site's distribution, or None if all of it counts.
+
+    Args:
+        fn: the distribution.
+        as_a_whole: whether a ``False`` for all of it counts, which of a latent site says that it
+            is scored elsewhere.
 
     Returns:
         Booleans of shape ``batch_shape``, or that and the leading part of ``event_shape``.
@@ -276,15 +285,15 @@ def mask_of(fn: dist.Distribution) -> Array | None:
     if isinstance(fn, Stacked):
         return fn.mask_by_set
     if isinstance(fn, dist.Independent):
-        return mask_of(fn.base_dist)
+        return mask_of(fn.base_dist, as_a_whole=as_a_whole)
     if isinstance(fn, dist.ExpandedDistribution):
-        mask = mask_of(fn.base_dist)
+        mask = mask_of(fn.base_dist, as_a_whole=as_a_whole)
         ours = 0 if mask is None else len(fn.base_dist.batch_shape)
         return None if mask is None else jnp.broadcast_to(mask, fn.batch_shape + mask.shape[ours:])
     if not isinstance(fn, dist.MaskedDistribution):
         return None
-    outer, inner = mask_of_masked(fn), mask_of(fn.base_dist)
-    if outer is True:
+    outer, inner = mask_of_masked(fn), mask_of(fn.base_dist, as_a_whole=as_a_whole)
+    if outer is True or (outer is False and not as_a_whole):
         return inner
     outer = jnp.broadcast_to(outer, fn.batch_shape)
     if inner is None:

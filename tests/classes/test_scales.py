@@ -130,6 +130,26 @@ def test_latents_masked_as_a_whole_are_scored_by_another_site():
     assert posteriors[1].repair(KEY, X, [0, 1], method="importance").remaining.size == 0
 
 
+def test_entries_that_a_latent_masks_itself_stay_masked_if_it_is_masked_as_a_whole():
+    """A flat prior of the first and third entry: the second one counts for nobody."""
+    entries = jnp.array([True, False, True])
+
+    def flat(x):
+        with numpyro.plate("data", len(x)):
+            with handlers.mask(mask=False):
+                prior = dist.Normal(0.0, 1.0).expand([3]).mask(entries).to_event(1)
+                z = numpyro.sample("z", prior)
+            numpyro.sample("x", dist.Normal(z[:, 0] + z[:, 2], 0.5), obs=x)
+
+    _, _, posterior = trained(flat)
+    key = jax.random.key(1)
+    z = posterior.sample(key, X, 3)["z"]
+    loc, scale = posterior.encode(X)["z"]
+    log_q = dist.Normal(loc, scale).log_prob(z)[..., jnp.array([0, 2])].sum(-1)
+    likelihood = dist.Normal(z[..., 0] + z[..., 2], 0.5).log_prob(X)
+    np.testing.assert_allclose(posterior.log_weights(key, X, 3), likelihood - log_q, atol=1e-4)
+
+
 def test_local_latents_of_unlike_scales_have_no_weights():
     def unlike(x):
         with numpyro.plate("data", len(x)):
