@@ -13,7 +13,6 @@ from numpyro import handlers
 from numpyro.infer.elbo import LossWithMutableState
 from numpyro.primitives import Messenger
 
-from numpyro_vae.guides.base import AmortizedGuide
 from numpyro_vae.model.redraw import lies_in
 from numpyro_vae.model.simulate import (
     Latents,
@@ -24,6 +23,7 @@ from numpyro_vae.model.simulate import (
 )
 from numpyro_vae.numpyro_internals import was_observed
 from numpyro_vae.objectives.base import AbstractObjective
+from numpyro_vae.objectives.rows import amortized, simulated_plates
 
 __all__ = ["ForwardKL"]
 
@@ -138,13 +138,14 @@ def _simulated(
     that is among its arguments.
     """
     guide_key, model_key = jax.random.split(rng_key)
-    given, plates = _outside(guide, params, guide_key, args, kwargs)
+    given = _outside(guide, params, guide_key, args, kwargs)
     seeded = handlers.seed(handlers.substitute(model, data=params), model_key)
     with handlers.block(), handlers.trace() as trace:
         seeded(*args, **kwargs)
     leaves, treedef = jax.tree.flatten((args, kwargs))
     sites = {name: site for name, site in trace.items() if site["type"] == "sample"}
     seen = {name: site for name, site in sites.items() if was_observed(site)}
+    plates = simulated_plates(guide, trace)
     values = {name: site["value"] for name, site in seen.items() if lies_in(site, plates)}
     places = {name: _places(name, value, leaves) for name, value in values.items()}
     for _ in range(max(len(places), 1)):
@@ -170,13 +171,9 @@ def _places(name: str, value: Any, leaves: list[Any]) -> list[int]:
 
 def _outside(
     guide: Any, params: dict[str, Any], rng_key: Array, args: tuple, kwargs: dict[str, Any]
-) -> tuple[dict[str, Any], tuple[str, ...] | None]:
-    """Return an amortized guide's draw of its global sites, and the plates of the local ones."""
-    inner = guide
-    while not isinstance(inner, AmortizedGuide) and hasattr(inner, "fn"):
-        inner = inner.fn
-    if not isinstance(inner, AmortizedGuide):
-        return {}, None
-    plate = inner.plate.name
-    drawn = draw_outside(guide, params, rng_key, plate, args, kwargs)
-    return drawn, (plate, *inner.segments)
+) -> dict[str, Any]:
+    """Return an amortized guide's draw of its global sites; nothing of other guides."""
+    found = amortized(guide)
+    if found is None:
+        return {}
+    return draw_outside(guide, params, rng_key, found.plate.name, args, kwargs)

@@ -46,13 +46,32 @@ class Rows(NamedTuple):
         return jnp.sum(log_prob, axes, keepdims=True)
 
 
-def plate_of(guide: Any) -> str | None:
-    """Return the local plate of an amortized guide, whatever handlers wrap it, if it is one."""
+def amortized(guide: Any) -> AmortizedGuide | None:
+    """Return the amortized guide inside the handlers that wrap it; None if it is no such guide."""
     while not isinstance(guide, AmortizedGuide) and hasattr(guide, "fn"):
         guide = guide.fn
-    if not isinstance(guide, AmortizedGuide):
+    return guide if isinstance(guide, AmortizedGuide) else None
+
+
+def plate_of(guide: Any) -> str | None:
+    """Return the local plate of an amortized guide, whatever handlers wrap it, if it is one."""
+    found = amortized(guide)
+    if found is None:
         return None
-    return guide.plate.name if guide.prototype_trace is not None else guide.plate_name
+    return found.plate.name if found.prototype_trace is not None else found.plate_name
+
+
+def simulated_plates(guide: Any, model_trace: Trace) -> tuple[str, ...] | None:
+    """Return the plates whose observed sites a simulation draws, as others are given.
+
+    They are those of an amortized guide, of other guides all that the model has. None if it has
+    none, and all is drawn.
+    """
+    found = amortized(guide)
+    if found is not None:
+        return (found.plate.name, *found.segments)
+    stacks = (site["cond_indep_stack"] for site in samples(model_trace).values())
+    return tuple({frame.name for stack in stacks for frame in stack}) or None
 
 
 def find_rows(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from functools import reduce
 from typing import Any, NamedTuple
 
@@ -44,10 +44,21 @@ class Call(NamedTuple):
         """Run the guide, with values that some of its sites have already."""
         return self._trace(self._seeded(self.guide, key), {**self.params, **(values or {})})
 
-    def simulate(self, key: Array) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Return the values of the model's latent sites, drawn from it, and of observed ones."""
+    def trace_prior(self, key: Array) -> Trace:
+        """Run the model, whose latents are drawn from it."""
+        return self._trace(self._seeded(self.model, key), self.params)
+
+    def simulate(
+        self, key: Array, plates: Collection[str] | None
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return the values of latent and of observed sites, drawn from the model.
+
+        Args:
+            key: the random key.
+            plates: those whose observed sites are drawn; by None all are.
+        """
         model = self._with_rows(self.model)
-        drawn, seen = simulate(model, self.params, {}, key, self.args, self.kwargs)
+        drawn, seen = simulate(model, self.params, {}, key, self.args, self.kwargs, plates)
         return drawn.drawn, values_of(seen)
 
     def trace_model(self, guide_trace: Trace, key: Array) -> Trace:

@@ -11,13 +11,8 @@ from jaxtyping import Array
 from numpyro.primitives import Messenger
 
 from numpyro_vae.objectives.base import AbstractImportance, Particles, as_if, log_mean_exp
-from numpyro_vae.objectives.traces import (
-    Call,
-    Trace,
-    latents,
-    scaled_log_prob,
-    total,
-)
+from numpyro_vae.objectives.rows import simulated_plates
+from numpyro_vae.objectives.traces import Call, Trace, latents, scaled_log_prob, total
 
 __all__ = ["ReweightedWakeSleep"]
 
@@ -127,9 +122,9 @@ def _dream(sleep: Simulated, call: Call, key: Array) -> tuple[dict[str, Array], 
     The model is run with the same key for each observed site, as it may compute one from another
     that is among its arguments.
     """
-    number = 1
+    plates, number = simulated_plates(call.guide, call.trace_prior(key)), 1
     while True:
-        drawn, seen = call.simulate(key)
+        drawn, seen = call.simulate(key, plates)
         args, kwargs = sleep(drawn | seen, *call.args, **call.kwargs)
         if number >= len(seen):
             return drawn | seen, args, kwargs

@@ -18,6 +18,7 @@ from numpyro_vae import (
     AutoAmortizedFlow,
     AutoAmortizedMultivariateNormal,
     AutoAmortizedNormal,
+    ForwardKL,
     fit,
 )
 from numpyro_vae.model.plates import minibatch
@@ -274,3 +275,52 @@ def test_joint_families_with_global_sites(auto):
         for leaf in jax.tree.leaves(grad["auto$params"]):
             assert np.isfinite(leaf).all()
         assert any(leaf.any() for leaf in jax.tree.leaves(grad["auto$params"]))
+
+
+# -- simulations -----------------------------------------------------------------------------------
+
+
+def with_level(x):
+    level = numpyro.sample("level", dist.Normal(0.0, 1.0))
+    with numpyro.plate("data", len(x)):
+        z = numpyro.sample("z", dist.Normal(level, 0.5))
+        numpyro.sample("x", dist.Normal(z, 0.5), obs=x)
+
+
+AT_50 = handlers.condition(with_level, {"level": jnp.array(50.0)})
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        ForwardKL(),
+        ReweightedWakeSleep(2, wake_phi=False, sleep=lambda sites, x: ((sites["x"],), {})),
+    ],
+    ids=["forward KL", "sleep"],
+)
+def test_simulations_keep_a_global_that_handlers_condition_fixes(loss):
+    """Latents are near 50, where the guide is; with the level from its prior they were near 0."""
+
+    def guide(x):
+        with numpyro.plate("data", len(x)):
+            numpyro.sample("z", dist.Normal(numpyro.param("loc", 50.0), 1.0))
+
+    params, x = {"loc": jnp.array(50.0)}, jnp.full(32, 50.0)
+    gradient = jax.grad(lambda params: loss.loss(KEY, params, AT_50, guide, x))(params)
+    assert 0 < abs(gradient["loc"]) < 4 * 0.5 * np.sqrt(32)
+
+
+def test_the_sleep_of_an_amortized_guide_keeps_it_too():
+    dreams = []
+
+    def sleep(sites, x):
+        dreams.append(sites["x"])
+        return (sites["x"],), {}
+
+    guide, x = AutoAmortizedNormal(AT_50), jnp.full(32, 50.0)
+    loss = ReweightedWakeSleep(2, sleep=sleep)
+    svi = SVI(AT_50, guide, optax.adam(1e-3), loss)
+    params = svi.get_params(svi.init(KEY, x))
+    dreams.clear()
+    loss.loss(KEY, params, AT_50, guide, x)
+    np.testing.assert_allclose(np.mean(dreams), 50.0, atol=1.0)
