@@ -9,33 +9,23 @@ from typing import Any
 
 import jax
 import numpy as np
-import optax
 from jaxtyping import Array
-from numpyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO
+from numpyro.infer import SVI
 from numpyro.infer.elbo import ELBO
 
+from numpyro_vae.choices import choose_guide, choose_loss, choose_optimizer, choose_refining
 from numpyro_vae.data.arguments import require_count
 from numpyro_vae.data.arrays import is_in_memory, take_rows
 from numpyro_vae.data.stores import in_memory
-from numpyro_vae.encoders import RNN, ConvNet, ResidualMLP
-from numpyro_vae.guides.auto import (
-    AutoAmortizedFlow,
-    AutoAmortizedLowRankMultivariateNormal,
-    AutoAmortizedMultivariateNormal,
-    AutoAmortizedNormal,
-)
 from numpyro_vae.guides.base import AmortizedGuide
 from numpyro_vae.inference.rows import Rows
-from numpyro_vae.model.simulate import NotSimulableError, why_censored
-from numpyro_vae.objectives import ForwardKL, ImportanceWeightedELBO
+from numpyro_vae.model.simulate import NotSimulableError
 from numpyro_vae.posterior import Posterior
 from numpyro_vae.training.fit import FitResult, fit
 from numpyro_vae.training.simulations import Simulations
 
 __all__ = ["amortize"]
 
-FLOW, FULL_RANK = 16, 32  # latents of a datum, up to which the family is a flow, or a full Normal
-IMAGE = 16  # pixels, from which on two axes of an observation are read as an image
 HELD_OUT = 0.1, 1000  # the share of the rows that are held out, and the most of them
 CHECKS, CHECKED = ("importance", "collapse"), 256  # and how many rows held out they look at
 TABLE, EPOCHS = 40_000, 8  # simulated rows at once, and passes over them
@@ -120,10 +110,11 @@ def amortize(
     options = {"batch_axes": batch_axes, "batch_size": batch_size, "progress_bar": progress_bar}
     phase = partial(_phase, model, guide, optimizer or choose_optimizer, kwargs, options, say)
     steps = num_steps, max(num_steps * size // rows.num_rows, 1)
-    result = phase("The ELBO of the data", keys[1], loss or _loss(guide), train, held_out, *steps)
+    loss = loss or choose_loss(guide)
+    result = phase("The ELBO of the data", keys[1], loss, train, held_out, *steps)
     found = [Posterior(guide, result)]
     try:
-        for name, objective, number in _refining(guide, num_simulation_steps, to_data):
+        for name, objective, number in choose_refining(guide, num_simulation_steps, to_data):
             key = keys[1 + len(found)]
             table = min(TABLE, max(number * size // EPOCHS, 1))
             simulations = Simulations(table, like=train, redraw_every=EPOCHS, to_data=to_data)
@@ -186,79 +177,6 @@ def _hold_out(data: Any, batch_axes: Any, number: int, rng_key: Array) -> tuple[
     if kept == number:
         return data, None
     return tuple(take_rows(data, batch_axes, rows) for rows in (order[:kept], order[kept:]))
-
-
-def choose_optimizer(num_steps: int) -> optax.GradientTransformation:
-    """Return Adam with gradients clipped, a warm-up, and a rate that falls to zero.
-
-    Args:
-        num_steps: how many steps will be taken.
-    """
-    warmup = min(100, num_steps // 10)
-    rate = optax.warmup_cosine_decay_schedule(0.0, 2e-3, warmup, num_steps)
-    return optax.chain(optax.clip_by_global_norm(100.0), optax.adam(rate))
-
-
-def choose_guide(
-    model: Callable[..., Any],
-    data: Any,
-    *,
-    batch_axes: Any = 0,
-    static_kwargs: Mapping[str, Any] | None = None,
-) -> AmortizedGuide:
-    """Return a guide whose encoder and family fit a model and its data.
-
-    The encoder is an `RNN` where latents are stacked by ``scan``, a `ConvNet` for images of at
-    least 16 x 16 pixels, and a `ResidualMLP` else. The latents of a datum have a flow up to 16 of
-    them, a Normal of full covariance up to 32, and of low rank beyond; where the model masks some,
-    they are independent Normals.
-
-    Args:
-        model: a NumPyro model.
-        data: as `fit` takes them.
-        batch_axes: the datum axis of each argument, as for `fit`.
-        static_kwargs: keyword arguments of the model that are the same in every call.
-    """
-    guide = AutoAmortizedNormal(model)
-    rows = Rows.read(guide, dict(static_kwargs or {}), data, batch_axes)
-    reading = guide.reader.abstract(rows.args, rows.kwargs, rows.held)
-    size = sum(site.datum_size(guide.plate) for site in guide.local_sites)
-    masked = any(site.name in reading.masks for site in guide.local_sites)
-    family: Callable[..., AmortizedGuide] = AutoAmortizedNormal
-    if not masked and not (guide.plan and guide.plan.unlike):
-        normal = AutoAmortizedMultivariateNormal, AutoAmortizedLowRankMultivariateNormal
-        family = AutoAmortizedFlow if size <= FLOW else normal[size > FULL_RANK]
-    seen = [site.event_shape for site in guide.sites.observed(guide.plate.name)]
-    image = len(seen) == 1 and len(seen[0]) in (2, 3) and min(seen[0][:2]) >= IMAGE
-    encoder: Any = ConvNet if image else ResidualMLP
-    if guide.plate.name not in reading.indices:  # it stands in a scan
-        encoder = RNN
-    return family(model, encoder)
-
-
-def _loss(guide: AmortizedGuide) -> ELBO:
-    """Return NumPyro's ELBO for a model and the family of its guide."""
-    if guide.sites.enumerated(guide.plate.name):
-        return TraceEnum_ELBO()
-    return TraceMeanField_ELBO() if guide.family.is_factorized else Trace_ELBO()
-
-
-def _refining(
-    guide: AmortizedGuide, num_steps: int, to_data: Callable[[dict], Any] | None
-) -> list[tuple[str, ELBO, int]]:
-    """Return name, objective and number of steps of the phases on simulations.
-
-    Raises:
-        NotSimulableError: if data are censored, and nothing censors the simulated ones.
-    """
-    if num_steps and to_data is None and (reason := why_censored(guide.sites)):
-        raise NotSimulableError(f"{reason}. Pass to_data=, a function that censors them too.")
-    last = num_steps // 3
-    enumerates = guide.sites.enumerated(guide.plate.name)
-    elbo = TraceEnum_ELBO() if enumerates else ImportanceWeightedELBO(1, "stl")
-    forward = ("The forward KL of simulations", ForwardKL(), num_steps - last)
-    phases = [forward, ("The ELBO of simulations", elbo, last)]
-    return [phase for phase in phases if phase[-1]]
 
 
 def _mean_verdict(rng_key: Array, data: Any, posterior: Posterior) -> float:

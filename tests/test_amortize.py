@@ -20,7 +20,7 @@ from numpyro_vae import (
     ResidualMLP,
     amortize,
 )
-from numpyro_vae.amortization import choose_guide
+from numpyro_vae.choices import choose_guide
 
 KEY = jax.random.key(0)
 RNG = np.random.default_rng(0)

@@ -33,6 +33,7 @@ FOLDERS = (
     "serving",
     "posterior",
     "comparison",
+    "choices",
     "amortization",
     "plots",
 )
