@@ -74,7 +74,8 @@ def test_simulated_rows_have_what_is_given(model, data, axes):
     like = ArraySource(trainer, trainer.read(data, axes), len(X), None)
     plan = SimulationSource(trainer, like, simulations).plan
     order = jnp.arange(len(X))[None]
-    batch = batch_of(trainer.draw(plan, result.state, KEY[None], like.first(), order), 0)
+    table, _ = trainer.draw(plan, result.state, KEY[None], like.first(), order)
+    batch = batch_of(table, 0)
     assert set(batch.latents.drawn) == {"z"}
     z, x = np.asarray(batch.latents.drawn["z"]), np.asarray(batch.arrays[-1])
     for found, scale in ((z, 0.6), (x - z, 0.8)):

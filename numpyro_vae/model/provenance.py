@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
-from jaxtyping import Array
 from numpyro.primitives import Messenger
 
 PREFIX = "numpyro_vae/"  # of the names that are given to values
 KINDS = ("sample", "param", "plate")
 RANDOM = "/random"  # what comes from a random key, and from nothing with a name
 
-ARGUMENT = "/argument/"  # before the number of an array among the model's arguments
+READ = "/read"  # what is asked of whether it is read
 LOOKED_UP = "/looked-up/"  # before the name of what is looked up by an index that has a name
 LOOKUPS = ("gather", "dynamic_slice")
 
@@ -48,21 +47,6 @@ class named_values(Messenger):  # noqa: N801 - handlers are lower case, as in nu
         msg["value"] = checkpoint_name(msg["value"], PREFIX + msg["name"])
 
 
-def name_argument(number: int, array: Array) -> Array:
-    """Name an array among a model's arguments by its number, so that `sources` finds it."""
-    return checkpoint_name(array, f"{PREFIX}{ARGUMENT}{number}")
-
-
-def arguments_among(names: Names) -> frozenset[int]:
-    """Return the numbers of the arrays among names."""
-    return frozenset(int(x.removeprefix(ARGUMENT)) for x in names if x.startswith(ARGUMENT))
-
-
-def without_arguments(names: Names) -> Names:
-    """Return the names that are not of arrays."""
-    return frozenset(name for name in names if not name.startswith(ARGUMENT))
-
-
 def sources(jaxpr: ClosedJaxpr, *, lookups: bool = False) -> list[Names]:
     """Return for each output of a jaxpr the names of the values that it is computed from.
 
@@ -81,6 +65,18 @@ def sources(jaxpr: ClosedJaxpr, *, lookups: bool = False) -> list[Names]:
     del key
     given = [frozenset({RANDOM}), *([frozenset()] * len(rest))]
     return _flow(jaxpr.jaxpr, given, lookups)
+
+
+def is_read(fn: Callable[[Any], Any], values: Any) -> bool:
+    """Return whether anything that a function returns is computed from the values it is given.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> is_read(jnp.zeros_like, jnp.ones(3)), is_read(jnp.cumsum, jnp.ones(3))
+        (False, True)
+    """
+    jaxpr = jax.make_jaxpr(fn)(values).jaxpr
+    return any(_flow(jaxpr, [frozenset({READ})] * len(jaxpr.invars), False))
 
 
 def _flow(jaxpr: Jaxpr, given: Sequence[Names], lookups: bool) -> list[Names]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -18,12 +17,7 @@ from numpyro.primitives import Messenger
 
 from numpyro_vae.data.arrays import ArrayData, Layout
 from numpyro_vae.model.contents import Reading, Values, reading_of, values_of
-from numpyro_vae.model.provenance import (
-    arguments_among,
-    name_argument,
-    sources,
-    without_arguments,
-)
+from numpyro_vae.model.provenance import sources
 from numpyro_vae.model.sites import ModelSites, Reads
 from numpyro_vae.model.trace import NEEDS_VALUES, Model, Rows, trace_model
 
@@ -172,7 +166,7 @@ class ModelReader:
                 pass
         found = call(lambda: self._trace(layout, sizes, key, arrays, indices)[0])
         trace = partial(self._trace, layout, sizes, arrays=arrays, indices=indices)
-        return found.with_reads(replace(_reads(trace, key), arguments=None))
+        return found.with_reads(_reads(trace, key))
 
     def _arguments(self, args: tuple, kwargs: dict, rows: Rows, rng_key: Array | None) -> tuple:
         """Return the arguments of `_trace`, of which the first two are static."""
@@ -207,12 +201,7 @@ class ModelReader:
         shapes = tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(like))
         known = (layout, sizes, shapes)
         if known not in self._reads:
-
-            def trace(rng_key: Array, arrays: list[Any], indices: list[Array]) -> Any:
-                named = [name_argument(number, x) for number, x in enumerate(arrays)]
-                return self._traced(layout, sizes, rng_key, named, indices)
-
-            self._reads[known] = _reads(trace, *like)
+            self._reads[known] = _reads(partial(self._traced, layout, sizes), *like)
         return self._reads[known]
 
 
@@ -220,10 +209,7 @@ def _reads(trace: Callable[..., tuple[Reading, Values]], *args: Any) -> Reads:
     """Return what the values that a trace returns come from."""
     jaxpr, shapes = jax.make_jaxpr(lambda *args: trace(*args)[1], return_shape=True)(*args)
     leaves = iter(sources(jaxpr))
-    found = [_united(names) for names in jax.tree.map(lambda _: next(leaves), shapes)]
-    arguments = {name: arguments_among(names) for name, names in found[1].items()}
-    rest = ({name: without_arguments(names) for name, names in part.items()} for part in found)
-    return Reads(*rest, arguments)
+    return Reads(*map(_united, jax.tree.map(lambda _: next(leaves), shapes)))
 
 
 def _united(by_name: dict[str, Any]) -> dict[str, frozenset[str]]:

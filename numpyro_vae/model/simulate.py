@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 from numpyro import handlers
 from numpyro.primitives import Messenger
 
+from numpyro_vae.model.provenance import is_read
 from numpyro_vae.model.redraw import drawn_value, redraw
 from numpyro_vae.model.sites import ModelSites
 from numpyro_vae.model.trace import Model
@@ -74,6 +76,69 @@ def simulate(
     seen = {name: site for name, site in sites.items() if was_observed(site)}
     latents = Latents({name: x for name, x in drawn.items() if name not in given}, given)
     return latents, {name: {**site, "value": drawn_value(site)} for name, site in seen.items()}
+
+
+def settle[Made](
+    draw: Callable[[list[Any]], Made],
+    put: Callable[[list[Any], Made], list[Any]],
+    arguments: list[Any],
+) -> tuple[Made, list[Any], Array]:
+    """Simulate, and put what is simulated among the arguments, until nothing changes any more.
+
+    A model may compute an observation from others, or from earlier values of its own, such as the
+    one before in a time series, that it finds among its arguments. So it is run again on what was
+    simulated, unless it reads nothing of that. Each run settles one more of the values that are
+    computed from one another.
+
+    Args:
+        draw: from the model's arguments to what is simulated, with the same key each time.
+        put: from the arguments and what is simulated to new ones, the same object where the old.
+        arguments: leaves, among them the data.
+
+    Returns:
+        What is simulated, the arguments with it, and whether nothing changes any more.
+    """
+    made = draw(arguments)
+    first = put(arguments, made)
+    pairs = enumerate(zip(arguments, first, strict=True))
+    replaced = [number for number, (old, new) in pairs if old is not new]
+
+    def among(values: Sequence[Any]) -> list[Any]:
+        found = dict(zip(replaced, values, strict=True))
+        return [found.get(number, leaf) for number, leaf in enumerate(arguments)]
+
+    values = [jnp.asarray(first[number]) for number in replaced]
+    if not is_read(lambda values: draw(among(values)), values):
+        return made, first, jnp.asarray(True)
+
+    def again(state: tuple) -> tuple:
+        _, values, _, number = state
+        made = draw(among(values))
+        new = [put(among(values), made)[number] for number in replaced]
+        new = [x.astype(old.dtype) for x, old in zip(new, values, strict=True)]
+        return made, new, _differ(values, new), number + 1
+
+    at_most = 1 + sum(x.size // min(x.shape, default=1) for x in values)
+    start = (made, values, jnp.asarray(True), 1)
+    made, values, changes, _ = jax.lax.while_loop(
+        lambda state: state[2] & (state[3] < at_most), again, start
+    )
+    return made, among(values), ~changes
+
+
+def _differ(some: Sequence[Array], others: Sequence[Array]) -> Array:
+    """Return whether there is a difference between arrays; NaN is the same as NaN."""
+    pairs = zip(some, others, strict=True)
+    return jnp.array([((x != y) & ((x == x) | (y == y))).any() for x, y in pairs]).any()
+
+
+def explain_unsettled() -> str:
+    """Return what a person should know of simulated data that change whenever they are read."""
+    return (
+        "The model computes what it observes from the observed data among its arguments, so that "
+        "data simulated from it change each time it is run on them. Pass what it computes of the "
+        "data, such as their mean, as an argument of its own, or write a series as a scan"
+    )
 
 
 def draw_outside(

@@ -18,6 +18,7 @@ from numpyro_vae.model.simulate import (
     Latents,
     NotSimulableError,
     draw_outside,
+    settle,
     simulate,
     simulated_latents,
 )
@@ -66,21 +67,25 @@ class ForwardKL(AbstractObjective):
     ) -> LossWithMutableState:
         """Return the loss, and the state of the guide's networks after it.
 
+        It is NaN if simulated data change each time that the model is run on them.
+
         Raises:
             ValueError: if the model cannot draw a site, simulated data have no place among the
                 arguments, or the guide has no density.
         """
         model_key, guide_key = jax.random.split(rng_key)
         params = jax.lax.stop_gradient(param_map)
-        latents = simulated_latents()
+        latents, settled = simulated_latents(), jnp.asarray(True)
         if latents is None:
-            latents, args, kwargs = _simulated(model, guide, params, model_key, args, kwargs)
+            found = _simulated(model, guide, params, model_key, args, kwargs)
+            latents, args, kwargs, settled = found
         seeded = handlers.seed(handlers.substitute(guide, data=param_map), guide_key)
         with handlers.block(), handlers.trace() as trace, _at(latents):
             seeded(*args, **kwargs)
         state = {name: msg["value"] for name, msg in trace.items() if msg["type"] == "mutable"}
         state = {name: x for name, x in param_map.items() if name.endswith("$state")} | state
-        return {"loss": -_log_density(trace, latents), "mutable_state": state or None}
+        loss = jnp.where(settled, -_log_density(trace, latents), jnp.nan)
+        return {"loss": loss, "mutable_state": state or None}
 
 
 class _at(Messenger):  # noqa: N801
@@ -131,11 +136,10 @@ def _simulated(
     rng_key: Array,
     args: tuple,
     kwargs: dict[str, Any],
-) -> tuple[Latents, tuple, dict[str, Any]]:
-    """Return latents from the model, and the arguments with data drawn with them.
+) -> tuple[Latents, tuple, dict[str, Any], Array]:
+    """Return latents from the model, the arguments with data drawn with them, and if they settle.
 
-    The model is run with the same key for each observed site, as it may compute one from another
-    that is among its arguments.
+    See `numpyro_vae.model.simulate.settle`.
     """
     guide_key, model_key = jax.random.split(rng_key)
     given = _outside(guide, params, guide_key, args, kwargs)
@@ -148,13 +152,19 @@ def _simulated(
     plates = simulated_plates(guide, trace)
     values = {name: site["value"] for name, site in seen.items() if lies_in(site, plates)}
     places = {name: _places(name, value, leaves) for name, value in values.items()}
-    for _ in range(max(len(places), 1)):
+
+    def draw(leaves: list[Any]) -> tuple[Latents, dict[str, Array]]:
         args, kwargs = jax.tree.unflatten(treedef, leaves)
         latents, seen = simulate(model, params, given, model_key, args, kwargs, plates)
-        for name, numbers in places.items():
-            for number in numbers:
-                leaves[number] = seen[name]["value"].astype(leaves[number].dtype)
-    return jax.lax.stop_gradient(latents), *jax.tree.unflatten(treedef, leaves)
+        return latents, {name: seen[name]["value"] for name in places}
+
+    def put(leaves: list[Any], made: tuple[Latents, dict[str, Array]]) -> list[Any]:
+        held = {number: name for name, numbers in places.items() for number in numbers}
+        new = {number: made[1][name].astype(leaves[number].dtype) for number, name in held.items()}
+        return [new.get(number, leaf) for number, leaf in enumerate(leaves)]
+
+    (latents, _), leaves, settled = settle(draw, put, leaves)
+    return jax.lax.stop_gradient(latents), *jax.tree.unflatten(treedef, leaves), settled
 
 
 def _places(name: str, value: Any, leaves: list[Any]) -> list[int]:

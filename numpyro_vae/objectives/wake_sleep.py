@@ -6,10 +6,12 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.lax import stop_gradient
 from jaxtyping import Array
 from numpyro.primitives import Messenger
 
+from numpyro_vae.model.simulate import settle
 from numpyro_vae.objectives.base import AbstractImportance, Particles, as_if, log_mean_exp
 from numpyro_vae.objectives.rows import simulated_plates
 from numpyro_vae.objectives.traces import Call, Trace, latents, scaled_log_prob, total
@@ -111,24 +113,36 @@ class ReweightedWakeSleep(AbstractImportance):
         """Return the log density that the guide gives latents drawn with data from the model."""
         model_key, guide_key = jax.random.split(rng_key)
         dreaming = call._replace(params=stop_gradient(call.params))
-        values, args, kwargs = _dream(sleep, dreaming, model_key)
+        values, args, kwargs, settled = _dream(sleep, dreaming, model_key)
         trace = call._replace(args=args, kwargs=kwargs).trace_guide(guide_key, values)
-        return total(scaled_log_prob(site).sum() for site in _known(trace, values))
+        found = total(scaled_log_prob(site).sum() for site in _known(trace, values))
+        return jnp.where(settled, found, jnp.nan)
 
 
-def _dream(sleep: Simulated, call: Call, key: Array) -> tuple[dict[str, Array], tuple, dict]:
-    """Return values of the model's sites, and arguments with the simulated data.
+def _dream(
+    sleep: Simulated, call: Call, key: Array
+) -> tuple[dict[str, Array], tuple, dict[str, Any], Array]:
+    """Return values of the model's sites, arguments with the simulated data, and if they settle.
 
-    The model is run with the same key for each observed site, as it may compute one from another
-    that is among its arguments.
+    See `numpyro_vae.model.simulate.settle`. The model is run once if the arguments of the guide are
+    no arguments of the model's.
     """
-    plates, number = simulated_plates(call.guide, call.trace_prior(key)), 1
-    while True:
-        drawn, seen = call.simulate(key, plates)
-        args, kwargs = sleep(drawn | seen, *call.args, **call.kwargs)
-        if number >= len(seen):
-            return drawn | seen, args, kwargs
-        call, number = call._replace(args=args, kwargs=kwargs), number + 1
+    plates = simulated_plates(call.guide, call.trace_prior(key))
+    leaves, treedef = jax.tree.flatten((call.args, call.kwargs))
+
+    def draw(leaves: list[Any]) -> dict[str, Array]:
+        args, kwargs = jax.tree.unflatten(treedef, leaves)
+        drawn, seen = call._replace(args=args, kwargs=kwargs).simulate(key, plates)
+        return drawn | seen
+
+    def put(leaves: list[Any], values: dict[str, Array]) -> list[Any]:
+        args, kwargs = jax.tree.unflatten(treedef, leaves)
+        found, structure = jax.tree.flatten(sleep(values, *args, **kwargs))
+        return found if structure == treedef else leaves
+
+    values, leaves, settled = settle(draw, put, leaves)
+    args, kwargs = jax.tree.unflatten(treedef, leaves)
+    return values, *sleep(values, *args, **kwargs), settled
 
 
 def _known(guide_trace: Trace, values: dict[str, Array]) -> list[dict[str, Any]]:

@@ -15,7 +15,7 @@ from numpyro.infer import SVI
 from numpyro_vae.data.arrays import as_arguments, is_array
 from numpyro_vae.data.batch import Batch
 from numpyro_vae.model.densities import drawn_rows
-from numpyro_vae.model.simulate import draw_outside, simulate
+from numpyro_vae.model.simulate import Latents, draw_outside, settle, simulate
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,6 @@ class Simulation:
         to_data: from simulated values by observed site to data; None to put them into ``places``.
         plates: those that hold the observations of the local plate's data, itself the first.
         num_parts: how many parts of consecutive rows a batch has, one of each host.
-        num_passes: how often the model is run with the same key, on what was simulated before, as
-            it may compute an observation from another one that is among its arguments.
     """
 
     places: tuple[tuple[str, tuple[int, ...]], ...]
@@ -37,7 +35,6 @@ class Simulation:
     to_data: Callable[[dict], Any] | None
     plates: tuple[str, ...]
     num_parts: int = 1
-    num_passes: int = 1
 
     def drawn(self, num_rows: int) -> np.ndarray | slice:
         """Return which of the rows of a batch are simulated."""
@@ -48,8 +45,8 @@ class Simulation:
 
 def draw_batch(
     svi: SVI, params: dict[str, Any], rng_key: Array, batch: Batch, plan: Simulation
-) -> Batch:
-    """Return a batch with rows drawn from the model, in place of its own.
+) -> tuple[Batch, Array]:
+    """Return a batch with rows drawn from the model in place of its own, and whether they settled.
 
     Global latents are drawn from the guide, once for the batch, and the rest from the model.
 
@@ -64,14 +61,20 @@ def draw_batch(
     kwargs = {**kwargs, **svi.static_kwargs}
     guide_key, model_key = jax.random.split(rng_key)
     given = draw_outside(svi.guide, params, guide_key, batch.plate, args, kwargs)
-    made = _cut(batch)
-    for _ in range(plan.num_passes):
-        args, kwargs = made.arguments()
+    cut = _cut(batch)
+
+    def draw(arrays: list[Any]) -> tuple[Latents, dict[str, Array]]:
+        args, kwargs = replace(cut, arrays=tuple(arrays)).arguments()
         kwargs = {**kwargs, **svi.static_kwargs}
         latents, seen = simulate(svi.model, params, given, model_key, args, kwargs, plan.plates)
-        drawn = {name: _by_row(site, plan.plates) for name, site in seen.items()}
-        made = replace(made, arrays=_replaced(plan, made, made.arrays, drawn))
-    return replace(made, latents=None if plan.num_real else jax.lax.stop_gradient(latents))
+        return latents, {name: _by_row(site, plan.plates) for name, site in seen.items()}
+
+    def put(arrays: list[Any], made: tuple[Latents, dict[str, Array]]) -> list[Any]:
+        return _replaced(plan, cut, arrays, made[1])
+
+    (latents, _), arrays, settled = settle(draw, put, list(cut.arrays))
+    latents = None if plan.num_real else jax.lax.stop_gradient(latents)
+    return replace(cut, arrays=tuple(arrays), latents=latents), settled
 
 
 def _cut(batch: Batch) -> Batch:
@@ -90,8 +93,8 @@ def _by_row(site: dict[str, Any], plates: tuple[str, ...]) -> Array:
 
 
 def _replaced(
-    plan: Simulation, batch: Batch, arrays: tuple, made: dict[str, Array]
-) -> tuple[Array, ...]:
+    plan: Simulation, batch: Batch, arrays: list[Any], made: dict[str, Array]
+) -> list[Any]:
     """Return the arguments' arrays with simulated rows in place of their own."""
     if plan.to_data is not None:
         leaves = jax.tree.leaves(as_arguments(plan.to_data(made)))
@@ -109,4 +112,4 @@ def _replaced(
         rows = jnp.moveaxis(arrays[number], axis, 0)
         rows = rows.at[places].set(value[drawn].astype(rows.dtype))
         found[number] = jnp.moveaxis(rows, 0, axis)
-    return tuple(found)
+    return found

@@ -16,7 +16,13 @@ from numpyro.infer.svi import SVIState
 from numpyro_vae.data.arguments import require_count
 from numpyro_vae.data.arrays import ArrayData
 from numpyro_vae.data.batch import Batch
-from numpyro_vae.model.simulate import NotSimulableError, places, why_censored, why_not_simulable
+from numpyro_vae.model.simulate import (
+    NotSimulableError,
+    explain_unsettled,
+    places,
+    why_censored,
+    why_not_simulable,
+)
 from numpyro_vae.numpyro_internals import HANDLERS
 from numpyro_vae.objectives import ForwardKL
 from numpyro_vae.training.guarded import guarded_steps
@@ -144,26 +150,7 @@ class SimulationSource:
         places = () if wanted.to_data is not None else tuple(self._places(batch, plates))
         num_parts = self.devices.num_hosts
         num_real = round(wanted.real_fraction * (self.size // num_parts))
-        num_passes = self._num_passes(dict(places))
-        return Simulation(places, num_real, wanted.to_data, plates, num_parts, num_passes)
-
-    def _num_passes(self, places: dict[str, tuple[int, ...]]) -> int:
-        """Return how often a model is run, each time on what was simulated before.
-
-        Once, if no observation is computed from another one; else, or if that is not known, as
-        often as there are observations, of which each may be computed from the one before.
-        """
-        seen = [name for name, site in self.sites.sites.items() if site.is_observed]
-        reads = self.sites.reads.arguments or {}
-        of_others = (
-            reads.get(name, frozenset()) & set(numbers)
-            for name in seen
-            for other, numbers in places.items()
-            if other != name
-        )
-        is_known = self.simulations.to_data is None and self.sites.reads.arguments is not None
-        is_chained = any(of_others) if is_known else True
-        return len(seen) if is_chained else 1
+        return Simulation(places, num_real, wanted.to_data, plates, num_parts)
 
     def _places(self, batch: Batch, plates: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
         """Yield for each observed site the numbers of the arrays among the arguments that hold it.
@@ -205,7 +192,7 @@ class SimulationSource:
     def shapes(self, state: SVIState) -> Batch:
         """Return a simulated batch, shapes for arrays."""
         order = jax.ShapeDtypeStruct((self.num_steps, self.size), jnp.int32)
-        table = jax.eval_shape(self._draw, state, jax.random.key(0), order)
+        table, _ = jax.eval_shape(self._draw, state, jax.random.key(0), order)
         return jax.eval_shape(partial(self._take, number=0), table)
 
     def first(self) -> Batch:
@@ -225,7 +212,9 @@ class SimulationSource:
         drawn = 0 if every is None else epoch - epoch % every
         if self._table is None or drawn == epoch:  # also where training goes on from a checkpoint
             rows_key, draw_key = jax.random.split(jax.random.fold_in(table_key, drawn))
-            self._table = self._draw(state, draw_key, self._order(rows_key))
+            self._table, settled = self._draw(state, draw_key, self._order(rows_key))
+            if not settled.all():
+                raise NotSimulableError(f"{explain_unsettled()}, or train on the data themselves.")
         table, trainer = self._table, self.trainer
         order = jax.random.permutation(jax.random.fold_in(order_key, epoch), self.num_steps)
         if not trainer.is_slow_in_scan(state, self._take(table, 0)):
@@ -235,8 +224,11 @@ class SimulationSource:
         batches = (self._take(table, number) for number in order)
         return guarded_steps(trainer, state, batches, epoch)
 
-    def _draw(self, state: SVIState, rng_key: Array, order: Array) -> Batch:
-        """Return the simulated batches of an epoch, from the model as it is in a state."""
+    def _draw(self, state: SVIState, rng_key: Array, order: Array) -> tuple[Batch, Array]:
+        """Return the simulated batches of an epoch, and of each whether it has settled.
+
+        They are drawn from the model as it is in a state.
+        """
         keys = jax.random.split(rng_key, self.num_steps)
         return self.trainer.draw(self.plan, state, keys, self.first(), order)
 

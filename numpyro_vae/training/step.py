@@ -196,11 +196,11 @@ class Trainer:
         rng_keys: Array,
         batch: Batch,
         order: Int[Array, "num_steps batch"],
-    ) -> Batch:
+    ) -> tuple[Batch, Array]:
         """Return a table of batches simulated from the model as it is in a state, compiled.
 
         It is a batch with one more axis in front of all its arrays. Each has a key of its own, and
-        the covariates of the rows that the order names.
+        the covariates of the rows that the order names. With it goes whether each has settled.
         """
         return self._draw_compiled(plan, self.transforms, state, rng_keys, batch, order)
 
@@ -212,14 +212,14 @@ class Trainer:
         rng_keys: Array,
         batch: Batch,
         order: Array,
-    ) -> Batch:
-        def one(key_and_rows: tuple[Array, Array]) -> Batch:
+    ) -> tuple[Batch, Array]:
+        def one(key_and_rows: tuple[Array, Array]) -> tuple[Batch, Array]:
             rng_key, like = key_and_rows[0], batch.at(key_and_rows[1])
             svi = self._bind(like, transforms)
-            drawn = draw_batch(svi, _params(svi, state), rng_key, like, plan)
+            drawn, settled = draw_batch(svi, _params(svi, state), rng_key, like, plan)
             pairs = zip(drawn.arrays, drawn.layout.axes, strict=True)
             arrays = (drawn.layout.devices.split(array, axis) for array, axis in pairs)
-            return replace(drawn, arrays=tuple(arrays))
+            return replace(drawn, arrays=tuple(arrays)), settled
 
         return jax.lax.map(one, (rng_keys, order))
 

@@ -93,7 +93,7 @@ def test_the_loss_is_the_guides_density_of_the_simulated_latents(guide):
     data = trainer.read(X[:8, 0], 0)
     plan = SimulationSource(trainer, ArraySource(trainer, data, 8, None), source).plan
     batch, keys = ArraySource(trainer, data, 8, None).first(), KEY[None]
-    table = trainer.draw(plan, result.state, keys, batch, batch.indices[None])
+    table, _ = trainer.draw(plan, result.state, keys, batch, batch.indices[None])
     made = batch_of(table, 0)
     _, loss = trainer.step(result.state, made)
     encoding = svi.guide.encode(result.params, made.arrays[0])
