@@ -11,6 +11,7 @@ import xarray as xr
 from scipy.stats import norm
 
 from numpyro_vae.checks.base import AbstractCheck, Finding, Findings, NotApplicableError, Subject
+from numpyro_vae.guides.base import AmortizedGuide
 from numpyro_vae.guides.global_sites import NoDensityError
 from numpyro_vae.inference.gathering import site_dims
 from numpyro_vae.inference.global_weights import Change, GlobalWeights, weigh_globals
@@ -24,10 +25,11 @@ __all__ = ["Globals"]
 
 MAX_SHIFT = 0.1  # sds by which a mean may be off, and how far from one the ratio of sds may be
 LEVEL = 0.05  # at which a site is found to be off, of all its values together
+REPAIR = "call posterior.repair_globals(rng_key, data)"
 ADVICE = (
-    "train with condition_on= these sites and global_guide=AutoMultivariateNormal, or call "
-    "posterior.repair_globals(rng_key, data)"
+    f"train with condition_on= these sites and global_guide=AutoMultivariateNormal, or {REPAIR}"
 )
+ADVICE_ON_OTHERS = f"train longer, take a richer guide, or {REPAIR}"  # whose guide is not ours
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,7 @@ class Globals(AbstractCheck):
             raise NotApplicableError(str(reason)) from None
         threshold = khat_threshold(self.num_samples)
         attrs = {"globals_num_samples": self.num_samples, "globals_khat_threshold": threshold}
+        attrs["globals_amortized"] = int(isinstance(subject.runner.guide, AmortizedGuide))
         return xr.Dataset(_weights(found) | _moments(subject, found), attrs=attrs)
 
     def find(self, dataset: xr.Dataset) -> Findings:
@@ -93,15 +96,16 @@ class Globals(AbstractCheck):
             f"{float(dataset['globals_ess']):.0f} of {number:,} draws count"
         )
         text += "" if reliable else ", so that what they say of the sites is a lower bound"
-        yield Finding(self.name, reliable, text, "" if reliable else ADVICE)
+        advice = ADVICE if dataset.attrs.get("globals_amortized", 1) else ADVICE_ON_OTHERS
+        yield Finding(self.name, reliable, text, "" if reliable else advice)
         noise = float(dataset["globals_noise"])
         if noise > MAX_NOISE * max(1.0, 2 * float(dataset["globals_spread"])):
             text = f"their log weights have Monte Carlo errors of {noise:.2g} nats"
             yield Finding(self.name, False, text, "repair the local posteriors, or condition_on=")
         for name, change in _changes(dataset):
-            yield self._of_site(name, change)
+            yield self._of_site(name, change, advice)
 
-    def _of_site(self, name: str, change: Change) -> Finding:
+    def _of_site(self, name: str, change: Change, advice: str) -> Finding:
         """Return what is found of a site, at its values that are furthest off."""
         z = norm.isf(LEVEL / 2 / max(change.shift.size, 1))
         far = np.abs(change.shift) - z * change.shift_mcse > MAX_SHIFT
@@ -115,7 +119,7 @@ class Globals(AbstractCheck):
             f"{np.abs(change.shift[shift]):.2f} (se {change.shift_mcse[shift]:.2f}) sds off"
         )
         text += f", at most, of {change.shift.size:,} values" if change.shift.size > 1 else ""
-        return Finding(self.name, ok, text, "" if ok else ADVICE)
+        return Finding(self.name, ok, text, "" if ok else advice)
 
     def draw(self, dataset: xr.Dataset, ax: Axes) -> None:
         """Draw the shift of each value's mean, and the ratio of its standard deviations."""

@@ -140,4 +140,6 @@ def test_discrete_globals_are_not_judged():
 
 def test_a_mean_field_guide_of_all_sites_is_flagged():
     report = of_any_guide(AutoNormal).check(KEY, X, "globals", progress_bar=False)
-    assert not next(finding.ok for finding in report.findings if "'mu'" in finding.text)
+    found = next(finding for finding in report.findings if "'mu'" in finding.text)
+    assert not found.ok
+    assert found.advice.startswith("train longer, take a richer guide, or call posterior.repair")
