@@ -72,6 +72,7 @@ ORDER = {
         "run",
         "plan",
         "missing",
+        "independent",
         "enumeration",
         "densities",
         "deterministic",

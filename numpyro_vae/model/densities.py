@@ -11,6 +11,7 @@ from numpyro import handlers
 from numpyro.primitives import Messenger
 
 from numpyro_vae.data.ragged import Segments
+from numpyro_vae.model.enumeration import Enumeration
 from numpyro_vae.model.run import Run
 from numpyro_vae.numpyro_internals import declared_scale, was_observed
 
@@ -40,18 +41,35 @@ def trace_rows(
         return handlers.trace(model).get_trace(*args, **kwargs)
 
 
-def row_densities(trace: dict[str, Any], run: Run) -> Float[Array, "batch"]:
-    """Return each datum's log joint density given the global sites.
+def level_densities(
+    trace: dict[str, Any], run: Run, enumeration: Enumeration, *, observed: bool = True
+) -> list[Float[Array, "batch ..."]]:
+    """Return each datum's log joint density given the global sites, or its prior's part.
 
-    All sites of the plate count, summed over all but the plate, and so do the observed sites of
-    the plates that hold the data's observations. What the model scales is scaled; the weight of a
-    minibatch does not count.
+    All sites of the plate count, and so do the observed sites of the plates that hold the data's
+    observations. What the model scales is scaled; the weight of a minibatch does not count.
 
     Args:
         trace: of the model on the batch.
         run: the run of the model that the guide has read.
+        enumeration: of the sites that are summed over.
+        observed: whether what is observed counts.
+
+    Returns:
+        By level of the enumeration ``(batch, *elements)``: the sites that belong to it, summed over
+        all but the plate and the elements.
     """
-    return _sum_by_row((site for site in trace.values() if site["type"] == "sample"), run)
+    at: list[list[dict]] = [[] for _ in enumeration.levels]
+    for name, site in trace.items():
+        if site["type"] == "sample" and (observed or not _is_data(site, run)):
+            at[enumeration.places.get(name, 0)].append(site)
+    dims = ([plate.dim for plate in level.plates] for level in enumeration.levels)
+    inner = [
+        sum(_by_entry(site, (run.plate.dim, *kept)) for site in sites)
+        for sites, kept in zip(at, dims, strict=True)
+        if kept
+    ]
+    return [_sum_by_row(at[0], run), *map(jnp.asarray, inner)]
 
 
 def observed_densities(trace: dict[str, Any], run: Run) -> Float[Array, "batch"]:
@@ -61,8 +79,12 @@ def observed_densities(trace: dict[str, Any], run: Run) -> Float[Array, "batch"]
         trace: of the model on the batch, with the data or without.
         run: the run of the model that the guide has read.
     """
-    sites = (site for site in trace.values() if site["type"] == "sample" and was_observed(site))
-    return _sum_by_row((site for site in sites if not run.sites.is_computed(site["name"])), run)
+    sites = (site for site in trace.values() if site["type"] == "sample")
+    return _sum_by_row((site for site in sites if _is_data(site, run)), run)
+
+
+def _is_data(site: dict, run: Run) -> bool:
+    return was_observed(site) and not run.sites.is_computed(site["name"])
 
 
 def _sum_by_row(sites: Iterable[dict], run: Run) -> Float[Array, "batch"]:
@@ -112,8 +134,13 @@ def _scaled(site: dict) -> Array:
 
 def _by_row(site: dict, dim: int) -> Float[Array, "rows"]:
     """Return a site's log-density, summed over all but one dimension."""
-    log_prob = jnp.moveaxis(_scaled(site), dim, 0)
-    return log_prob.reshape(log_prob.shape[0], -1).sum(-1)
+    return _by_entry(site, (dim,))
+
+
+def _by_entry(site: dict, dims: tuple[int, ...]) -> Float[Array, "..."]:
+    """Return a site's log-density, summed over all but some dimensions."""
+    log_prob = jnp.moveaxis(_scaled(site), dims, range(len(dims)))
+    return log_prob.reshape(*log_prob.shape[: len(dims)], -1).sum(-1)
 
 
 def predicted_rows(trace: dict[str, Any], run: Run) -> dict[str, Array]:
