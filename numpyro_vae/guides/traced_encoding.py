@@ -124,7 +124,9 @@ class TracedEncoding(AbstractEncoding):
         """Return by level the log-density of packed latents and of values of the discrete sites."""
         values, _ = self.constrain(packed)
         trace = self.trace(self.batch, values={**self.given, **values, **discrete})
-        parts = [(site, trace[site.name]["fn"].log_prob(discrete[site.name])) for site in self.discrete]
+        parts = [
+            (site, trace[site.name]["fn"].log_prob(discrete[site.name])) for site in self.discrete
+        ]
         for site, unconstrained in self.unpack(packed):
             parts += [(site, x) for x in self._log_probs(site, trace, values, unconstrained)]
         totals = [jnp.zeros((packed.shape[0], *level.lengths)) for level in enumeration.levels]

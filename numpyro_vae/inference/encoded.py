@@ -162,18 +162,29 @@ class EncodedBatch:
             observed: whether the data count, or the prior alone.
         """
         values, log_det = self.encoding.constrain(packed)
-        run, enumeration = self.encoding.run, self.enumeration
-        scale = run.row_scale((*self.encoding.sites, *enumeration.sites))
+        run, enumeration, scale = self.encoding.run, self.enumeration, self.row_scale
+        scale = jnp.ones(len(self.indices)) if scale is None else scale
 
-        def one(combination: Array) -> list[Array]:
+        def one(combination: Array) -> tuple[Array, list[Array], Array]:
             discrete = enumeration.everywhere(combination, len(self.indices))
             trace = self.trace(values | globals_ | discrete, rng_key)
-            tables = level_densities(trace, run, enumeration, observed=observed)
-            if scale is not None:
-                tables = [x / scale.reshape(-1, *[1] * (x.ndim - 1)) for x in tables]
-            return [tables[0] + log_det, *tables[1:]]
+            rest, tables, factor = level_densities(trace, run, enumeration, observed=observed)
+            if factor is not None:
+                return rest / scale, tables, factor / scale
+            tables = [x / scale.reshape(-1, *[1] * (x.ndim - 1)) for x in tables]
+            return rest / scale, tables, jnp.ones_like(scale)
 
-        return enumeration.add_up(jax.vmap(one)(jnp.arange(enumeration.num_combinations)))
+        found = jax.vmap(one)(jnp.arange(enumeration.num_combinations))
+        (rest, power), tables = (found[0][0], found[2][0]), enumeration.add_up(found[1])
+        total = logsumexp(enumeration.of_rows(tables), axis=0)
+        rest += log_det + jnp.where(jnp.isfinite(total), (power - 1) * total, 0.0)
+        return [tables[0] + rest, *tables[1:]]
+
+    @property
+    def row_scale(self) -> Array | None:
+        """The factor that the model gives the latents of a row, by row; None if it gives none."""
+        sites = self.encoding.sites or self.enumeration.sites
+        return self.encoding.run.row_scale(sites)
 
     def log_weight(self, packed: Array, globals_: dict[str, Array], rng_key: Array) -> Array:
         """Return the log importance weight of a draw of each row."""

@@ -64,7 +64,8 @@ class Enumeration:
         plate: the local plate.
         levels: of the row itself, and of plates within it, each after those around it.
         supports: by enumerated site, its possible values.
-        places: by name of a site, the number of the level that its log-density belongs to.
+        places: by name of a site whose log-density depends on their values, the number of the
+            level that it belongs to.
     """
 
     plate: Plate
@@ -112,7 +113,8 @@ class Enumeration:
         places = {}
         for name, found in reads.items():
             read = names if RANDOM in found else names & (found | {name})
-            places[name] = max((groups.index(of_site[x]) for x in read), default=0)
+            if read:
+                places[name] = max(groups.index(of_site[x]) for x in read)
         return cls(run.plate, levels, supports, places)
 
     @property

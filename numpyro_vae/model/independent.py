@@ -66,7 +66,10 @@ def _union(sets: Iterable[Names]) -> Names:
 
 
 def _explain(name: str, plates: Mapping[str, Names], broken: Names, read: list[str]) -> str:
+    outside = sorted(broken - plates[name])
+    if outside:
+        return f"Site {name!r} depends on the values of {read} in all elements of plates {outside}"
     return (
-        f"Site {name!r} in the plates {sorted(plates[name])} depends on the values of {read} in "
-        f"more than one element of the plates {sorted(broken)}"
+        f"Site {name!r} depends on the values of {read} in plates {sorted(broken)}, of which none "
+        "lies within the other"
     )

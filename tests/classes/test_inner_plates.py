@@ -32,31 +32,31 @@ def choose(name, logits):
     return numpyro.sample(name, dist.Categorical(logits=logits), infer=ENUMERATE)
 
 
-def words(x):
+def words(x, z=None):
     """One site of each element."""
     with numpyro.plate("row", len(x), dim=-2):
-        z = numpyro.sample("z", dist.Normal(0.0, 1.0))
+        z = numpyro.sample("z", dist.Normal(0.0, 1.0), obs=z)
         with numpyro.plate("word", x.shape[1], dim=-1):
             w = choose("w", z[..., None] * LOCS)
             numpyro.sample("x", dist.Normal(LOCS[w], 1.0), obs=x)
 
 
-def of_rows_too(x):
+def of_rows_too(x, z=None):
     """A site of the row, which those of its elements depend on, and a latent of each element."""
     with numpyro.plate("row", len(x), dim=-2):
-        z = numpyro.sample("z", dist.Normal(0.0, 1.0))
+        z = numpyro.sample("z", dist.Normal(0.0, 1.0), obs=z)
         d = choose("d", jnp.array([0.3, 0.0]))
         numpyro.sample("seen", dist.Normal(d + z, 1.0), obs=x[:, :1])
         with numpyro.plate("word", x.shape[1], dim=-1):
             w = choose("w", jnp.array([[0.0, 0.5, 1.0], [1.0, 0.2, 0.0]])[d])
-            u = numpyro.sample("u", dist.Normal(LOCS[w] * z, 1.0))
+            u = numpyro.sample("u", dist.Normal(LOCS[w] * z, 1.0), obs=None if z is None else 2 * x)
             numpyro.sample("x", dist.Normal(u + d, 0.5), obs=x)
 
 
-def several(x):
+def several(x, z=None):
     """Two sites of an element that depend on each other, with supports of 3 and 2 values."""
     with numpyro.plate("row", len(x), dim=-2):
-        z = numpyro.sample("z", dist.Normal(0.0, 1.0))
+        z = numpyro.sample("z", dist.Normal(0.0, 1.0), obs=z)
         with numpyro.plate("word", x.shape[1], dim=-1):
             w = choose("w", jnp.array([0.0, 0.5, 1.0]))
             logits = jnp.array([0.3, -0.4, 1.0])[w] + z
@@ -64,10 +64,10 @@ def several(x):
             numpyro.sample("x", dist.Normal(LOCS[w] - b, 1.0), obs=x)
 
 
-def nested(y):
+def nested(y, z=None):
     """Sites of a row, of its parts and of their words."""
     with numpyro.plate("row", len(y), dim=-3):
-        z = numpyro.sample("z", dist.Normal(0.0, 1.0))
+        z = numpyro.sample("z", dist.Normal(0.0, 1.0), obs=z)
         d = choose("d", jnp.array([0.3, 0.0]))
         with numpyro.plate("part", PARTS, dim=-2):
             a = choose("a", jnp.array([[0.0, 1.0], [1.0, 0.0]])[d])
@@ -76,10 +76,10 @@ def nested(y):
                 numpyro.sample("y", dist.Normal(LOCS[w] + d + z, 1.0), obs=y)
 
 
-def side_by_side(y):
+def side_by_side(y, z=None):
     """Sites in two plates of a row, and another one in both of them."""
     with numpyro.plate("row", len(y), dim=-3):
-        z = numpyro.sample("z", dist.Normal(0.0, 1.0))
+        z = numpyro.sample("z", dist.Normal(0.0, 1.0), obs=z)
         d = choose("d", jnp.array([0.3, 0.0]))
         with numpyro.plate("part", PARTS, dim=-2):
             a = choose("a", jnp.array([[0.0, 1.0], [1.0, 0.0]])[d])
@@ -91,10 +91,10 @@ def side_by_side(y):
                 numpyro.sample("y", dist.Normal(LOCS[b], 1.0), obs=y)
 
 
-def crossed(y):
+def crossed(y, z=None):
     """Elements of two plates that come together in a site: all combinations count."""
     with numpyro.plate("row", len(y), dim=-3):
-        z = numpyro.sample("z", dist.Normal(0.0, 1.0))
+        z = numpyro.sample("z", dist.Normal(0.0, 1.0), obs=z)
         with numpyro.plate("part", PARTS, dim=-2):
             a = choose("a", jnp.array([0.0, 1.0]))
         with numpyro.plate("word", WORDS, dim=-1):
@@ -103,10 +103,10 @@ def crossed(y):
                 numpyro.sample("y", dist.Normal(LOCS[b] * a + z, 1.0), obs=y)
 
 
-def counted(x):
+def counted(x, z=None):
     """A site outside the plate reads the values of all of its elements."""
     with numpyro.plate("row", len(x), dim=-2):
-        z = numpyro.sample("z", dist.Normal(0.0, 1.0))
+        z = numpyro.sample("z", dist.Normal(0.0, 1.0), obs=z)
         with numpyro.plate("word", x.shape[1], dim=-1):
             w = choose("w", z[..., None] * LOCS)
             numpyro.sample("x", dist.Normal(LOCS[w], 1.0), obs=x)
@@ -127,8 +127,7 @@ MODELS = {
 def untrained(model, data, **options):
     guide = AutoAmortizedNormal(model, plate="row", **options)
     svi = SVI(model, guide, optax.adam(1e-2), TraceEnum_ELBO())
-    state = svi.init(KEY, data)
-    return Posterior(guide, svi.get_params(state))
+    return Posterior(guide, svi.get_params(svi.init(KEY, *data)))
 
 
 def all_combinations(trace):
@@ -138,45 +137,37 @@ def all_combinations(trace):
     supports = [np.asarray(site["fn"].enumerate_support(expand=False)).ravel() for site in sites]
     sizes = [site["value"].size for site in sites]
     entries = [s for support, size in zip(supports, sizes, strict=True) for s in [support] * size]
-    found = jnp.array(list(itertools.product(*entries)))
-    parts = jnp.split(found, np.cumsum(sizes)[:-1], axis=1)
+    parts = np.split(np.array(list(itertools.product(*entries))), np.cumsum(sizes)[:-1], axis=1)
     return {
         site["name"]: part.reshape(len(part), *site["value"].shape)
         for site, part in zip(sites, parts, strict=True)
     }
 
 
-def joint_densities(model, row, latents):
-    """Return the log joint densities of a row with all combinations, and the combinations."""
-    trace = handlers.trace(handlers.seed(model, KEY)).get_trace(row)
-    combinations = all_combinations(trace)
+def joint_densities(model, data):
+    """Return the log densities of rows with all joint combinations, and these by site."""
+    rows = [tuple(x[row : row + 1] for x in data) for row in range(len(data[0]))]
+    combinations = all_combinations(handlers.trace(handlers.seed(model, KEY)).get_trace(*rows[0]))
 
-    def one(discrete):
-        return log_density(model, (row,), {}, {**latents, **discrete})[0]
+    @jax.jit
+    def of_row(row):
+        return jax.vmap(lambda values: log_density(model, row, {}, values)[0])(combinations)
 
-    return jax.vmap(one)(combinations), combinations
-
-
-def log_q(posterior, data, draws):
-    total = 0.0
-    for name, (loc, scale) in posterior.encode(data).items():
-        density = dist.Normal(loc, scale).log_prob(np.moveaxis(draws[name], 1, 0).swapaxes(0, 1))
-        total += density.reshape(*density.shape[:2], -1).sum(-1)
-    return total
+    return np.stack([of_row(row) for row in rows]), combinations
 
 
 @pytest.mark.parametrize("model", MODELS, ids=lambda model: model.__name__)
-def test_weights_are_the_sum_over_all_joint_combinations(model):
-    data = MODELS[model]
+def test_they_are_as_if_all_joint_combinations_were_summed_over(model):
+    data = (MODELS[model], Z.reshape(-1, *[1] * (MODELS[model].ndim - 1)))
+    joint, combinations = joint_densities(model, data)
     posterior = untrained(model, data)
-    draws = posterior.sample(KEY, data, 4)
-    found = posterior.log_weights(KEY, data, 4)
-    print(found.shape, {k: v.shape for k, v in draws.items()})
-    q = {k: v for k, v in posterior.encode(data).items()}
-    print({k: v.loc.shape for k, v in q.items()})
-    for row in range(ROWS):
-        for draw in range(2):
-            latents = {n: draws[n][draw][row : row + 1] for n in q}
-            joint, _ = joint_densities(model, data[row : row + 1], latents)
-            lq = sum(dist.Normal(q[n].loc[row], q[n].scale[row]).log_prob(latents[n][0]).sum() for n in q)
-            np.testing.assert_allclose(found[draw, row], logsumexp(joint) - lq, rtol=1e-4, atol=1e-4)
+    found = posterior.log_evidence(KEY, data, 1, num_particles=1)[0]
+    np.testing.assert_allclose(found, logsumexp(joint, axis=1), rtol=1e-5)
+
+    weights = np.exp(joint - logsumexp(joint, axis=1)[:, None])
+    found = posterior.probabilities(KEY, data, 1, num_particles=1)
+    assert {name: value.shape[-1] for name, value in found.items()} == SUPPORTS[model]
+    for name, values in combinations.items():
+        chosen = values.squeeze(1)[..., None] == np.arange(found[name].shape[-1])
+        expected = np.tensordot(weights, chosen, axes=(1, 0))
+        np.testing.assert_allclose(found[name], expected, atol=1e-5)
