@@ -162,8 +162,8 @@ class EncodedBatch:
             observed: whether the data count, or the prior alone.
         """
         values, log_det = self.encoding.constrain(packed)
-        run, enumeration, scale = self.encoding.run, self.enumeration, self.row_scale
-        scale = jnp.ones(len(self.indices)) if scale is None else scale
+        run, enumeration = self.encoding.run, self.enumeration
+        scale = jnp.ones(len(self.indices)) if self.row_scale is None else self.row_scale
 
         def one(combination: Array) -> tuple[Array, list[Array], Array]:
             discrete = enumeration.everywhere(combination, len(self.indices))

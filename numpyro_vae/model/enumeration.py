@@ -254,7 +254,7 @@ class Enumeration:
         return jnp.moveaxis(table, axes, range(start, start + len(outer)))
 
     def _to_back(self, around: int, place: int, table: Array, start: int = 0) -> Array:
-        """Return an outer level's ``(..., batch, *elements)`` so that it broadcasts to a level's."""
+        """Return an outer level's table with axes of one entry for the other plates of a level."""
         mine, outer = self.levels[place].plates, self.levels[around].plates
         inside = [x for x, plate in enumerate(mine) if plate not in outer]
         return jnp.expand_dims(table, [start + 1 + x for x in inside])
