@@ -65,6 +65,7 @@ ORDER = {
         "data_sets",
         "supports",
         "contents",
+        "mixing",
         "reading",
         "plates",
         "redraw",

@@ -103,7 +103,8 @@ class Enumeration:
         """
         local = frozenset({run.plate.name})
         within = {name: around - local for name, around in plates.items()}
-        kept, why = independent_plates(sites, within, reads)
+        mixed = run.mixed if any(within[site.name] for site in sites) else frozenset()
+        kept, why = independent_plates(sites, within, reads, mixed)
         of_site = {site.name: within[site.name] & kept for site in sites}
         supports = {site.name: _support(run, site) for site in sites}
         groups = sorted({frozenset(), *of_site.values()}, key=lambda x: (len(x), sorted(x)))

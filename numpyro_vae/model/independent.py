@@ -13,6 +13,7 @@ def independent_plates(
     sites: Collection[Site],
     plates: Mapping[str, Names],
     reads: Mapping[str, Names],
+    mixed: Names = frozenset(),
 ) -> tuple[Names, str]:
     """Return those plates around enumerated sites whose elements can be summed over one by one.
 
@@ -23,12 +24,15 @@ def independent_plates(
         sites: the enumerated sites.
         plates: by name of any site, the plates around it.
         reads: by name of any site, what its log-density is computed from.
+        mixed: plates in which elements depend on the values in others all the same.
 
     Returns:
         The plates, and of the others why; empty if there are no others.
     """
     names = {site.name for site in sites}
-    kept, why = _union(plates[name] for name in names), ""
+    kept = _union(plates[name] for name in names)
+    why = f"The elements of {sorted(kept & mixed)} depend on each other" if kept & mixed else ""
+    kept -= mixed
     while True:
         found = {name: _levels(name, names, kept, plates, reads) for name in plates}
         broken = {name: _broken(levels, plates[name]) & kept for name, levels in found.items()}

@@ -116,6 +116,16 @@ def counted(x, z=None):
         numpyro.sample("total", dist.Normal(w.sum(-1, keepdims=True), 1.0), obs=x[:, :1])
 
 
+def chained(x, z=None):
+    """An element reads the value of the one before, which its plate denies."""
+    with numpyro.plate("row", len(x), dim=-2):
+        z = numpyro.sample("z", dist.Normal(0.0, 1.0), obs=z)
+        with numpyro.plate("word", x.shape[1], dim=-1):
+            w = choose("w", z[..., None] * LOCS)
+            before = jnp.pad(w, ((0, 0), (1, 0)))[:, :-1]
+            numpyro.sample("x", dist.Normal(LOCS[w] - before, 1.0), obs=x)
+
+
 MODELS = {
     words: X,
     of_rows_too: X,
@@ -124,6 +134,7 @@ MODELS = {
     side_by_side: Y,
     crossed: Y,
     counted: X,
+    chained: X,
 }
 
 
