@@ -102,7 +102,7 @@ class Enumeration:
             reads: by name of such a site, what its log-density is made of.
         """
         local = frozenset({run.plate.name})
-        within = {name: around - local for name, around in plates.items()}
+        within = {name: x - local if local <= x else frozenset() for name, x in plates.items()}
         mixed = run.mixed if any(within[site.name] for site in sites) else frozenset()
         kept, why = independent_plates(sites, within, reads, mixed)
         of_site = {site.name: within[site.name] & kept for site in sites}

@@ -57,14 +57,14 @@ def of_rows_too(x, z=None):
 
 
 def several(x, z=None):
-    """Two sites of an element that depend on each other, with supports of 3 and 2 values."""
-    with numpyro.plate("row", len(x), dim=-2):
-        z = numpyro.sample("z", dist.Normal(0.0, 1.0), obs=z)
-        with numpyro.plate("word", x.shape[1], dim=-1):
+    """Two sites of an element, with supports of 3 and 2 values, in a plate around the rows'."""
+    with numpyro.plate("row", len(x), dim=-1):
+        z = numpyro.sample("z", dist.Normal(0.0, 1.0), obs=None if z is None else z[:, 0])
+        with numpyro.plate("word", x.shape[1], dim=-2):
             w = choose("w", jnp.array([0.0, 0.5, 1.0]))
             logits = jnp.array([0.3, -0.4, 1.0])[w] + z
             b = numpyro.sample("b", dist.Bernoulli(logits=logits), infer=ENUMERATE)
-            numpyro.sample("x", dist.Normal(LOCS[w] - b, 1.0), obs=x)
+            numpyro.sample("x", dist.Normal(LOCS[w] - b, 1.0), obs=x.T)
 
 
 def nested(y, z=None):
@@ -167,9 +167,8 @@ def joint_densities(model, data, given=None):
 
 
 def codes(values):
-    """Return a number for each combination, of arrays with the entries of a row behind two axes."""
-    flat = [np.asarray(x).reshape(*x.shape[:2], -1) for x in values.values()]
-    flat = np.concatenate(flat, axis=-1)
+    """Return a number for each combination, of arrays with the entries of a row at the end."""
+    flat = np.concatenate(values, axis=-1)
     return (flat * 3 ** np.arange(flat.shape[-1])).sum(-1)
 
 
@@ -184,13 +183,16 @@ def test_they_are_as_if_all_joint_combinations_were_summed_over(model):
     weights = np.exp(joint - logsumexp(joint, axis=1)[:, None])
     found = posterior.probabilities(KEY, data, 1, num_particles=1)
     for name, values in combinations.items():
-        chosen = values.squeeze(1)[..., None] == np.arange(found[name].shape[-1])
+        values = values.reshape(len(values), *found[name].shape[1:-1])
+        chosen = values[..., None] == np.arange(found[name].shape[-1])
         np.testing.assert_allclose(found[name], np.tensordot(weights, chosen, 1), atol=1e-5)
 
     num_samples = 4000
     draws = posterior.sample(KEY, data, num_samples)
-    drawn = codes({name: draws[name] for name in combinations})
-    frequencies = (drawn[..., None] == codes(combinations)[:, 0]).mean(0)
+    rows = [np.moveaxis(draws[x], -1 if model is several else 1, 1) for x in combinations]
+    drawn = codes([x.reshape(num_samples, ROWS, -1) for x in rows])
+    known = codes([x.reshape(len(x), -1) for x in combinations.values()])
+    frequencies = (drawn[..., None] == known).mean(0)
     np.testing.assert_allclose(frequencies.sum(1), 1, atol=1e-6)
     error = np.sqrt(weights * (1 - weights) / num_samples)
     assert (np.abs(frequencies - weights) < 5 * error + 5 / num_samples).all()
