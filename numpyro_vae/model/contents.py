@@ -154,8 +154,8 @@ def values_of(trace: dict[str, Any]) -> Values:
         {name: _log_prob_inputs(msg) for name, msg in observed.items()},
         {name: jax.tree.leaves(fn.support) for name, fn in latent.items()},
         {name: jax.tree.leaves(msg["value"]) for name, msg in _of_type(trace, "mutable")},
-        {name: msg["value"] for name, msg in _of_type(trace, "deterministic")},
         _densities(dict(sites)),
+        {name: msg["value"] for name, msg in _of_type(trace, "deterministic")},
     )
 
 

@@ -101,8 +101,8 @@ class Reads:
         supports: by latent site, what its support is made of.
         states: by the name of a network's state, what a run of the model makes it of; nothing if
             the run leaves it as it was.
-        deterministic: by deterministic site, what its value is computed from.
         densities: by any site of a model with enumerated ones, what its log-density is made of.
+        deterministic: by deterministic site, what its value is computed from.
         arguments: by observed site, of which arrays among the model's arguments its distribution is
             made, by number; None if the model asks for their values, so that it is not known.
     """
@@ -111,8 +111,8 @@ class Reads:
     distributions: dict[str, Any] = field(default_factory=dict)
     supports: dict[str, Any] = field(default_factory=dict)
     states: dict[str, Any] = field(default_factory=dict)
-    deterministic: dict[str, Any] = field(default_factory=dict)
     densities: dict[str, Any] = field(default_factory=dict)
+    deterministic: dict[str, Any] = field(default_factory=dict)
     arguments: dict[str, frozenset[int]] | None = None
 
 
