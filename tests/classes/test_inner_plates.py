@@ -253,6 +253,7 @@ def documents(tokens):
         with numpyro.plate("word", tokens.shape[1], dim=-1):
             topic = numpyro.sample("topic", dist.Categorical(topics), infer=ENUMERATE)
             numpyro.sample("tokens", dist.Categorical(logits=WORD_LOGITS[topic]), obs=tokens)
+        numpyro.deterministic("share", (topic == 0).mean(-1, keepdims=True))
 
 
 @pytest.fixture(scope="module")
@@ -294,6 +295,8 @@ def test_what_is_made_of_draws_of_many_elements(lda):
     tree = lda.to_datatree(KEY, DOCUMENTS, 50)
     assert tree.posterior["topic"].shape == (1, 50, 4, 50)
     assert tree.posterior_predictive["tokens"].shape == (1, 50, 4, 50)
+    share = (tree.posterior["topic"].values == 0).mean(-1)
+    np.testing.assert_allclose(tree.posterior["share"].values[..., 0], share, rtol=1e-6)
     predicted = lda.predict(KEY, DOCUMENTS, 50)["tokens"]
     np.testing.assert_array_equal(tree.posterior_predictive["tokens"][0], predicted)
 
