@@ -204,7 +204,12 @@ class TracedGuide(AbstractGuide):
             found = normal_encoding(trace(batch), run, sites)
             if found is not None:
                 return found
-        return TracedEncoding(run, trace, batch, sites, discrete=discrete)
+        known = self.reading.sites
+        plates = {name: frozenset(site.plates) for name, site in known.items()}
+        reads = {name: site.reads for name, site in known.items()}
+        return TracedEncoding(
+            run, trace, batch, sites, discrete=discrete, plates=plates, reads=reads
+        )
 
     def _discrete(self, run: Run) -> tuple[Site, ...]:
         """Return the discrete sites of the local plate that the guide draws and others read."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,8 +16,9 @@ from numpyro_vae.data.batch import Batch
 from numpyro_vae.guides.abstract import AbstractEncoding
 from numpyro_vae.guides.normal_form import unconstrained_form
 from numpyro_vae.model.enumeration import Enumeration
+from numpyro_vae.model.provenance import Names
 from numpyro_vae.model.run import Run
-from numpyro_vae.model.sites import Site
+from numpyro_vae.model.sites import Plate, Site
 
 DRAWS = 1024  # at once
 Trace = Callable[..., dict[str, Any]]
@@ -33,6 +34,8 @@ class TracedEncoding(AbstractEncoding):
         local: the local sites, in packing order.
         given: values of the global sites, by name, with axes of draws in front or without.
         discrete: the discrete sites that the guide draws; its density is summed over them.
+        plates: by site of the guide, the plates around it.
+        reads: by site of the guide, what its distribution is computed from.
     """
 
     trace: Trace
@@ -40,6 +43,8 @@ class TracedEncoding(AbstractEncoding):
     local: tuple[Site, ...]
     given: Mapping[str, Array] = field(default_factory=dict)
     discrete: tuple[Site, ...] = ()
+    plates: Mapping[str, Names] = field(default_factory=dict)
+    reads: Mapping[str, Names] = field(default_factory=dict)
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -104,33 +109,43 @@ class TracedEncoding(AbstractEncoding):
         return found.reshape(packed.shape[:-1])
 
     def _log_prob(self, packed: Array) -> Array:
-        enumeration = Enumeration.read(self.run, self.discrete)
+        enumeration = Enumeration.of(self.run, self.discrete, self.plates, self.reads)
 
-        def given(combination: Array) -> Array:
-            chosen = enumeration.assign(jnp.full(packed.shape[0], combination))
-            return self._log_prob_given(packed, chosen)
+        def given(combination: Array) -> list[Array]:
+            chosen = enumeration.everywhere(combination, packed.shape[0])
+            return self._log_prob_given(packed, chosen, enumeration)
 
-        return logsumexp(jax.vmap(given)(jnp.arange(enumeration.num_combinations)), axis=0)
+        tables = jax.vmap(given)(jnp.arange(enumeration.num_combinations))
+        return logsumexp(enumeration.of_rows(enumeration.add_up(tables)), axis=0)
 
-    def _log_prob_given(self, packed: Array, discrete: Mapping[str, Array]) -> Array:
-        """Return the log-density of packed latents and of values of the discrete sites."""
+    def _log_prob_given(
+        self, packed: Array, discrete: Mapping[str, Array], enumeration: Enumeration
+    ) -> list[Array]:
+        """Return by level the log-density of packed latents and of values of the discrete sites."""
         values, _ = self.constrain(packed)
         trace = self.trace(self.batch, values={**self.given, **values, **discrete})
-        total = jnp.zeros(packed.shape[:-1])
-        for site in self.discrete:
-            log_prob = trace[site.name]["fn"].log_prob(discrete[site.name])
-            total += _by_row(log_prob, site, self.run)
+        parts = [
+            (site, trace[site.name]["fn"].log_prob(discrete[site.name])) for site in self.discrete
+        ]
         for site, unconstrained in self.unpack(packed):
-            support = self.run.support(site)
-            fn = unconstrained_form(trace[site.name]["fn"], support)
-            if fn is None:
-                transform = biject_to(support)
-                log_prob = trace[site.name]["fn"].log_prob(values[site.name])
-                log_det = transform.log_abs_det_jacobian(unconstrained, values[site.name])
-                total += _by_row(log_prob, site, self.run) + _by_row(log_det, site, self.run)
-            else:
-                total += _by_row(jnp.asarray(fn.log_prob(unconstrained)), site, self.run)
-        return total
+            parts += [(site, x) for x in self._log_probs(site, trace, values, unconstrained)]
+        totals = [jnp.zeros((packed.shape[0], *level.lengths)) for level in enumeration.levels]
+        for site, log_prob in parts:
+            place = enumeration.places.get(site.name, 0)
+            totals[place] += _by_entry(log_prob, site, self.run, enumeration.levels[place].plates)
+        return totals
+
+    def _log_probs(
+        self, site: Site, trace: dict[str, Any], values: Mapping[str, Array], unconstrained: Array
+    ) -> list[Array]:
+        """Return what adds up to the log-density of a site's unconstrained value."""
+        support = self.run.support(site)
+        fn = unconstrained_form(trace[site.name]["fn"], support)
+        if fn is not None:
+            return [jnp.asarray(fn.log_prob(unconstrained))]
+        log_prob = trace[site.name]["fn"].log_prob(values[site.name])
+        log_det = biject_to(support).log_abs_det_jacobian(unconstrained, values[site.name])
+        return [log_prob, log_det]
 
     def marginal(
         self, fn: Callable[[Any], Array], packed: Float[Array, "batch size"] | None = None
@@ -159,7 +174,10 @@ class TracedEncoding(AbstractEncoding):
         return jnp.concatenate([rows[site.name] for site in self.local], axis=-1)
 
 
-def _by_row(log_prob: Array, site: Site, run: Run) -> Float[Array, "batch"]:
-    """Return a log-density of a site's values summed over all but the plate."""
-    rows = jnp.moveaxis(log_prob, site.axis(run.plate), 0)
-    return rows.reshape(rows.shape[0], -1).sum(-1)
+def _by_entry(
+    log_prob: Array, site: Site, run: Run, plates: Sequence[Plate]
+) -> Float[Array, "batch ..."]:
+    """Return a log-density of a site's values summed over all but the plate and some others."""
+    axes = [site.axis(plate) for plate in (run.plate, *plates)]
+    rows = jnp.moveaxis(log_prob, axes, range(len(axes)))
+    return rows.reshape(*rows.shape[: len(axes)], -1).sum(-1)

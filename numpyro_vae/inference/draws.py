@@ -12,8 +12,6 @@ from jaxtyping import Array
 from numpyro_vae.inference import quantities
 from numpyro_vae.inference.rows import Rows
 from numpyro_vae.inference.runner import Runner, choose_names
-from numpyro_vae.model.enumeration import Enumeration
-from numpyro_vae.numpyro_internals import HANDLERS
 
 
 class SiteEncoding(NamedTuple):
@@ -60,9 +58,4 @@ def site_probabilities(
         )
     globals_ = runner.draw_globals(rng_key, rows, num_samples)
     sizes = {"num_samples": num_samples, "particles": particles}
-    found = runner.per_batch(quantities.classify, rows, rng_key, globals_, **sizes)
-    with HANDLERS:
-        enumeration = Enumeration.of_model(
-            runner.guide.reader, plate, rows.args, rows.kwargs, rows.held
-        )
-    return enumeration.probabilities(found["probabilities"])
+    return runner.per_batch(quantities.classify, rows, rng_key, globals_, **sizes)

@@ -16,7 +16,7 @@ from numpyro.primitives import Messenger
 from numpyro_vae.data.batch import Batch
 from numpyro_vae.data.shapes import explained
 from numpyro_vae.guides.abstract import AbstractEncoding, AbstractGuide
-from numpyro_vae.model.densities import observed_densities, row_densities, trace_rows
+from numpyro_vae.model.densities import level_densities, trace_rows
 from numpyro_vae.model.enumeration import Enumeration
 from numpyro_vae.model.plates import all_rows
 from numpyro_vae.model.redraw import redraw
@@ -131,29 +131,60 @@ class EncodedBatch:
         """Return each row's log joint density with a draw, ``(num_combinations, batch)``.
 
         The density is that of the data, the unconstrained latents and each combination of values
-        of the discrete ones. Where the model scales the latents of a row by a factor, all is
-        divided by it: of so scaled a model the ELBO is largest at the posterior of this density.
+        of the row's discrete ones; those in plates within the row are summed over. Where the model
+        scales the latents of a row by a factor, all is divided by it: of so scaled a model the ELBO
+        is largest at the posterior of this density.
         """
-        return self.log_densities(packed, globals_, rng_key)[0]
+        return self.enumeration.of_rows(self.tables(packed, globals_, rng_key))
 
     def log_densities(
         self, packed: Array, globals_: dict[str, Array], rng_key: Array
     ) -> tuple[Array, Array]:
         """Return what `log_joint` does, and the part of it that is the prior's."""
+        joint = self.log_joint(packed, globals_, rng_key)
+        prior = self.tables(packed, globals_, rng_key, observed=False)
+        return joint, self.enumeration.of_rows(prior)
+
+    def tables(
+        self,
+        packed: Array,
+        globals_: dict[str, Array],
+        rng_key: Array,
+        *,
+        observed: bool = True,
+    ) -> list[Array]:
+        """Return the log joint densities of a draw by level, see `Enumeration.add_up`.
+
+        Args:
+            packed: the draw.
+            globals_: the global sites.
+            rng_key: for what has no value.
+            observed: whether the data count, or the prior alone.
+        """
         values, log_det = self.encoding.constrain(packed)
-        run = self.encoding.run
-        scale = run.row_scale((*self.encoding.sites, *self.enumeration.sites))
+        run, enumeration = self.encoding.run, self.enumeration
+        scale = jnp.ones(len(self.indices)) if self.row_scale is None else self.row_scale
 
-        def one(combination: Array) -> tuple[Array, Array]:
-            discrete = self.enumeration.assign(jnp.full(len(self.indices), combination))
+        def one(combination: Array) -> tuple[Array, list[Array], Array]:
+            discrete = enumeration.everywhere(combination, len(self.indices))
             trace = self.trace(values | globals_ | discrete, rng_key)
-            joint, observed = row_densities(trace, run), observed_densities(trace, run)
-            if scale is not None:
-                joint, observed = joint / scale, observed / scale
-            log_joint = joint + log_det
-            return log_joint, log_joint - observed
+            rest, tables, factor = level_densities(trace, run, enumeration, observed=observed)
+            if factor is not None:
+                return rest / scale, tables, factor / scale
+            tables = [x / scale.reshape(-1, *[1] * (x.ndim - 1)) for x in tables]
+            return rest / scale, tables, jnp.ones_like(scale)
 
-        return jax.vmap(one)(jnp.arange(self.enumeration.num_combinations))
+        found = jax.vmap(one)(jnp.arange(enumeration.num_combinations))
+        (rest, power), tables = (found[0][0], found[2][0]), enumeration.add_up(found[1])
+        total = logsumexp(enumeration.of_rows(tables), axis=0)
+        rest += log_det + jnp.where(jnp.isfinite(total), (power - 1) * total, 0.0)
+        return [tables[0] + rest, *tables[1:]]
+
+    @property
+    def row_scale(self) -> Array | None:
+        """The factor that the model gives the latents of a row, by row; None if it gives none."""
+        sites = self.encoding.sites or self.enumeration.sites
+        return self.encoding.run.row_scale(sites)
 
     def log_weight(self, packed: Array, globals_: dict[str, Array], rng_key: Array) -> Array:
         """Return the log importance weight of a draw of each row."""
@@ -164,8 +195,7 @@ class EncodedBatch:
         """Return the values of all latents of a draw, with the discrete ones drawn given it."""
         values, _ = self.encoding.constrain(packed)
         if self.enumeration.sites:
-            log_joint = self.log_joint(packed, globals_, keys.of_batch)
+            tables = self.tables(packed, globals_, keys.of_batch)
             row_keys = jax.vmap(partial(jax.random.fold_in, keys.of_rows))(self.indices)
-            drawn = jax.vmap(jax.random.categorical, in_axes=(0, 1))(row_keys, log_joint)
-            values |= self.enumeration.assign(drawn)
+            values |= self.enumeration.draw(row_keys, tables)
         return values | globals_

@@ -213,5 +213,5 @@ def _scaled_weights(
 ) -> Float[Array, "num_samples batch"]:
     """Return log weights of draws of each row, which count as the model scales its latents."""
     found = weigh(batch, rng_key, globals_, num_samples=num_samples)["log_weights"]
-    scale = batch.encoding.run.row_scale((*batch.encoding.sites, *batch.enumeration.sites))
+    scale = batch.row_scale
     return found if scale is None or not batch.guide.global_names else scale * found

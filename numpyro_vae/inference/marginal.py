@@ -220,8 +220,7 @@ def row_evidence(
     numbers are the same for all draws. Where no head reads global sites, so are the particles.
     """
     row_keys = jax.vmap(partial(jax.random.fold_in, rng_key))(batch.indices)
-    run, encoding = batch.encoding.run, batch.encoding
-    scale = run.row_scale((*encoding.sites, *batch.enumeration.sites))
+    encoding, scale = batch.encoding, batch.row_scale
     fixed = None if encoding.reads_globals else encoding.sample_evenly(row_keys, particles)
 
     def evidence(globals_: Globals) -> Array:

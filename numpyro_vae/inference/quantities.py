@@ -137,20 +137,31 @@ def weigh(batch: EncodedBatch, rng_key: Array, globals_: dict, *, num_samples: i
 def classify(
     batch: EncodedBatch, rng_key: Array, globals_: dict, *, num_samples: int, particles: int
 ) -> dict:
-    """Return the probability of each combination of the discrete latents of a row.
+    """Return by site the probability of each value of the discrete latents of a row.
 
     Given a draw of the globals, local draws count by their importance, so that the guide's error
     vanishes with more of them.
     """
+    enumeration = batch.enumeration
 
-    def one(key: Array, globals_: dict) -> Array:
+    def weigh(packed: Array, globals_: dict) -> list[Array]:
+        return enumeration.log_marginals(batch.tables(packed, globals_, rng_key))
+
+    def one(key: Array, globals_: dict) -> list[Array]:
         packed = batch.draw(key, particles, globals_)
         log_q = batch.encoding.condition(globals_).log_prob(packed)
-        log_p = jax.vmap(lambda packed: batch.log_joint(packed, globals_, rng_key))(packed)
-        return jax.nn.softmax(logsumexp(log_p - log_q[:, None], axis=0), axis=0)
+        by_level = jax.vmap(weigh, (0, None))(packed, globals_)
+        return [_share(x, log_q) for x in by_level]
 
     keys = jax.random.split(rng_key, num_samples)
-    return {"probabilities": batch.over_draws(one, keys, globals_, per_draw=particles).mean(0).T}
+    found = batch.over_draws(one, keys, globals_, per_draw=particles)
+    return enumeration.probabilities([x.mean(0) for x in found])
+
+
+def _share(log_p: Array, log_q: Array) -> Array:
+    """Return probabilities of combinations from densities ``(draws, combinations, batch, ...)``."""
+    log_q = log_q.reshape(len(log_q), 1, -1, *[1] * (log_p.ndim - 3))
+    return jax.nn.softmax(logsumexp(log_p - log_q, axis=0), axis=0)
 
 
 def draws(

@@ -154,6 +154,7 @@ def values_of(trace: dict[str, Any]) -> Values:
         {name: _log_prob_inputs(msg) for name, msg in observed.items()},
         {name: jax.tree.leaves(fn.support) for name, fn in latent.items()},
         {name: jax.tree.leaves(msg["value"]) for name, msg in _of_type(trace, "mutable")},
+        _densities(dict(sites)),
         {name: msg["value"] for name, msg in _of_type(trace, "deterministic")},
     )
 
@@ -162,6 +163,17 @@ def _log_prob_inputs(msg: dict[str, Any]) -> list[Any]:
     """Return what the log-density of an observed site is computed from, but its value."""
     leaves = jax.tree.leaves(msg["fn"])
     return leaves if all(map(is_array, leaves)) else [msg["fn"].log_prob(msg["value"])]
+
+
+def _densities(sites: dict[str, Any]) -> dict[str, Any]:
+    """Return the log-densities of sites and their factors, if there are values to sum over."""
+    if not any(msg["infer"].get("enumerate") for msg in sites.values()):
+        return {}
+    known = {name: msg for name, msg in sites.items() if msg["value"] is not None}
+    return {
+        name: [msg["fn"].log_prob(msg["value"]), *jax.tree.leaves(msg["scale"])]
+        for name, msg in known.items()
+    }
 
 
 def _of_type(trace: dict[str, Any], kind: str) -> Iterable[tuple[str, dict[str, Any]]]:

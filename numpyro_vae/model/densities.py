@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
+import numpy as np
+import numpyro.distributions as dist
 from jaxtyping import Array, Float
 from numpyro import handlers
 from numpyro.primitives import Messenger
 
 from numpyro_vae.data.ragged import Segments
+from numpyro_vae.model.enumeration import Enumeration
 from numpyro_vae.model.run import Run
+from numpyro_vae.model.trace import is_enumerated
 from numpyro_vae.numpyro_internals import declared_scale, was_observed
 
 Model = Callable[..., Any]
@@ -40,18 +45,58 @@ def trace_rows(
         return handlers.trace(model).get_trace(*args, **kwargs)
 
 
-def row_densities(trace: dict[str, Any], run: Run) -> Float[Array, "batch"]:
-    """Return each datum's log joint density given the global sites.
+class Densities(NamedTuple):
+    """The log-densities of each datum, apart where they depend on what is summed over.
 
-    All sites of the plate count, summed over all but the plate, and so do the observed sites of
-    the plates that hold the data's observations. What the model scales is scaled; the weight of a
-    minibatch does not count.
+    Attributes:
+        rest: of the sites that do not, as the model scales them, ``(batch,)``.
+        by_level: of those that do, by level of the enumeration ``(batch, *elements)``.
+        factor: by which the model scales all of those, and which their sum is to be multiplied
+            with, as `numpyro.infer.TraceEnum_ELBO` does; None if they are scaled apart.
+    """
+
+    rest: Float[Array, "batch"]
+    by_level: list[Float[Array, "batch ..."]]
+    factor: float | None
+
+
+def level_densities(
+    trace: dict[str, Any], run: Run, enumeration: Enumeration, *, observed: bool = True
+) -> Densities:
+    """Return each datum's log joint density given the global sites, or its prior's part.
+
+    All sites of the plate count, and so do the observed sites of the plates that hold the data's
+    observations; the weight of a minibatch does not.
 
     Args:
         trace: of the model on the batch.
         run: the run of the model that the guide has read.
+        enumeration: of the sites that are summed over.
+        observed: whether what is observed counts.
     """
-    return _sum_by_row((site for site in trace.values() if site["type"] == "sample"), run)
+    rest = {name: site for name, site in trace.items() if site["type"] == "sample"}
+    if not observed:
+        rest = {name: site for name, site in rest.items() if not _is_data(site, run)}
+    summed = {name: rest.pop(name) for name in enumeration.places if name in rest}
+    factor = _common_scale(summed.values())
+    if factor is not None:
+        summed = {name: {**site, "plate_to_scale": {}} for name, site in summed.items()}
+    by_level = []
+    for place, level in enumerate(enumeration.levels):
+        mine = [site for name, site in summed.items() if enumeration.places[name] == place]
+        dims = (run.plate.dim, *(plate.dim for plate in level.plates))
+        inner = [_by_entry(site, dims) for site in mine] if place else [_sum_by_row(mine, run)]
+        by_level.append(jnp.asarray(sum(inner)))
+    return Densities(_sum_by_row(rest.values(), run), by_level, factor)
+
+
+def _common_scale(sites: Iterable[dict]) -> float | None:
+    """Return the factor by which the model scales all of some sites; None if it is no number."""
+    scales = [declared_scale(site) for site in sites]
+    if any(isinstance(scale, jax.Array) or np.ndim(scale) for scale in scales):
+        return None
+    found = {1.0 if scale is None else float(scale) for scale in scales}
+    return next(iter(found), 1.0) if len(found) < 2 else None
 
 
 def observed_densities(trace: dict[str, Any], run: Run) -> Float[Array, "batch"]:
@@ -61,8 +106,12 @@ def observed_densities(trace: dict[str, Any], run: Run) -> Float[Array, "batch"]
         trace: of the model on the batch, with the data or without.
         run: the run of the model that the guide has read.
     """
-    sites = (site for site in trace.values() if site["type"] == "sample" and was_observed(site))
-    return _sum_by_row((site for site in sites if not run.sites.is_computed(site["name"])), run)
+    sites = (site for site in trace.values() if site["type"] == "sample")
+    return _sum_by_row((site for site in sites if _is_data(site, run)), run)
+
+
+def _is_data(site: dict, run: Run) -> bool:
+    return was_observed(site) and not run.sites.is_computed(site["name"])
 
 
 def _sum_by_row(sites: Iterable[dict], run: Run) -> Float[Array, "batch"]:
@@ -106,14 +155,31 @@ def log_prob_of(site: dict) -> Array:
 
 def _scaled(site: dict) -> Array:
     """Return a site's log-density as the model scales it."""
-    log_prob, scale = site["fn"].log_prob(site["value"]), declared_scale(site)
+    fn = _unmasked(site["fn"]) if is_enumerated(site) else site["fn"]
+    log_prob, scale = fn.log_prob(site["value"]), declared_scale(site)
     return jnp.asarray(log_prob if scale is None else scale * log_prob)
+
+
+def _unmasked(fn: Any) -> Any:
+    """Return a distribution without its mask, which does not keep a value from being summed over.
+
+    So does `numpyro.infer.TraceEnum_ELBO`; all values would have probability 1.
+    """
+    batch_shape = fn.batch_shape
+    while isinstance(fn, dist.MaskedDistribution | dist.ExpandedDistribution):
+        fn = fn.base_dist
+    return fn.expand(batch_shape)
 
 
 def _by_row(site: dict, dim: int) -> Float[Array, "rows"]:
     """Return a site's log-density, summed over all but one dimension."""
-    log_prob = jnp.moveaxis(_scaled(site), dim, 0)
-    return log_prob.reshape(log_prob.shape[0], -1).sum(-1)
+    return _by_entry(site, (dim,))
+
+
+def _by_entry(site: dict, dims: tuple[int, ...]) -> Float[Array, "..."]:
+    """Return a site's log-density, summed over all but some dimensions."""
+    log_prob = jnp.moveaxis(_scaled(site), dims, range(len(dims)))
+    return log_prob.reshape(*log_prob.shape[: len(dims)], -1).sum(-1)
 
 
 def predicted_rows(trace: dict[str, Any], run: Run) -> dict[str, Array]:

@@ -17,7 +17,8 @@ from numpyro.primitives import Messenger
 
 from numpyro_vae.data.arrays import ArrayData, Layout
 from numpyro_vae.model.contents import Reading, Values, reading_of, values_of
-from numpyro_vae.model.provenance import sources
+from numpyro_vae.model.mixing import mixed_plates
+from numpyro_vae.model.provenance import Names, sources
 from numpyro_vae.model.sites import ModelSites, Reads
 from numpyro_vae.model.trace import NEEDS_VALUES, Model, Rows, trace_model
 
@@ -54,6 +55,7 @@ class ModelReader:
         self._traced = jax.jit(self._trace, static_argnums=(0, 1))
         self._compiled = jax.jit(self._read, static_argnums=(0, 1))
         self._reads: dict[Any, Reads] = {}
+        self._mixed: Names | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the model alone: what is compiled cannot be pickled."""
@@ -146,6 +148,13 @@ class ModelReader:
         if any(isinstance(leaf, Tracer) for leaf in leaves):
             return (object(),)
         return tuple(np.asarray(leaf).tobytes() for leaf in leaves)
+
+    def mixed(self, args: tuple, kwargs: dict[str, Any], rows: Rows) -> Names:
+        """Return the plates that are none, see `mixed_plates`, found once for all arguments."""
+        if self._mixed is None:
+            arrays, layout = Layout.of(args, kwargs)
+            self._mixed = mixed_plates(self.model, layout, arrays, rows)
+        return self._mixed
 
     def read_all(self, args: tuple, kwargs: dict[str, Any], rows: Rows) -> Reading:
         """Read the model with given rows in plates, and in others all, whatever they subsample."""

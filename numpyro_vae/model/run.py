@@ -16,6 +16,7 @@ from numpyro import handlers
 from numpyro_vae.data.ragged import Masked, Segments
 from numpyro_vae.model.contents import Reading
 from numpyro_vae.model.plates import given_rows
+from numpyro_vae.model.provenance import Names
 from numpyro_vae.model.reading import ModelReader
 from numpyro_vae.model.sites import ModelSites, Plate, Site
 from numpyro_vae.numpyro_internals import declare_plate
@@ -35,6 +36,7 @@ class Run:
             belongs to.
         args: the model's arguments.
         kwargs: its keyword arguments.
+        reader: of the model.
     """
 
     plate: Plate
@@ -43,6 +45,13 @@ class Run:
     groups: dict[str, Int[Array, "elements"]]
     args: tuple
     kwargs: dict[str, Any]
+    reader: ModelReader
+
+    @property
+    def mixed(self) -> Names:
+        """The plates in which elements depend on enumerated values in each other."""
+        held = {name: (len(rows), rows) for name, rows in self.reading.indices.items()}
+        return self.reader.mixed(self.args, self.kwargs, held)
 
     @property
     def sites(self) -> ModelSites:
@@ -240,7 +249,7 @@ def run_model(
         name: _ids(read(*args, **kwargs), plates[name], plates[plate])
         for name, read in groups.items()
     }
-    return Run(plates[plate], reading, whole, found, args, kwargs)
+    return Run(plates[plate], reading, whole, found, args, kwargs, reader)
 
 
 def _with_rows(

@@ -151,7 +151,7 @@ def sites_of_trace(trace: dict) -> ModelSites:
             tuple(frame.name for frame in frames),
             msg["is_observed"],
             _is_discrete(msg["fn"]),
-            _is_enumerated(msg),
+            is_enumerated(msg),
             is_improper(msg["fn"]) or is_switched_off(msg["fn"]),
             _is_broadcast(msg),
             is_censored(msg["fn"]),
@@ -218,7 +218,8 @@ def _is_discrete(fn: Any) -> bool:
     return fn.support is None or fn.support.is_discrete
 
 
-def _is_enumerated(msg: dict) -> bool:
+def is_enumerated(msg: dict) -> bool:
+    """Return whether a latent site is summed over instead of sampled."""
     marked = msg.get("infer", {}).get("enumerate") == "parallel"
     return marked and not msg["is_observed"] and _is_discrete(msg["fn"])
 

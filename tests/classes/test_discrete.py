@@ -221,6 +221,20 @@ def test_labels_are_observations_of_the_class():
     assert np.abs(found["k"] - EXACT).max() < 0.01
 
 
+def test_labelled_rows_are_repaired_by_importance():
+    """All classes but the label are impossible, and that leaves the prior of z what it is."""
+    x, labels = np.array([-2.0, 0.0, 0.3], np.float32), np.array([0, 2, 1])
+    svi = inference(semi_supervised, 1)
+    posterior = Posterior(svi.guide, svi.get_params(svi.init(jax.random.key(0), x, labels)))
+    rows, options = [0, 1, 2], {"method": "importance", "num_samples": 1000}
+    repaired = posterior.repair(jax.random.key(1), (x, labels), rows, **options)
+    assert not len(repaired.remaining)
+    z, precision = repaired.groups["posterior"]["z"], 1 + 1 / NOISE**2
+    error = 5 / np.sqrt(1000 * precision)
+    exact = (CENTRES[labels] + x / NOISE**2) / precision
+    np.testing.assert_allclose(z.mean(0), exact, atol=error)
+
+
 @pytest.mark.parametrize("loss", [Trace_ELBO(), TraceGraph_ELBO()], ids=lambda x: type(x).__name__)
 def test_an_objective_that_does_not_enumerate_is_refused(loss):
     with pytest.raises(ValueError, match=r"\['k'\].*TraceGraph_ELBO|\['k'\].*Trace_ELBO") as error:
