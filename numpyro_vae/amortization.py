@@ -13,7 +13,13 @@ from jaxtyping import Array
 from numpyro.infer import SVI
 from numpyro.infer.elbo import ELBO
 
-from numpyro_vae.choices import choose_guide, choose_loss, choose_optimizer, choose_refining
+from numpyro_vae.choices import (
+    choose_guide,
+    choose_loss,
+    choose_natural_steps,
+    choose_optimizer,
+    choose_refining,
+)
 from numpyro_vae.data.arguments import require_count
 from numpyro_vae.data.arrays import is_in_memory, take_rows
 from numpyro_vae.data.stores import in_memory
@@ -44,6 +50,7 @@ def amortize(
     batch_size: int | None = None,
     num_steps: int = 4000,
     num_simulation_steps: int = 18_000,
+    natural_steps: int | None = None,
     to_data: Callable[[dict], Any] | None = None,
     static_kwargs: Mapping[str, Any] | None = None,
     progress_bar: bool = True,
@@ -55,6 +62,7 @@ def amortize(
     are it cannot learn the noise by heart. Two thirds of these steps are taken with `ForwardKL`, so
     that it covers each posterior. The rest is taken with the ELBO, whose gradient is without noise
     where the guide is exact; what comes of it is kept if rows held out have better verdicts.
+    Where the guide says a Normal of each row, so are steps that the row then takes by itself.
 
     Args:
         model: a NumPyro model with latent sites in a plate.
@@ -68,6 +76,8 @@ def amortize(
         batch_size: rows in a batch, as for `fit`.
         num_steps: the most steps of the first phase.
         num_simulation_steps: steps on simulations, after the first phase; 0 leaves them out.
+        natural_steps: that each row takes after the network, see `Posterior`; by default 4 of a
+            guide of Normals, if rows held out have better verdicts with them.
         to_data: see `Simulations`.
         static_kwargs: keyword arguments of the model that are the same in every call.
         progress_bar: whether to show progress, and to print what was chosen and found.
@@ -112,25 +122,29 @@ def amortize(
     steps = num_steps, max(num_steps * size // rows.num_rows, 1)
     loss = loss or choose_loss(guide)
     result = phase("The ELBO of the data", keys[1], loss, train, held_out, *steps)
-    found = [Posterior(guide, result)]
+    results = [result]
     try:
         for name, objective, number in choose_refining(guide, num_simulation_steps, to_data):
-            key = keys[1 + len(found)]
+            key = keys[1 + len(results)]
             table = min(TABLE, max(number * size // EPOCHS, 1))
             simulations = Simulations(table, like=train, redraw_every=EPOCHS, to_data=to_data)
             more = {"init_params": result.params, "freeze": ("model", "globals")}
             steps = number, max(number * size // table, 1)
             result = phase(name, key, objective, simulations, None, *steps, **more)
-            found.append(Posterior(guide, result))
+            results.append(result)
     except NotSimulableError as reason:
         say(f"No simulations. {reason}")
     some = train if held_out is None else held_out
     some = take_rows(some, batch_axes, slice(CHECKED)) if cuts else some
-    posterior = found[-1]
-    if len(found) == 3 and cuts:
-        posterior = min(found[:0:-1], key=partial(_mean_verdict, keys[4], some))
-        if posterior is not found[-1]:
-            say("The last phase is undone: rows held out had better verdicts before it.")
+    tried = results[:0:-1] if len(results) == 3 and cuts else results[-1:]
+    steps = choose_natural_steps(guide) if natural_steps is None else (natural_steps,)
+    found = [Posterior(guide, x, natural_steps=n) for n in steps for x in tried]
+    better = partial(_mean_verdict, keys[4], some)
+    posterior = min(found, key=better) if len(found) > 1 else found[0]
+    if found.index(posterior) % len(tried):
+        say("The last phase is undone: rows held out had better verdicts before it.")
+    if posterior.natural_steps:
+        say(f"Rows take {posterior.natural_steps} natural-gradient steps after the network.")
     if progress_bar:
         say(posterior.check(keys[5], some, CHECKS, progress_bar=False))
     return posterior

@@ -14,6 +14,7 @@ from jaxtyping import Array
 from numpyro_vae.checks.choose import Checks
 from numpyro_vae.checks.report import Report
 from numpyro_vae.checks.run import run_checks
+from numpyro_vae.data.arguments import require_count
 from numpyro_vae.data.devices import Devices
 from numpyro_vae.inference import quantities as compiled
 from numpyro_vae.inference.draws import SiteEncoding, sample_sites, site_probabilities
@@ -55,12 +56,16 @@ class Posterior:
         static_kwargs: keyword arguments of the model that are the same in every call; by default
             those of the fit.
         batch_axes: the datum axis of each argument, as for `fit`; by default those of the fit.
+        natural_steps: natural-gradient steps that each row's Normal takes from what the network
+            says, towards the row's largest ELBO; see the page on training. It has any covariance
+            then. By default 0, or what a saved posterior had.
         mesh: the devices of a `jax.sharding.Mesh` of one axis, among which the rows of each batch
             are divided; results are those of one device. Of devices of several processes each
             uses its own, for its own rows.
 
     Raises:
         TypeError: if the guide is none, has no model, or the parameters are none.
+        ValueError: if rows are to take steps, at the first call, and the guide says no Normals.
 
     Example:
         >>> import jax, numpyro, numpyro.distributions as dist, optax
@@ -91,6 +96,7 @@ class Posterior:
         segments: Mapping[str, Callable[..., Any]] | None = None,
         static_kwargs: Mapping[str, Any] | None = None,
         batch_axes: Any = OF_FIT,
+        natural_steps: int | None = None,
         mesh: Mesh | None = None,
     ):
         trained = require_trained(guide, params, model, plate, segments)
@@ -101,8 +107,12 @@ class Posterior:
         self.guide, self.batch_axes = trained, batch_axes
         self.static_kwargs = dict(static_kwargs)
         self.params = with_state(params)
+        if natural_steps is None:
+            natural_steps = getattr(params, "natural_steps", 0)
+        self.natural_steps = require_count("natural_steps", natural_steps, least=0)
         known = (self.static_kwargs, batch_axes, getattr(params, "num_data", None))
-        self._runner = Runner(trained, self.params, *known, Devices.of(mesh).own)
+        devices = Devices.of(mesh).own
+        self._runner = Runner(trained, self.params, *known, devices, self.natural_steps)
         self._runner.sizes = dict(getattr(params, "sizes", {}))
 
     save, load, export = save_posterior, classmethod(load_posterior), export_posterior

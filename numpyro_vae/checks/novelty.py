@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import jax
@@ -177,7 +177,8 @@ def row_features(batch: EncodedBatch) -> Array:
     Of features by plate they are those of the whole, which are made of all elements, whatever their
     number and order.
     """
-    found, plate = features_of(batch), batch.encoding.run.plate.name
+    said = replace(batch, encoding=batch.network)
+    found, plate = features_of(said), batch.encoding.run.plate.name
     leaves = [x.reshape(x.shape[0], -1) for x in jax.tree.leaves(found.get(plate, found))]
     return jnp.concatenate(leaves, axis=1)
 

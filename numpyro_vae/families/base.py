@@ -34,6 +34,9 @@ from numpyro_vae.scales.parameterization import saturating_exp, saturation_limit
 __all__ = ["AbstractFamily", "AbstractHead"]
 
 
+Normal = tuple[Float[Array, "*batch size"], Float[Array, "*batch size size"]]
+
+
 class AbstractHead(nnx.Module):
     """From features to a distribution over a datum's latents; see the module's docstring."""
 
@@ -67,6 +70,14 @@ class AbstractHead(nnx.Module):
             A distribution with ``batch_shape == (*batch, size)`` that has a mean, a variance and
             ``icdf``; None if there is no closed form.
         """
+
+    def as_normal(self, raw: Any) -> Normal | None:
+        """Return ``loc`` and ``scale_tril`` of the Normal that the distribution is; None if not.
+
+        Args:
+            raw: what the head returned, ``(*batch, ...)``.
+        """
+        return None
 
     def part(self, raw: Any, mask: Bool[Array, "*batch size"]) -> dist.Distribution | None:
         """Return a distribution that draws all latents, with the density of some alone.

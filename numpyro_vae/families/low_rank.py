@@ -16,6 +16,7 @@ from numpyro_vae.families.base import (
     AbstractFamily,
     AbstractHead,
     LogScaleAffine,
+    Normal,
     PartOfNormal,
     constant_linear,
     full_precision,
@@ -25,6 +26,7 @@ from numpyro_vae.scales.parameterization import (
     AbstractParameterization,
     LogScale,
     for_heads,
+    saturating_exp,
 )
 
 __all__ = ["LowRankNormal"]
@@ -108,6 +110,15 @@ class LowRankHead(AbstractHead):
         loc, raw_scale, factor = raw
         log_norm = 0.5 * jnp.log1p(jnp.square(self._bounded(factor)).sum(-1))
         return LogScaleNormal(loc, self.parameterization.log_scale(raw_scale) + log_norm)
+
+    def as_normal(self, raw: Triple) -> Normal:
+        """Return ``loc``, and the Cholesky factor of the covariance."""
+        loc, raw_scale, factor = raw
+        scale = saturating_exp(self.parameterization.log_scale(raw_scale))
+        with full_precision():
+            factor = self._bounded(factor)
+            cov = jnp.eye(loc.shape[-1], dtype=factor.dtype) + factor @ factor.mT
+            return loc, scale[..., None] * jnp.linalg.cholesky(cov)
 
     def _bounded(self, factor: Float[Array, "*batch entries"]) -> Float[Array, "*batch size rank"]:
         """``V``: the factor as a matrix, its norm below `MAX_NORM` and far below it unchanged."""

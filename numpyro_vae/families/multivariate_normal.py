@@ -16,6 +16,7 @@ from numpyro_vae.families.base import (
     AbstractFamily,
     AbstractHead,
     LogScaleAffine,
+    Normal,
     PartOfNormal,
     constant_linear,
     full_precision,
@@ -25,6 +26,7 @@ from numpyro_vae.scales.parameterization import (
     AbstractParameterization,
     LogScale,
     for_heads,
+    saturating_exp,
 )
 
 __all__ = ["FullRankNormal"]
@@ -40,9 +42,8 @@ def gain(num_features: int, size: int) -> float:
     return min(1.0, EXTENT / (num_features * size))
 
 
-Triple = tuple[
-    Float[Array, "*batch size"], Float[Array, "*batch size"], Float[Array, "*batch lower"]
-]
+Vector = Float[Array, "*batch size"]
+Triple = tuple[Vector, Vector, Float[Array, "*batch lower"]]
 
 
 class Correlate(LowerCholeskyAffine):
@@ -54,27 +55,22 @@ class Correlate(LowerCholeskyAffine):
             return jnp.asarray(super().__call__(x))
 
 
-class CholeskyHead(AbstractHead):
-    """Linear maps to ``loc``, ``raw_scale`` and the strictly lower triangle, row by row."""
+def lower_root(root: Float[Array, "*batch n m"]) -> Float[Array, "*batch n n"]:
+    """Return the Cholesky factor of ``root @ root.T``, without squaring what is correlated."""
+    upper = jnp.linalg.qr(root.mT, mode="r")
+    signs = jnp.where(jnp.diagonal(upper, axis1=-2, axis2=-1) < 0, -1.0, 1.0)
+    return upper.mT * signs[..., None, :]
 
-    def __init__(
-        self,
-        num_features: int,
-        size: int,
-        parameterization: AbstractParameterization,
-        *,
-        rngs: nnx.Rngs,
-    ):
-        self.parameterization = parameterization
-        self.size = size
-        self.loc = nnx.Linear(num_features, size, rngs=rngs)
-        self.raw_scale = constant_linear(num_features, size, parameterization.init_raw, rngs=rngs)
-        self.lower = constant_linear(num_features, size * (size - 1) // 2, 0.0, rngs=rngs)
-        self.gain = gain(num_features, size)
 
-    def __call__(self, features: Float[Array, "*batch k"]) -> Triple:
-        """Return ``(loc, raw_scale, lower)``."""
-        return self.loc(features), self.raw_scale(features), self.lower(self.gain * features)
+class CholeskyForm(AbstractHead):
+    """What ``loc``, ``raw_scale`` and a strictly lower triangle, row by row, mean."""
+
+    def __init__(self, size: int, parameterization: AbstractParameterization):
+        self.size, self.parameterization = size, parameterization
+
+    def __call__(self, features: Any) -> Triple:
+        """Return what is given."""
+        return features
 
     def distribution(self, raw: Triple) -> dist.TransformedDistribution:
         """Return standard Normal noise, correlated by ``unit_tril``, scaled and shifted."""
@@ -84,10 +80,7 @@ class CholeskyHead(AbstractHead):
         """Return the Normal with the density of the values where a mask is True."""
         kept = jnp.where(mask[..., None], self._unit_tril(raw[2]), 0.0)
         others = jnp.where(mask[..., None], 0.0, jnp.eye(self.size, dtype=kept.dtype))
-        # The triangular root of kept @ kept.T + others, without squaring what is correlated.
-        upper = jnp.linalg.qr(jnp.concatenate([kept, others], axis=-1).mT, mode="r")
-        signs = jnp.where(jnp.diagonal(upper, axis1=-2, axis2=-1) < 0, -1.0, 1.0)
-        apart = self._correlated(raw, upper.mT * signs[..., None, :])
+        apart = self._correlated(raw, lower_root(jnp.concatenate([kept, others], axis=-1)))
         log_scale = self.parameterization.log_scale(raw[1])
         return PartOfNormal(self.distribution(raw), apart, raw[0], log_scale, mask)
 
@@ -108,11 +101,45 @@ class CholeskyHead(AbstractHead):
         log_norm = 0.5 * jnp.log(jnp.square(self._unit_tril(lower)).sum(-1))
         return LogScaleNormal(loc, self.parameterization.log_scale(raw_scale) + log_norm)
 
+    def as_normal(self, raw: Triple) -> Normal:
+        """Return ``loc`` and ``scale_tril``."""
+        loc, raw_scale, lower = raw
+        scale = saturating_exp(self.parameterization.log_scale(raw_scale))
+        return loc, scale[..., None] * self._unit_tril(lower)
+
+    def raw_of(self, loc: Vector, scale_tril: Float[Array, "*batch size size"]) -> Triple:
+        """Return the raw outputs of a Normal, of unbounded log-scales: undoes `as_normal`."""
+        scale = jnp.diagonal(scale_tril, axis1=-2, axis2=-1)
+        rows, columns = np.tril_indices(self.size, -1)
+        return loc, jnp.log(scale), (scale_tril / scale[..., None])[..., rows, columns]
+
     def _unit_tril(self, lower: Float[Array, "*batch lower"]) -> Float[Array, "*batch size size"]:
         rows, columns = np.tril_indices(self.size, -1)
         eye = jnp.eye(self.size, dtype=lower.dtype)
         unit_tril = jnp.broadcast_to(eye, (*lower.shape[:-1], *eye.shape))
         return unit_tril.at[..., rows, columns].set(lower)
+
+
+class CholeskyHead(CholeskyForm):
+    """Linear maps to ``loc``, ``raw_scale`` and the strictly lower triangle, row by row."""
+
+    def __init__(
+        self,
+        num_features: int,
+        size: int,
+        parameterization: AbstractParameterization,
+        *,
+        rngs: nnx.Rngs,
+    ):
+        super().__init__(size, parameterization)
+        self.loc = nnx.Linear(num_features, size, rngs=rngs)
+        self.raw_scale = constant_linear(num_features, size, parameterization.init_raw, rngs=rngs)
+        self.lower = constant_linear(num_features, size * (size - 1) // 2, 0.0, rngs=rngs)
+        self.gain = gain(num_features, size)
+
+    def __call__(self, features: Any) -> Triple:
+        """Return ``(loc, raw_scale, lower)``."""
+        return self.loc(features), self.raw_scale(features), self.lower(self.gain * features)
 
 
 @dataclass(frozen=True)

@@ -5,16 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import jax.numpy as jnp
 import numpyro.distributions as dist
 from flax import nnx
 from jaxtyping import Array, Float
 
-from numpyro_vae.families.base import AbstractFamily, AbstractHead, constant_linear
+from numpyro_vae.families.base import AbstractFamily, AbstractHead, Normal, constant_linear
 from numpyro_vae.scales.log_scale_normal import LogScaleNormal
 from numpyro_vae.scales.parameterization import (
     AbstractParameterization,
     LogScale,
     for_heads,
+    saturating_exp,
 )
 
 __all__ = ["DiagonalNormal"]
@@ -35,6 +37,11 @@ class AbstractNormalHead(AbstractHead):
         """Return ``Normal(loc, scale(raw_scale))`` of every latent value by itself."""
         loc, raw_scale = raw
         return LogScaleNormal(loc, self.parameterization.log_scale(raw_scale))
+
+    def as_normal(self, raw: Pair) -> Normal:
+        """Return ``loc`` and a diagonal ``scale_tril``."""
+        scale = saturating_exp(self.parameterization.log_scale(raw[1]))
+        return raw[0], scale[..., None] * jnp.eye(scale.shape[-1], dtype=scale.dtype)
 
 
 class PairHead(AbstractNormalHead):

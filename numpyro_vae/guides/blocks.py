@@ -54,6 +54,10 @@ class Released(AbstractHead):
         """Return the head's marginals."""
         return self.head.marginals(raw)
 
+    def as_normal(self, raw: Any) -> Any:
+        """Return the head's Normal."""
+        return self.head.as_normal(raw)
+
     def part(self, raw: Any, mask: Array) -> dist.Distribution | None:
         """Return the head's distribution with the density of some latents alone."""
         return self.head.part(raw, mask)

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpyro.distributions as dist
-from jaxtyping import Array
+from jaxtyping import Array, Float
 from numpyro.distributions import biject_to
 
-from numpyro_vae.families import DiagonalNormal
+from numpyro_vae.families import DiagonalNormal, FullRankNormal
+from numpyro_vae.families.base import Normal
+from numpyro_vae.families.multivariate_normal import CholeskyForm, lower_root
 from numpyro_vae.guides.blocks import Block
 from numpyro_vae.guides.encoding import Encoding
 from numpyro_vae.model.run import Run
@@ -88,3 +92,42 @@ def _normal(fn: dist.Distribution, support: Any) -> tuple[Array, Array] | None:
     if isinstance(found, LogScaleNormal):
         return found.loc, found.log_scale
     return (found.loc, jnp.log(found.scale)) if type(found) is dist.Normal else None
+
+
+def joint_normal(encoding: Encoding) -> Normal | None:
+    """Return all latents of each row as one Normal, of which the sites follow each other.
+
+    Returns:
+        ``loc`` and a ``scale_tril`` whose diagonal is positive; None if the row's latents are no
+        Normal, or heads read values that are drawn.
+    """
+    locs, trils = [], []
+    for name, block in encoding.blocks.items():
+        found = (
+            None if block.reads else block.head.as_normal(block.raw(encoding.features[name], {}))
+        )
+        if found is None:
+            return None
+        places = jnp.arange(block.num_values)
+        order = jnp.concatenate([part for _, part in block.unpack(places)])
+        locs.append(block.flatten(found[0])[..., order])
+        trils.append(_over_steps(found[1], len(block.steps))[..., order, :])
+    loc = jnp.concatenate(locs, axis=-1)
+    return loc, lower_root(jax.vmap(jax.scipy.linalg.block_diag)(*trils))
+
+
+def of_normal(encoding: Encoding, normal: Normal) -> Encoding:
+    """Return an encoding whose latents are those Normals; see `joint_normal`."""
+    sites, family = encoding.sites, FullRankNormal()
+    head = CholeskyForm(normal[0].shape[-1], family.parameterization)
+    block = Block(sites, encoding.run.plate, (), {}, head, None)
+    features = {"joint": head.raw_of(*normal)}
+    return replace(encoding, features=features, blocks={"joint": block}, family=family, given={})
+
+
+def _over_steps(tril: Float[Array, "*shape k k"], num_steps: int) -> Float[Array, "batch n n"]:
+    """Return the factor of all steps of a row, which are independent."""
+    by_step = tril.reshape(tril.shape[0], -1, *tril.shape[-2:]) if num_steps else tril[:, None]
+    joined = jnp.einsum("btij,ts->btisj", by_step, jnp.eye(by_step.shape[1], dtype=tril.dtype))
+    size = by_step.shape[1] * tril.shape[-1]
+    return joined.reshape(-1, size, size)

@@ -54,7 +54,8 @@ class EncodedBatch:
         hold_rows: the handler that lets the plates hold them.
         args: the model's arguments.
         kwargs: its keyword arguments.
-        encoding: what the guide says of them.
+        encoding: what is said of them: by the guide, or by steps of their own after it.
+        network: what the guide says of them.
         pairs: of a row and a draw, how many pass through the model at once.
     """
 
@@ -65,6 +66,7 @@ class EncodedBatch:
     args: tuple
     kwargs: dict[str, Any]
     encoding: AbstractEncoding
+    network: AbstractEncoding
     pairs: int = field(default_factory=lambda: PAIRS)
 
     @classmethod
@@ -81,7 +83,8 @@ class EncodedBatch:
         with explained(guide.argument_shapes, *layout.whole(batch.arrays), layout.every_axis):
             args, kwargs = batch.arguments()
             encoding = guide.encode_batch(params, batch, static_kwargs)
-        return cls(guide, params, batch, hold, args, {**kwargs, **static_kwargs}, encoding)
+        kwargs = {**kwargs, **static_kwargs}
+        return cls(guide, params, batch, hold, args, kwargs, encoding, encoding)
 
     def of(self, batch: Batch) -> EncodedBatch:
         """Encode other rows of the same data."""

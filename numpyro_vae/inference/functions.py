@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +12,21 @@ from jaxtyping import Array
 from numpyro_vae.data.batch import Batch
 from numpyro_vae.guides.abstract import AbstractGuide
 from numpyro_vae.inference.encoded import EncodedBatch
+from numpyro_vae.inference.natural import sharpen
 
 Quantity = Callable[..., Any]
+
+
+class Trained(NamedTuple):
+    """What a compiled function is given beside the rows.
+
+    Attributes:
+        params: the trained parameters.
+        globals_: draws of the global sites, for the rows' natural-gradient steps.
+    """
+
+    params: dict[str, Any]
+    globals_: dict[str, Array]
 
 
 def globals_key(rng_key: Array) -> Array:
@@ -35,21 +48,28 @@ def draws_of_globals(
 
 
 def encoded(
-    guide: AbstractGuide, static_kwargs: dict[str, Any], params: dict[str, Any], batch: Batch
+    guide: AbstractGuide,
+    static_kwargs: dict[str, Any],
+    natural_steps: int,
+    trained: Trained,
+    batch: Batch,
 ) -> EncodedBatch:
-    """Return what the guide says of a batch."""
-    return EncodedBatch.encode(guide, params, batch, static_kwargs)
+    """Return what the guide says of a batch, and its rows after so many steps."""
+    found = EncodedBatch.encode(guide, trained.params, batch, static_kwargs)
+    return sharpen(found, natural_steps, trained.globals_) if natural_steps else found
 
 
-def of_batch(encode: Callable, quantity: Quantity, params: dict, batch: Batch, *args: Any) -> Any:
+def of_batch(
+    encode: Callable, quantity: Quantity, trained: Trained, batch: Batch, *args: Any
+) -> Any:
     """Return a quantity of a batch of rows."""
-    return quantity(encode(params, batch), *args)
+    return quantity(encode(trained, batch), *args)
 
 
 def of_rows(
     encode: Callable,
     quantity: Quantity,
-    params: dict,
+    trained: Trained,
     batch: Batch,
     rows: Array,
     by_row: Any,
@@ -61,6 +81,6 @@ def of_rows(
     def one(row: Array, of_row: Any) -> Any:
         alone = batch.at(row[None]) if is_cut else batch
         place = jnp.zeros_like(row) if is_cut else row
-        return quantity(encode(params, alone), place, of_row, *args)
+        return quantity(encode(trained, alone), place, of_row, *args)
 
     return jax.vmap(one)(rows, by_row)

@@ -20,7 +20,7 @@ from numpyro_vae.data.arguments import require_key
 from numpyro_vae.data.batch import Batch
 from numpyro_vae.data.devices import ONE_DEVICE
 from numpyro_vae.inference import quantities
-from numpyro_vae.inference.functions import draws_of_globals, encoded, of_batch
+from numpyro_vae.inference.functions import Trained, draws_of_globals, of_batch
 from numpyro_vae.inference.predictable import names_of
 from numpyro_vae.inference.rows import Rows
 from numpyro_vae.inference.runner import Runner
@@ -69,16 +69,17 @@ def _program(runner: Runner, rows: Rows) -> str:
     """Return a fingerprint of what is computed of a row, as parameters do not tell all guides."""
     guide, batch = runner.guide, rows.whole()
     batch = replace(batch, layout=replace(batch.layout, devices=ONE_DEVICE))  # whichever they are
-    encode = partial(encoded, guide, runner.static_kwargs)
     draw = partial(draws_of_globals, guide.sample_globals, runner.static_kwargs, 1)
     quantity = partial(_quantity(runner, rows), num_samples=1)
 
-    def run(params: dict[str, Any], batch: Batch, rng_key: Array) -> Any:
-        return of_batch(encode, quantity, params, batch, rng_key, draw(params, batch, rng_key))
+    def run(trained: Trained, batch: Batch, rng_key: Array) -> Any:
+        globals_ = draw(trained.params, batch, rng_key)
+        return of_batch(runner.encode, quantity, trained, batch, rng_key, globals_)
 
+    trained = runner.trained(rows)
     with HANDLERS:
         guide.set_up_globals(runner.params, rows.args, rows.kwargs, rows.held)
-        return digest_of_program(jax.make_jaxpr(run)(runner.params, batch, jax.random.key(0)))
+        return digest_of_program(jax.make_jaxpr(run)(trained, batch, jax.random.key(0)))
 
 
 def _quantity(runner: Runner, rows: Rows) -> Callable[..., Any]:

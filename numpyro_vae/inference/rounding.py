@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -106,7 +107,11 @@ def _draw(batch: EncodedBatch, rng_key: Array, globals_: dict) -> dict[str, Arra
 
 
 def _weigh(batch: EncodedBatch, packed: Array, globals_: dict, rng_key: Array) -> Array:
-    """Return the log weights of draws ``(batch, num_samples, size)``, rows in front."""
+    """Return the log weights of draws ``(batch, num_samples, size)``, rows in front.
+
+    They are those of the network, as steps of rows differ in another precision.
+    """
+    batch = replace(batch, encoding=batch.network)
 
     def weigh(packed: Array, globals_: dict) -> Array:
         return batch.log_weight(packed, globals_, rng_key)

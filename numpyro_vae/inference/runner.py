@@ -18,8 +18,10 @@ from numpyro_vae.data.batch import Batch
 from numpyro_vae.data.devices import ONE_DEVICE, Devices
 from numpyro_vae.guides.abstract import AbstractGuide
 from numpyro_vae.inference.compiled import Compiled
+from numpyro_vae.inference.encoded import EncodedBatch
 from numpyro_vae.inference.functions import (
     Quantity,
+    Trained,
     draws_of_globals,
     encoded,
     globals_key,
@@ -34,6 +36,7 @@ from numpyro_vae.numpyro_internals import HANDLERS
 
 ROWS = 256  # rows at once
 DRAWS = 2**22  # values drawn at once
+NUM_GLOBALS = 16  # draws of the global sites that the steps of rows are given
 PARTS = 2**32 - 2  # of no row: what the keys of parts of the draws are folded with first
 
 
@@ -49,6 +52,7 @@ class Runner:
         batch_axes: the datum axis of each of the model's arguments.
         num_data: how many rows the guide was trained on, if that is known.
         devices: those among which the rows of a batch are divided.
+        natural_steps: that each row takes after the network, see `sharpen`.
     """
 
     def __init__(
@@ -59,10 +63,11 @@ class Runner:
         batch_axes: Any,
         num_data: int | None = None,
         devices: Devices = ONE_DEVICE,
+        natural_steps: int = 0,
     ):
         self.guide, self.params, self.devices = guide, devices.put(params), devices
         self.static_kwargs, self.batch_axes = static_kwargs, batch_axes
-        self.num_data = num_data
+        self.num_data, self.natural_steps = num_data, natural_steps
         self.sizes: dict[str, tuple[int, int]] = {}  # of the data sets that it was trained on
         self._has_features: bool | None = None
 
@@ -135,7 +140,7 @@ class Runner:
         draw = getattr(self.guide, method)
         fn = partial(draws_of_globals, draw, self.static_kwargs, num_samples)
         compiled = self._compiled((method, num_samples), fn)
-        args = self._of_all(compiled, rows, globals_key(rng_key))
+        args = self._of_all(compiled, self.params, rows, globals_key(rng_key))
         if self.guide.global_names:
             require_memory(size_of(compiled.shapes(*args)))
         return compiled(*args)
@@ -180,11 +185,11 @@ class Runner:
         Raises:
             MemoryError: if the results do not fit in memory; nothing is computed then.
         """
-        compiled = self._compiled_quantity(of_batch, quantity, static)
+        compiled, trained = self._compiled_quantity(of_batch, quantity, static), self.trained(rows)
 
         def given(batch: Batch) -> tuple:
             mine = () if by_row is None else (_cut(by_row, rows, batch),)
-            return (self.params, batch, *mine, *args)
+            return (trained, batch, *mine, *args)
 
         values = max(num_draws * self.width(), _largest(by_row))
         batch_size = batch_size or _batch_size(values)
@@ -247,10 +252,10 @@ class Runner:
 
     def trace(self, quantity: Quantity, rows: Rows, *args: Any) -> Any:
         """Return the shapes of a quantity of a batch, for which nothing is computed."""
-        encode = partial(encoded, self.guide, self.static_kwargs)
+        trained = self.trained(rows)
         with HANDLERS:
-            found = partial(of_batch, encode, quantity)
-            return jax.eval_shape(found, self.params, rows.whole(), *args)
+            found = partial(of_batch, self.encode, quantity)
+            return jax.eval_shape(found, trained, rows.whole(), *args)
 
     def has_features(self, rows: Rows) -> bool:
         """Return whether the guide says what it says of a row by features; see `refine`."""
@@ -263,24 +268,24 @@ class Runner:
     def once(self, quantity: Quantity, rows: Rows, *args: Any, **static: Any) -> Any:
         """Run a quantity of all rows at once; see `per_batch`."""
         compiled = self._compiled_quantity(of_batch, quantity, static)
-        found = compiled(*self._of_all(compiled, rows, *args))
+        found = compiled(*self._of_all(compiled, self.trained(rows), rows, *args))
         return jax.tree.map(np.asarray, found)
 
-    def _of_all(self, compiled: Compiled, rows: Rows, *args: Any) -> tuple:
+    def _of_all(self, compiled: Compiled, trained: Any, rows: Rows, *args: Any) -> tuple:
         """Return the arguments of a quantity of all rows, read only if it depends on them.
 
         Of rows that are not in memory some stand for all, unless it reads them, or is another
         function where there are as many as there are, such as of ``len(x)``.
         """
-        given = (self.params, rows.everything(), *args)
+        given = (trained, rows.everything(), *args)
         if rows.stored is None:
             return given
         program, used = compiled.program(*given)
         pairs = zip(used[1].arrays, rows.data.layout.axes, strict=True)
         reads = any(is_used for is_used, axis in pairs if axis is not None)
-        if not reads and program == compiled.program(self.params, rows.shapes(), *args)[0]:
+        if not reads and program == compiled.program(trained, rows.shapes(), *args)[0]:
             return given
-        return (self.params, replace(rows, picked=None).in_memory().everything(), *args)
+        return (trained, replace(rows, picked=None).in_memory().everything(), *args)
 
     def per_row(
         self, quantity: Quantity, rows: Rows, by_row: Any, *args: Any, **static: Any
@@ -303,7 +308,7 @@ class Runner:
         by_row = jax.tree.map(lambda x: devices.divide(x[places]), by_row)
         chosen = devices.divide(where[places])
         compiled = self._compiled_quantity(of_rows, quantity, static)
-        found = compiled(self.params, pool, chosen, by_row, *args)
+        found = compiled(self.trained(rows), pool, chosen, by_row, *args)
         return jax.tree.map(lambda x: np.asarray(x)[:size], found)
 
     def width(self, *, observed: bool = False) -> int:
@@ -327,9 +332,19 @@ class Runner:
 
     def _compiled_quantity(self, of: Callable, quantity: Quantity, static: dict) -> Compiled:
         require_whole("num_particles", static.get("particles", 1))
-        encode = partial(encoded, self.guide, self.static_kwargs)
-        fn = partial(of, encode, partial(quantity, **static))
-        return self._compiled((of, quantity, *sorted(static.items())), fn)
+        fn = partial(of, self.encode, partial(quantity, **static))
+        return self._compiled((of, quantity, self.natural_steps, *sorted(static.items())), fn)
+
+    @property
+    def encode(self) -> Callable[..., EncodedBatch]:
+        """What encodes a batch of rows, given what `trained` returns."""
+        return partial(encoded, self.guide, self.static_kwargs, self.natural_steps)
+
+    def trained(self, rows: Rows) -> Trained:
+        """Return what is trained, and draws of the global sites if rows take steps given these."""
+        if not self.natural_steps or not self.guide.global_names:
+            return Trained(self.params, {})
+        return Trained(self.params, self.draw_globals(jax.random.key(0), rows, NUM_GLOBALS))
 
     def _compiled(self, key: tuple, fn: Callable[..., Any]) -> Compiled:
         """Return a compiled function, the same for all runners with these static arguments."""

@@ -66,6 +66,7 @@ def save_posterior(self: Any, path: str | os.PathLike[str]) -> None:  # noqa: D4
         "model": model,
         "static_kwargs": {name: store_option(x) for name, x in self.static_kwargs.items()},
         "batch_axes": pack(self.batch_axes),
+        "natural_steps": self.natural_steps,
         "params": params,
         "sizes": {name: list(size) for name, size in self._runner.sizes.items()},
     }
@@ -137,7 +138,7 @@ def load_posterior[P](  # noqa: D417 - a method
         ) from error
     guide, params, kwargs, batch_axes = loaded
     sizes = {name: tuple(size) for name, size in manifest.get("sizes", {}).items()}
-    found = Trained(params, sizes)
+    found = Trained(params, sizes, manifest.get("natural_steps", 0))
     return cls(guide, found, static_kwargs=kwargs, batch_axes=batch_axes, mesh=mesh)
 
 
@@ -146,6 +147,7 @@ class Trained(NamedTuple):
 
     params: dict[str, Any]
     sizes: dict[str, tuple[int, int]]
+    natural_steps: int
 
 
 def _restore(

@@ -18,7 +18,8 @@ from numpyro_vae.checks.novelty import NEIGHBOURS, PARTICLES, NoveltyReference, 
 from numpyro_vae.inference import quantities
 from numpyro_vae.inference.encoded import PAIRS, EncodedBatch
 from numpyro_vae.inference.functions import draws_of_globals, globals_key
-from numpyro_vae.inference.runner import ROWS, Runner
+from numpyro_vae.inference.natural import sharpen
+from numpyro_vae.inference.runner import NUM_GLOBALS, ROWS, Runner
 from numpyro_vae.serving.inputs import Inputs
 from numpyro_vae.serving.leaves import Leaves
 
@@ -121,8 +122,12 @@ class Programs:
     def _encoded(self, arrays: Arrays, row: Arrays, number: Array) -> EncodedBatch:
         """Encode one row, so that a call with as many of them as a batch has fits in memory."""
         batch, params = self.inputs.batch(row, number), self.leaves.restore(arrays)
-        found = EncodedBatch.encode(self.runner.guide, params, batch, self.runner.static_kwargs)
-        return replace(found, pairs=PAIRS // ROWS)
+        guide, steps = self.runner.guide, self.runner.natural_steps
+        found = EncodedBatch.encode(guide, params, batch, self.runner.static_kwargs)
+        found = replace(found, pairs=PAIRS // ROWS)
+        if not steps:
+            return found
+        return sharpen(found, steps, self._globals(found, jax.random.key(0), NUM_GLOBALS))
 
     def _globals(self, encoded: EncodedBatch, key: Array, num_samples: int) -> Arrays:
         given = (self.runner.guide.sample_globals, self.runner.static_kwargs, num_samples)
