@@ -122,6 +122,7 @@ ORDER = {
         "psis",
         "divergences",
         "encoded",
+        "natural",
         "functions",
         "quantities",
         "memory",

@@ -25,6 +25,7 @@ POINTS = 32  # at which the density is looked at, or two for each latent if thos
 FIRST, SHORTER, LONGER = 0.5, 0.3, 2.0  # a row's step; and its factors, after no gain and a gain
 MOST = 256  # latents, as a step takes the eigenvalues of a matrix of so many rows
 FURTHEST = 1.0  # that a step moves, in standard deviations along each latent, root mean square
+WIDENED = 0.01  # nats that a Normal which does not fit is widened by, at most
 WIDEST = 4.0  # times that a step multiplies or divides a variance by, at most
 
 
@@ -36,12 +37,15 @@ class Measured(NamedTuple):
         elbo: of the row, but for a constant.
         slope: the mean of the gradients of the log density.
         bend: minus the mean of its second derivatives, which is 1 where the Normal is right.
+        misfit: half the variance of the log weights of the points, which is some nats of what the
+            Normal loses; 0 where it is right.
     """
 
     normal: Normal
     elbo: Float[Array, "batch"]
     slope: Float[Array, "batch size"]
     bend: Float[Array, "batch size size"]
+    misfit: Float[Array, "batch"]
 
 
 def sharpen(batch: EncodedBatch, num_steps: int, globals_: Mapping[str, Array]) -> EncodedBatch:
@@ -56,6 +60,10 @@ def sharpen(batch: EncodedBatch, num_steps: int, globals_: Mapping[str, Array]) 
     with means over the Normal, for which a fixed set of points stands that has its mean and its
     covariance. Of a posterior that is Normal a step of :math:`\rho = 1` finds it. A row that gains
     nothing by a step stays where it is, and takes a shorter one next.
+
+    What has the largest ELBO has too light tails where the posterior is not Normal: many a k-hat is
+    above 0.7 a hundredth of a nat from the evidence. So it is widened a little at the end, by as
+    much as costs 0.01 nats, or what it loses anyway if that is less.
 
     Args:
         batch: what the network says of a batch.
@@ -78,7 +86,7 @@ def sharpen(batch: EncodedBatch, num_steps: int, globals_: Mapping[str, Array]) 
     points = _points(start[0].shape[-1], start[0].dtype)
     measure = partial(_measure, batch, points, globals_)
 
-    def step(_: int, state: tuple[Measured, Array]) -> tuple[Measured, Array]:
+    def step(_: Array, state: tuple[Measured, Array]) -> tuple[Measured, Array]:
         best, rate = state
         moved = measure(_move(best, rate))
         gained = moved.elbo > best.elbo  # not if it is NaN
@@ -88,7 +96,7 @@ def sharpen(batch: EncodedBatch, num_steps: int, globals_: Mapping[str, Array]) 
     with full_precision():
         first = measure(start), jnp.full(start[0].shape[:1], FIRST, start[0].dtype)
         best, _ = jax.lax.fori_loop(0, num_steps, step, first)
-    return replace(batch, encoding=at(best.normal))
+    return replace(batch, encoding=at(_widened(best, batch.encoding.mask)))
 
 
 def _normals(batch: EncodedBatch) -> tuple[Encoding, Normal]:
@@ -159,7 +167,9 @@ def _measure(
     bend = (bend + bend.mT) / 2
     if batch.encoding.mask is not None:
         bend = jnp.where(_pairs(batch.encoding.mask), bend, jnp.eye(loc.shape[-1], dtype=loc.dtype))
-    return Measured(normal, by_row.mean(0) + log_det, slopes.mean(0), bend)
+    count = jnp.ones_like(loc) if batch.encoding.mask is None else batch.encoding.mask
+    misfit = jnp.var(by_row + jnp.square(points) @ count.T / 2, axis=0) / 2
+    return Measured(normal, by_row.mean(0) + log_det, slopes.mean(0), bend, misfit)
 
 
 def _move(at: Measured, rate: Float[Array, "batch"]) -> Normal:
@@ -173,6 +183,14 @@ def _move(at: Measured, rate: Float[Array, "batch"]) -> Normal:
     length = jnp.sqrt(jnp.square(step).mean(-1, keepdims=True))
     step = step * jnp.minimum(1.0, FURTHEST / jnp.maximum(length, 1e-30))
     return loc + jnp.einsum("bij,bj->bi", tril, step), lower_root(tril @ wider)
+
+
+def _widened(at: Measured, mask: Bool[Array, "batch size"] | None) -> Normal:
+    """Return the Normal with its variances multiplied, whose ELBO falls by about `WIDENED`."""
+    loc, tril = at.normal
+    lost = jnp.nan_to_num(jnp.minimum(at.misfit, WIDENED))
+    factor = jnp.sqrt(1 + 2 * jnp.sqrt(lost / loc.shape[-1]))[:, None, None]
+    return loc, tril * (factor if mask is None else jnp.where(mask[:, :, None], factor, 1.0))
 
 
 def _choose(gained: Bool[Array, "batch"], new: Array, old: Array) -> Array:
