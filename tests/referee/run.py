@@ -138,9 +138,7 @@ def table(found: Sequence[Failure]) -> str:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--seeds", default="0:2000", help="first:stop, first:stop:step, or one seed"
-    )
+    parser.add_argument("--seeds", default="0:2000", help="first:stop, or with :step, or one seed")
     parser.add_argument("--features", help="those to draw from, by default all")
     parser.add_argument("--without", default="", help="features that are left out")
     parser.add_argument("--comparisons", default=",".join(COMPARISONS))
