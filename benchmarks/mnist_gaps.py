@@ -1,6 +1,7 @@
 """What guides of an MNIST model lose of the evidence, and what simulations bring back.
 
     python benchmarks/mnist_gaps.py --data binarized_mnist.npz [--epochs 1000] [--steps 30000]
+        [--rate 2e-3] [--decays 0.1,0.01] [--standardize]
 
 The images of published tables are those of Larochelle and Murray (2011), binarized once: an .npz
 with ``train``, ``valid`` and ``test``, a row of 784 pixels each, or of 98 bytes that hold them.
@@ -8,9 +9,10 @@ Grey ones, as for `mnist_elbo.py`, are binarized here. The model is 40-400-784, 
 encoder 784-400-40.
 
 ``bound``: model and guide are trained by the plain ELBO on the rows of ``train`` and ``valid``,
-with weight decay, without which the encoder learns these rows by heart. The ELBO and the evidence
-of the test rows, from 200 draws each, before and after the guide alone is trained on simulations
-and data in equal parts.
+with weight decay, without which the encoder learns these rows by heart. The encoder reads the
+pixels as they are unless ``--standardize`` is given. The ELBO and the evidence of the test rows,
+from 200 draws each, before and after the guide alone is trained on simulations and data in equal
+parts.
 
 ``gaps``: to the model as it is after 60 epochs, a guide of full covariance with a residual encoder,
 trained on simulations and a few data. On 500 test rows: its gaps (Cremer, Li and Duvenaud, 2018),
@@ -20,6 +22,7 @@ the shares of verdicts, and what `repair` mends without NUTS.
 import argparse
 import time
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -45,19 +48,45 @@ from numpyro_vae.objectives import ImportanceWeightedELBO
 
 PIXELS, HIDDEN, LATENT, BATCH, CHECKED = 784, 400, 40, 128, 500
 VERDICTS = ("fine", "reweight", "borderline", "not to be trusted")
-DECODER = nnx.Sequential(
-    nnx.Linear(LATENT, HIDDEN, rngs=nnx.Rngs(0)),
-    nnx.relu,
-    nnx.Linear(HIDDEN, PIXELS, rngs=nnx.Rngs(1)),
-)
-SMALL = partial(MLP, hidden_sizes=(HIDDEN,), activation=jax.nn.relu)
 
 
-def model(x):
-    decode = nnx_module("decoder", DECODER)
-    with numpyro.plate("image", len(x)):
-        z = numpyro.sample("z", dist.Normal(0.0, 1.0).expand([LATENT]).to_event(1))
-        numpyro.sample("x", dist.Bernoulli(logits=decode(z)).to_event(1), obs=x)
+class Setting(NamedTuple):
+    """How model and guide are trained together."""
+
+    rate: float = 2e-3
+    encoder_decay: float = 0.1
+    decoder_decay: float = 0.01
+    standardize: bool = False
+
+    @property
+    def decay(self):
+        return decay("auto", self.encoder_decay), decay("decoder", self.decoder_decay)
+
+    @property
+    def encoder(self):
+        return partial(
+            MLP, hidden_sizes=(HIDDEN,), activation=jax.nn.relu, standardize=self.standardize
+        )
+
+
+FEW_EPOCHS = Setting(1e-3, 0.0, 0.0, standardize=True)
+
+
+def make_model(seed=0):
+    """Return the model; the first weights of its decoder are those of a seed."""
+    decoder = nnx.Sequential(
+        nnx.Linear(LATENT, HIDDEN, rngs=nnx.Rngs(2 * seed)),
+        nnx.relu,
+        nnx.Linear(HIDDEN, PIXELS, rngs=nnx.Rngs(2 * seed + 1)),
+    )
+
+    def model(x):
+        decode = nnx_module("decoder", decoder)
+        with numpyro.plate("image", len(x)):
+            z = numpyro.sample("z", dist.Normal(0.0, 1.0).expand([LATENT]).to_event(1))
+            numpyro.sample("x", dist.Bernoulli(logits=decode(z)).to_event(1), obs=x)
+
+    return model
 
 
 def load(path):
@@ -85,10 +114,7 @@ def decay(start, strength):
     return optax.add_decayed_weights(strength, mask)
 
 
-DECAY = decay("auto", 0.12), decay("decoder", 0.03)
-
-
-def train(guide, loss, data, steps, batch_size=BATCH, rate=1e-3, decay=(), **options):
+def train(guide, loss, data, steps, batch_size=BATCH, rate=1e-3, decay=(), seed=0, **options):
     """Train for about so many steps, with a rate that falls to zero."""
     rows = data.num_data if isinstance(data, Simulations) else len(data)
     epochs = max(round(steps * batch_size / rows), 1)
@@ -96,10 +122,10 @@ def train(guide, loss, data, steps, batch_size=BATCH, rate=1e-3, decay=(), **opt
     schedule = optax.warmup_cosine_decay_schedule(0.0, rate, warmup, steps)
     adam = optax.scale_by_adam(eps=1e-4), *decay, optax.scale_by_learning_rate(schedule)
     optimizer = optax.chain(optax.clip_by_global_norm(100.0), *adam)
-    svi = SVI(model, guide, optimizer, loss)
+    svi = SVI(guide.model, guide, optimizer, loss)
     options |= {"batch_size": batch_size, "num_epochs": epochs, "progress_bar": False}
     start = time.perf_counter()
-    result = fit(svi, jax.random.key(0), data, **options)
+    result = fit(svi, jax.random.key(seed), data, **options)
     print(f"  {epochs} epochs, {time.perf_counter() - start:.0f} s", flush=True)
     return result
 
@@ -110,22 +136,24 @@ def simulations(data, steps, real_fraction):
     return Simulations(number, like=data, real_fraction=real_fraction)
 
 
-def plain(x, epochs, decay=()):
-    """Train model and guide by the ELBO of the data."""
-    guide = AutoAmortizedNormal(model, SMALL)
+def together(loss, x, epochs, setting, seed=0):
+    """Train model and guide on rows."""
+    guide = AutoAmortizedNormal(make_model(seed), setting.encoder)
     steps = epochs * -(-len(x) // BATCH)
-    return guide, train(guide, TraceMeanField_ELBO(), x, steps, decay=decay)
+    options = {"rate": setting.rate, "decay": setting.decay, "seed": seed}
+    return guide, train(guide, loss, x, steps, **options)
 
 
-def bound(x, test, epochs, steps):
-    guide, result = plain(x, epochs, DECAY)
-    _print_bound(f"{epochs} epochs", Posterior(guide, result), test)
+def bound(x, test, epochs, steps, setting):
+    guide, result = together(TraceMeanField_ELBO(), x, epochs, setting)
+    print_bound(f"{epochs} epochs", Posterior(guide, result), test)
     source, start = simulations(x, steps, 0.5), {"init_params": result.params, "freeze": "model"}
     result = train(guide, TraceMeanField_ELBO(), source, steps, rate=5e-4, **start)
-    _print_bound("and simulations", Posterior(guide, result), test)
+    print_bound("and simulations", Posterior(guide, result), test)
 
 
-def _print_bound(name, posterior, test):
+def print_bound(name, posterior, test):
+    """Print the ELBO and the evidence of rows; return the evidence of each."""
     checks = (Importance(num_samples=200),)
     found = posterior.check(jax.random.key(1), test, checks, progress_bar=False).dataset
     error = found["log_evidence"].std().item() / len(test) ** 0.5
@@ -133,12 +161,13 @@ def _print_bound(name, posterior, test):
     print(
         f"  {name:<18} -ELBO {elbo:.2f}, -evidence {evidence:.2f} (se {error:.2f}) nats", flush=True
     )
+    return found["log_evidence"].values
 
 
 def gaps(x, test, epochs, steps, width):
-    _, result = plain(x, epochs)
+    guide, result = together(TraceMeanField_ELBO(), x, epochs, FEW_EPOCHS)
     encoder = partial(ResidualMLP, hidden_size=width, num_blocks=3)
-    guide = AutoAmortizedMultivariateNormal(model, encoder)
+    guide = AutoAmortizedMultivariateNormal(guide.model, encoder)
     rows = np.random.default_rng(0).choice(len(test), min(CHECKED, len(test)), replace=False)
     params = {name: x for name, x in result.params.items() if name.startswith("decoder")}
     source = simulations(x, steps, 0.3)
@@ -164,16 +193,28 @@ def _print_gaps(posterior, x):
     print(f"    {', '.join(shares)}; {', '.join(means)} nats", flush=True)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__)
+def parse(parser):
+    """Add what says how model and guide are trained; return all options and the setting."""
+    best = Setting()
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--data", help="an .npz with train, valid and test")
     source.add_argument("--smoke", action="store_true", help="few random images: does it run?")
+    parser.add_argument("--rate", type=float, default=best.rate)
+    decays = f"{best.encoder_decay},{best.decoder_decay}"
+    parser.add_argument("--decays", default=decays, help="of the encoder's and decoder's weights")
+    parser.add_argument("--standardize", action="store_true", help="the encoder's pixels")
+    args = parser.parse_args()
+    encoder_decay, decoder_decay = map(float, args.decays.split(","))
+    return args, Setting(args.rate, encoder_decay, decoder_decay, args.standardize)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--parts", default="bound,gaps")
     parser.add_argument("--epochs", type=int, default=1000, help="of the part `bound`")
     parser.add_argument("--steps", type=int, default=30_000, help="on simulations")
     parser.add_argument("--width", type=int, default=512, help="of the residual encoder")
-    args = parser.parse_args()
+    args, setting = parse(parser)
     x, test = load(args.data)
     if args.smoke:
         args.epochs, args.steps, args.width, few = 1, 20, 16, 1
@@ -181,7 +222,7 @@ def main():
         few = 60
     if "bound" in args.parts:
         print("\nbounds of test rows, plain ELBO")
-        bound(x, test, args.epochs, args.steps)
+        bound(x, test, args.epochs, args.steps, setting)
     if "gaps" in args.parts:
         print("\na guide of full covariance")
         gaps(x, test, few, args.steps, args.width)

@@ -35,7 +35,13 @@ WITHOUT_DATA = (
     "larger_than_memory.py",
 )
 OPTIONAL_DATA = ("convolution.py",)
-NEED_DATA = ("checking.py", "mnist_elbo.py", "mnist_gaps.py", "hand_written.py")
+NEED_DATA = (
+    "checking.py",
+    "mnist_elbo.py",
+    "mnist_gaps.py",
+    "mnist_particles.py",
+    "hand_written.py",
+)
 # Nearly all of a smoke run is compiling, which takes half as long without optimization.
 COMPILE_FAST = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 

@@ -9,7 +9,13 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
 FOLDER = ROOT / "benchmarks"
-NEED_MNIST = {"mnist_elbo.py", "mnist_gaps.py", "checking.py", "hand_written.py"}
+NEED_MNIST = {
+    "mnist_elbo.py",
+    "mnist_gaps.py",
+    "mnist_particles.py",
+    "checking.py",
+    "hand_written.py",
+}
 # What can be run; the other files are imported by these.
 SCRIPTS = sorted(
     path.name

@@ -3,9 +3,10 @@
     python tests/referee/run.py --seeds 0:2000
     python tests/referee/run.py --seeds 7 --features second_plate,mask_rows
     python tests/referee/run.py --seeds 0:100 --without scale_all --comparisons weights
+    python tests/referee/run.py --seeds 3:2000:8 --workers 1 --every 1
 
 A failure is reduced to the features that it needs; those of the same comparison and features are
-one line of the table.
+one line of the table. How far it is stands in a line after every 20 models, or ``--every`` so many.
 """
 
 from __future__ import annotations
@@ -137,19 +138,20 @@ def table(found: Sequence[Failure]) -> str:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", default="0:2000", help="first:stop, or one seed")
+    parser.add_argument("--seeds", default="0:2000", help="first:stop, or with :step, or one seed")
     parser.add_argument("--features", help="those to draw from, by default all")
     parser.add_argument("--without", default="", help="features that are left out")
     parser.add_argument("--comparisons", default=",".join(COMPARISONS))
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--every", type=int, default=20, help="models between lines of progress")
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Examine the seeds, and return whether any failed."""
     options = parse(argv)
-    start, _, stop = options.seeds.partition(":")
-    seeds = range(int(start), int(stop or int(start) + 1))
+    first, *others = map(int, options.seeds.split(":"))
+    seeds = range(first, *(others or [first + 1]))
     enabled = frozenset(FEATURES if options.features is None else options.features.split(","))
     enabled -= set(options.without.split(","))
     comparisons, found, failed = options.comparisons.split(","), [], set()
@@ -168,8 +170,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             for failure in mine:
                 print(f"seed {seed}: {failure.comparison}: {' '.join(failure.features)}")
                 print(f"    {failure.message}", flush=True)
-            if number % 20 == 0:
-                print(f"{number} of {len(seeds)} models, {len(failed)} fail", flush=True)
+            if number % options.every == 0:
+                done = f"{number} of {len(seeds)} models, to seed {seed}"
+                print(f"{done}, {len(failed)} fail", flush=True)
     print(table(found))
     print(f"{len(failed)} of {len(seeds)} models fail")
     return bool(failed)
