@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,8 +15,8 @@ from numpyro_vae.checks.report import Report
 from numpyro_vae.checks.run import run_checks
 from numpyro_vae.data.arguments import require_count
 from numpyro_vae.data.devices import Devices
+from numpyro_vae.inference import draws
 from numpyro_vae.inference import quantities as compiled
-from numpyro_vae.inference.draws import SiteEncoding, sample_sites, site_probabilities
 from numpyro_vae.inference.make_datatree import make_datatree
 from numpyro_vae.inference.predictable import predict
 from numpyro_vae.inference.runner import Runner, choose_names
@@ -56,16 +55,15 @@ class Posterior:
         static_kwargs: keyword arguments of the model that are the same in every call; by default
             those of the fit.
         batch_axes: the datum axis of each argument, as for `fit`; by default those of the fit.
-        natural_steps: natural-gradient steps that each row's Normal takes from what the network
-            says, towards the row's largest ELBO; see the page on training. It has any covariance
-            then. By default 0, or what a saved posterior had.
+        natural_steps: that each row's Normal takes from what the network says, towards the row's
+            largest ELBO and any covariance; see the page on training.
         mesh: the devices of a `jax.sharding.Mesh` of one axis, among which the rows of each batch
             are divided; results are those of one device. Of devices of several processes each
             uses its own, for its own rows.
 
     Raises:
         TypeError: if the guide is none, has no model, or the parameters are none.
-        ValueError: if rows are to take steps, at the first call, and the guide says no Normals.
+        ValueError: at the first call, if rows are to take steps, and the guide says no Normals.
 
     Example:
         >>> import jax, numpyro, numpyro.distributions as dist, optax
@@ -96,7 +94,7 @@ class Posterior:
         segments: Mapping[str, Callable[..., Any]] | None = None,
         static_kwargs: Mapping[str, Any] | None = None,
         batch_axes: Any = OF_FIT,
-        natural_steps: int | None = None,
+        natural_steps: int = 0,
         mesh: Mesh | None = None,
     ):
         trained = require_trained(guide, params, model, plate, segments)
@@ -107,8 +105,6 @@ class Posterior:
         self.guide, self.batch_axes = trained, batch_axes
         self.static_kwargs = dict(static_kwargs)
         self.params = with_state(params)
-        if natural_steps is None:
-            natural_steps = getattr(params, "natural_steps", 0)
         self.natural_steps = require_count("natural_steps", natural_steps, least=0)
         known = (self.static_kwargs, batch_axes, getattr(params, "num_data", None))
         devices = Devices.of(mesh).own
@@ -117,7 +113,7 @@ class Posterior:
 
     save, load, export = save_posterior, classmethod(load_posterior), export_posterior
 
-    def encode(self, data: Any) -> dict[str, SiteEncoding]:
+    def encode(self, data: Any) -> dict[str, draws.SiteEncoding]:
         """Return ``loc`` and ``scale`` of every local site's unconstrained values.
 
         Args:
@@ -128,7 +124,7 @@ class Posterior:
         """
         rows = self._runner.read(data)
         found = self._runner.per_batch(compiled.encode, rows)
-        return {name: SiteEncoding(*parts) for name, parts in found.items()}
+        return {name: draws.SiteEncoding(*parts) for name, parts in found.items()}
 
     def sample(
         self,
@@ -152,7 +148,7 @@ class Posterior:
         Raises:
             ValueError: if ``num_samples`` is below 1 or a site does not exist.
         """
-        return sample_sites(self._runner, rng_key, data, num_samples, var_names)
+        return draws.sample_sites(self._runner, rng_key, data, num_samples, var_names)
 
     def predict(
         self,
@@ -206,11 +202,8 @@ class Posterior:
         Raises:
             ValueError: if ``num_samples`` is below 1, or the guide has no density.
         """
-        rows = self._runner.read(data)
-        self._runner.require_density()
-        globals_ = self._runner.draw_globals(rng_key, rows, num_samples)
-        run = partial(self._runner.per_draw, compiled.weigh, num_samples=num_samples)
-        return run(rows, rng_key, globals_)["log_weights"]
+        given = (self._runner, rng_key, data, num_samples)
+        return draws.densities(compiled.weigh, *given)["log_weights"]
 
     def log_evidence(
         self,
@@ -236,11 +229,8 @@ class Posterior:
         Returns:
             An array of shape ``(num_samples, num_data)``.
         """
-        rows = self._runner.read(data)
-        self._runner.require_density()
-        globals_ = self._runner.draw_globals(rng_key, rows, num_samples)
-        run = partial(self._runner.per_draw, compiled.evidence, particles=num_particles)
-        return run(rows, rng_key, globals_, num_samples=num_samples)["log_evidence"]
+        given = (self._runner, rng_key, data, num_samples)
+        return draws.densities(compiled.evidence, *given, particles=num_particles)["log_evidence"]
 
     def probabilities(
         self,
@@ -272,7 +262,7 @@ class Posterior:
             ValueError: if no site of the local plate is enumerated.
         """
         sizes = {"num_samples": num_samples, "particles": num_particles}
-        return site_probabilities(self._runner, rng_key, data, **sizes)
+        return draws.site_probabilities(self._runner, rng_key, data, **sizes)
 
     def check(
         self,

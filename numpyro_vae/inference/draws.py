@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array
 
 from numpyro_vae.inference import quantities
+from numpyro_vae.inference.functions import Quantity
 from numpyro_vae.inference.rows import Rows
 from numpyro_vae.inference.runner import Runner, choose_names
 
@@ -59,3 +60,17 @@ def site_probabilities(
     globals_ = runner.draw_globals(rng_key, rows, num_samples)
     sizes = {"num_samples": num_samples, "particles": particles}
     return runner.per_batch(quantities.classify, rows, rng_key, globals_, **sizes)
+
+
+def densities(
+    quantity: Quantity, runner: Runner, rng_key: Array, data: Any, num_samples: int, **static: Any
+) -> Any:
+    """Return a quantity of draws of every row, of a guide that has densities.
+
+    Raises:
+        ValueError: if it has none.
+    """
+    rows = runner.read(data)
+    runner.require_density()
+    globals_ = runner.draw_globals(rng_key, rows, num_samples)
+    return runner.per_draw(quantity, rows, rng_key, globals_, num_samples=num_samples, **static)

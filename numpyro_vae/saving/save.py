@@ -138,8 +138,9 @@ def load_posterior[P](  # noqa: D417 - a method
         ) from error
     guide, params, kwargs, batch_axes = loaded
     sizes = {name: tuple(size) for name, size in manifest.get("sizes", {}).items()}
-    found = Trained(params, sizes, manifest.get("natural_steps", 0))
-    return cls(guide, found, static_kwargs=kwargs, batch_axes=batch_axes, mesh=mesh)
+    known = {"static_kwargs": kwargs, "batch_axes": batch_axes}
+    steps = manifest.get("natural_steps", 0)
+    return cls(guide, Trained(params, sizes), **known, natural_steps=steps, mesh=mesh)
 
 
 class Trained(NamedTuple):
@@ -147,7 +148,6 @@ class Trained(NamedTuple):
 
     params: dict[str, Any]
     sizes: dict[str, tuple[int, int]]
-    natural_steps: int
 
 
 def _restore(
