@@ -47,6 +47,7 @@ from numpyro_vae.checks import Gap, Importance
 from numpyro_vae.objectives import ImportanceWeightedELBO
 
 PIXELS, HIDDEN, LATENT, BATCH, CHECKED = 784, 400, 40, 128, 500
+NATURAL_STEPS = 0, 1, 2, 4
 VERDICTS = ("fine", "reweight", "borderline", "not to be trusted")
 
 
@@ -147,6 +148,8 @@ def together(loss, x, epochs, setting, seed=0):
 def bound(x, test, epochs, steps, setting):
     guide, result = together(TraceMeanField_ELBO(), x, epochs, setting)
     print_bound(f"{epochs} epochs", Posterior(guide, result), test)
+    stepped = Posterior(guide, result, natural_steps=NATURAL_STEPS[-1])
+    print_bound("and natural steps", stepped, test)
     source, start = simulations(x, steps, 0.5), {"init_params": result.params, "freeze": "model"}
     result = train(guide, TraceMeanField_ELBO(), source, steps, rate=5e-4, **start)
     print_bound("and simulations", Posterior(guide, result), test)
@@ -165,21 +168,34 @@ def print_bound(name, posterior, test):
 
 
 def gaps(x, test, epochs, steps, width):
-    guide, result = together(TraceMeanField_ELBO(), x, epochs, FEW_EPOCHS)
-    encoder = partial(ResidualMLP, hidden_size=width, num_blocks=3)
-    guide = AutoAmortizedMultivariateNormal(guide.model, encoder)
+    small, result = together(TraceMeanField_ELBO(), x, epochs, FEW_EPOCHS)
     rows = np.random.default_rng(0).choice(len(test), min(CHECKED, len(test)), replace=False)
+    _judge("independent Normals, 784-400-40", small, result, test[rows])
+    encoder = partial(ResidualMLP, hidden_size=width, num_blocks=3)
+    guide = AutoAmortizedMultivariateNormal(small.model, encoder)
     params = {name: x for name, x in result.params.items() if name.startswith("decoder")}
     source = simulations(x, steps, 0.3)
     start = {"init_params": params, "freeze": "model"}
     result = train(guide, ImportanceWeightedELBO(1, "stl"), source, steps, **start)
-    posterior = Posterior(guide, result)
-    _print_gaps(posterior, test[rows])
-    report = posterior.check(jax.random.key(2), test[rows], "importance", progress_bar=False)
+    _judge(f"full covariance, residual, {width} wide", guide, result, test[rows])
+
+
+def _judge(name, guide, result, x):
+    """Print the gaps of rows with and without steps of their own, and what repair mends."""
+    print(f"  {name}")
+    for number in NATURAL_STEPS:
+        posterior = Posterior(guide, result, natural_steps=number)
+        posterior.encode(x)
+        start = time.perf_counter()
+        posterior.encode(x)
+        cost = 1e3 * (time.perf_counter() - start) / len(x)
+        print(f"    {number} natural-gradient steps, {cost:.2f} ms a row: ", end="")
+        _print_gaps(posterior, x)
+    report = posterior.check(jax.random.key(2), x, "importance", progress_bar=False)
     start = time.perf_counter()
-    repaired = posterior.repair(jax.random.key(3), test[rows], report, method="refine")
+    repaired = posterior.repair(jax.random.key(3), x, report, method="refine")
     share, seconds = repaired.dataset["passed"].mean().item(), time.perf_counter() - start
-    print(f"  repaired without NUTS: {share:.1%} of {len(repaired.rows)} rows, {seconds:.0f} s")
+    print(f"    repaired without NUTS: {share:.1%} of {len(repaired.rows)} rows, {seconds:.0f} s")
 
 
 def _print_gaps(posterior, x):
@@ -190,7 +206,7 @@ def _print_gaps(posterior, x):
         f"{part} gap {np.nanmean(report.dataset[f'gap_{part}'].values):.2f}"
         for part in ("amortization", "approximation")
     ]
-    print(f"    {', '.join(shares)}; {', '.join(means)} nats", flush=True)
+    print(f"{', '.join(shares)}; {', '.join(means)} nats", flush=True)
 
 
 def parse(parser):

@@ -25,7 +25,12 @@ from numpyro.contrib.module import nnx_module
 from numpyro.infer import TraceEnum_ELBO
 from sklearn.datasets import load_digits
 
-from numpyro_vae import Importance, amortize
+from numpyro_vae import (
+    AutoAmortizedMultivariateNormal,
+    Importance,
+    ResidualMLP,
+    amortize,
+)
 
 NOISE = 0.5
 
@@ -175,13 +180,15 @@ CASES = {
 }
 
 
-def judge(name: str, case: Case, seed: int, *, smoke: bool) -> None:
+def judge(name: str, case: Case, seed: int, *, normal: bool, smoke: bool) -> None:
     """Print a row of the table before the simulations, and one after them."""
     sizes = {"num_steps": 20, "num_simulation_steps": 10} if smoke else {}
     before = sizes | {"num_simulation_steps": 0}
     for phase, options in (("before", before), ("after", sizes)):
         start = time.perf_counter()
         options = case.options | options
+        if normal:
+            options["guide"] = AutoAmortizedMultivariateNormal(case.model, ResidualMLP)
         key = jax.random.key(seed)
         posterior = amortize(case.model, key, case.train, progress_bar=False, **options)
         seconds = time.perf_counter() - start
@@ -202,17 +209,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--folder", type=pathlib.Path, help="with lsat.csv")
     parser.add_argument("--models", default=",".join(CASES), help="names, with commas")
+    parser.add_argument("--normal", action="store_true", help="a full-rank Normal in every guide")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--smoke", action="store_true", help="tiny sizes: does it run?")
     args = parser.parse_args()
     columns = f"{'ELBO':>9s} {'gap':>8s} {'k-hat<':>9s} {'usable':>8s} {'no trust':>9s} {'s':>6s}"
     print(f"{'model':24s} {columns}")
     for name in ["growth"] if args.smoke else args.models.split(","):
-        judge(name, CASES[name](np.random.default_rng(args.seed)), args.seed, smoke=args.smoke)
+        judge(
+            name,
+            CASES[name](np.random.default_rng(args.seed)),
+            args.seed,
+            normal=args.normal,
+            smoke=args.smoke,
+        )
     if args.folder is not None:
         answers = np.loadtxt(args.folder / "lsat.csv", delimiter=",", skiprows=1)[:, -5:]
         answers = np.random.default_rng(args.seed).permutation(answers)
-        judge("item_response", item_response(answers), args.seed, smoke=args.smoke)
+        judge(
+            "item_response", item_response(answers), args.seed, normal=args.normal, smoke=args.smoke
+        )
 
 
 if __name__ == "__main__":
