@@ -215,20 +215,14 @@ def main() -> None:
     args = parser.parse_args()
     columns = f"{'ELBO':>9s} {'gap':>8s} {'k-hat<':>9s} {'usable':>8s} {'no trust':>9s} {'s':>6s}"
     print(f"{'model':24s} {columns}")
+    options = {"normal": args.normal, "smoke": args.smoke}
     for name in ["growth"] if args.smoke else args.models.split(","):
-        judge(
-            name,
-            CASES[name](np.random.default_rng(args.seed)),
-            args.seed,
-            normal=args.normal,
-            smoke=args.smoke,
-        )
+        case = CASES[name](np.random.default_rng(args.seed))
+        judge(name, case, args.seed, **options)
     if args.folder is not None:
         answers = np.loadtxt(args.folder / "lsat.csv", delimiter=",", skiprows=1)[:, -5:]
         answers = np.random.default_rng(args.seed).permutation(answers)
-        judge(
-            "item_response", item_response(answers), args.seed, normal=args.normal, smoke=args.smoke
-        )
+        judge("item_response", item_response(answers), args.seed, **options)
 
 
 if __name__ == "__main__":
