@@ -16,7 +16,6 @@ from numpyro.infer.elbo import ELBO
 from numpyro_vae.choices import (
     choose_guide,
     choose_loss,
-    choose_natural_steps,
     choose_optimizer,
     choose_refining,
 )
@@ -24,6 +23,7 @@ from numpyro_vae.data.arguments import require_count
 from numpyro_vae.data.arrays import is_in_memory, take_rows
 from numpyro_vae.data.stores import in_memory
 from numpyro_vae.guides.base import AmortizedGuide
+from numpyro_vae.inference.natural import why_unable
 from numpyro_vae.inference.rows import Rows
 from numpyro_vae.model.simulate import NotSimulableError
 from numpyro_vae.posterior import Posterior
@@ -34,6 +34,7 @@ __all__ = ["amortize"]
 
 HELD_OUT = 0.1, 1000  # the share of the rows that are held out, and the most of them
 CHECKS, CHECKED = ("importance", "collapse"), 256  # and how many rows held out they look at
+NATURAL_STEPS = 4  # of each row, after which it gains little
 TABLE, EPOCHS = 40_000, 8  # simulated rows at once, and passes over them
 
 
@@ -62,7 +63,7 @@ def amortize(
     are it cannot learn the noise by heart. Two thirds of these steps are taken with `ForwardKL`, so
     that it covers each posterior. The rest is taken with the ELBO, whose gradient is without noise
     where the guide is exact; what comes of it is kept if rows held out have better verdicts.
-    Where the guide says a Normal of each row, so are steps that the row then takes by itself.
+    So are natural-gradient steps that each row takes by itself after the network.
 
     Args:
         model: a NumPyro model with latent sites in a plate.
@@ -76,8 +77,8 @@ def amortize(
         batch_size: rows in a batch, as for `fit`.
         num_steps: the most steps of the first phase.
         num_simulation_steps: steps on simulations, after the first phase; 0 leaves them out.
-        natural_steps: that each row takes after the network, see `Posterior`; by default 4 of a
-            guide of Normals, if rows held out have better verdicts with them.
+        natural_steps: that each row takes after the network, see `Posterior`; by default 4 if rows
+            held out have better verdicts with them, and else 0.
         to_data: see `Simulations`.
         static_kwargs: keyword arguments of the model that are the same in every call.
         progress_bar: whether to show progress, and to print what was chosen and found.
@@ -137,7 +138,8 @@ def amortize(
     some = train if held_out is None else held_out
     some = take_rows(some, batch_axes, slice(CHECKED)) if cuts else some
     tried = results[:0:-1] if len(results) == 3 and cuts else results[-1:]
-    steps = choose_natural_steps(guide) if natural_steps is None else (natural_steps,)
+    steps = _steps(Posterior(guide, result), rows)
+    steps = steps if natural_steps is None else (natural_steps,)
     found = [Posterior(guide, x, natural_steps=n) for n in steps for x in tried]
     better = partial(_mean_verdict, keys[4], some)
     posterior = min(found, key=better) if len(found) > 1 else found[0]
@@ -191,6 +193,13 @@ def _hold_out(data: Any, batch_axes: Any, number: int, rng_key: Array) -> tuple[
     if kept == number:
         return data, None
     return tuple(take_rows(data, batch_axes, rows) for rows in (order[:kept], order[kept:]))
+
+
+def _steps(posterior: Posterior, rows: Rows) -> tuple[int, ...]:
+    """Return the numbers of natural-gradient steps among which rows held out decide."""
+    reasons: list[str] = []
+    posterior._runner.trace(lambda batch: reasons.append(why_unable(batch)), rows)
+    return (0,) if reasons[0] else (0, NATURAL_STEPS)
 
 
 def _mean_verdict(rng_key: Array, data: Any, posterior: Posterior) -> float:

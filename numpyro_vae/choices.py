@@ -10,7 +10,6 @@ from numpyro.infer import Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO
 from numpyro.infer.elbo import ELBO
 
 from numpyro_vae.encoders import RNN, ConvNet, ResidualMLP
-from numpyro_vae.families import DiagonalNormal, FullRankNormal, LowRankNormal
 from numpyro_vae.guides.auto import (
     AutoAmortizedFlow,
     AutoAmortizedLowRankMultivariateNormal,
@@ -18,14 +17,11 @@ from numpyro_vae.guides.auto import (
     AutoAmortizedNormal,
 )
 from numpyro_vae.guides.base import AmortizedGuide
-from numpyro_vae.inference.natural import MOST
 from numpyro_vae.inference.rows import Rows
-from numpyro_vae.model.data_sets import DataSets
 from numpyro_vae.model.simulate import NotSimulableError, why_censored
 from numpyro_vae.objectives import ForwardKL, ImportanceWeightedELBO
 
 FLOW, FULL_RANK = 16, 32  # latents of a datum, up to which the family is a flow, or a full Normal
-NATURAL_STEPS = 4  # of each row, after which little is gained
 IMAGE = 16  # pixels, from which on two axes of an observation are read as an image
 
 
@@ -100,16 +96,3 @@ def choose_refining(
     forward = ("The forward KL of simulations", ForwardKL(), num_steps - last)
     phases = [forward, ("The ELBO of simulations", elbo, last)]
     return [phase for phase in phases if phase[-1]]
-
-
-def choose_natural_steps(guide: AmortizedGuide) -> tuple[int, ...]:
-    """Return the numbers of natural-gradient steps among which rows held out decide.
-
-    A row takes none if the guide says no Normal of all its latents.
-    """
-    size = sum(site.datum_size(guide.plate) for site in guide.local_sites)
-    by_plate = isinstance(guide.model, DataSets) and any(s.inner_plates for s in guide.local_sites)
-    reads = guide.condition_on or guide.dependencies or by_plate
-    normal = isinstance(guide.family, DiagonalNormal | FullRankNormal | LowRankNormal)
-    can = normal and not reads and size <= MOST and not guide.known.unlike
-    return (0, NATURAL_STEPS) if can else (0,)

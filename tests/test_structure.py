@@ -122,6 +122,7 @@ ORDER = {
         "psis",
         "divergences",
         "encoded",
+        "steps",
         "natural",
         "functions",
         "quantities",

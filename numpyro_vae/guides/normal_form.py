@@ -14,6 +14,7 @@ from numpyro.distributions import biject_to
 
 from numpyro_vae.families import DiagonalNormal, FullRankNormal
 from numpyro_vae.families.base import Normal
+from numpyro_vae.families.either import EitherHead, RawOfEither
 from numpyro_vae.families.multivariate_normal import CholeskyForm, lower_root
 from numpyro_vae.guides.blocks import Block
 from numpyro_vae.guides.encoding import Encoding
@@ -99,13 +100,11 @@ def joint_normal(encoding: Encoding) -> Normal | None:
 
     Returns:
         ``loc`` and a ``scale_tril`` whose diagonal is positive; None if the row's latents are no
-        Normal, or heads read values that are drawn.
+        Normal. No head may read values that are drawn.
     """
     locs, trils = [], []
     for name, block in encoding.blocks.items():
-        found = (
-            None if block.reads else block.head.as_normal(block.raw(encoding.features[name], {}))
-        )
+        found = block.head.as_normal(block.raw(encoding.features[name], {}))
         if found is None:
             return None
         places = jnp.arange(block.num_values)
@@ -123,6 +122,22 @@ def of_normal(encoding: Encoding, normal: Normal) -> Encoding:
     block = Block(sites, encoding.run.plate, (), {}, head, None)
     features = {"joint": head.raw_of(*normal)}
     return replace(encoding, features=features, blocks={"joint": block}, family=family, given={})
+
+
+def either(encoding: Encoding, normal: Normal, share: Float[Array, "batch"]) -> Encoding:
+    """Return an encoding whose rows have their Normal where a share is above 0.5.
+
+    Args:
+        encoding: of a single head, which is no Normal and knows no steps.
+        normal: see `joint_normal`.
+        share: of each row.
+    """
+    [[name, block]] = encoding.blocks.items()
+    form = CholeskyForm(block.num_values, FullRankNormal().parameterization)
+    head = EitherHead(form, block.release().head)
+    raw = RawOfEither(form.raw_of(*normal), block.raw(encoding.features[name], {}), share)
+    blocks = {name: Block(block.sites, block.plate, (), {}, head, None)}
+    return replace(encoding, features={name: raw}, blocks=blocks)
 
 
 def _over_steps(tril: Float[Array, "*shape k k"], num_steps: int) -> Float[Array, "batch n n"]:

@@ -2,54 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
-from jax.scipy.special import logsumexp, ndtri
-from jaxtyping import Array, Bool, Float
+from jax.scipy.special import logsumexp
+from jaxtyping import Array, Float
 
 from numpyro_vae.families.base import Normal, full_precision
 from numpyro_vae.families.multivariate_normal import lower_root
 from numpyro_vae.guides.encoding import Encoding
-from numpyro_vae.guides.even_points import even_points
-from numpyro_vae.guides.normal_form import joint_normal, of_normal
+from numpyro_vae.guides.normal_form import either, joint_normal, of_normal
+from numpyro_vae.inference.steps import Measured, apart, choose, even_noise, measure, move, widened
 
 if TYPE_CHECKING:
     from numpyro_vae.inference.encoded import EncodedBatch
 
-POINTS = 32  # at which the density is looked at, or two for each latent if those are more
-FIRST, SHORTER, LONGER = 0.5, 0.3, 2.0  # a row's step; and its factors, after no gain and a gain
 MOST = 256  # latents, as a step takes the eigenvalues of a matrix of so many rows
-FURTHEST = 1.0  # that a step moves, in standard deviations along each latent, root mean square
-WIDENED = 0.01  # nats that a Normal which does not fit is widened by, at most
-WIDEST = 4.0  # times that a step multiplies or divides a variance by, at most
+DRAWS = 128  # by which a guide that is no Normal is compared with one, or four for each latent
+FIRST, SHORTER, LONGER = 0.5, 0.3, 2.0  # a row's step; and its factors, after no gain and a gain
 
-
-class Measured(NamedTuple):
-    """A Normal of each row, and what the density is like there; in its own standard deviations.
-
-    Attributes:
-        normal: its mean, and the Cholesky factor of its covariance.
-        elbo: of the row, but for a constant.
-        slope: the mean of the gradients of the log density.
-        bend: minus the mean of its second derivatives, which is 1 where the Normal is right.
-        misfit: half the variance of the log weights of the points, which is some nats of what the
-            Normal loses; 0 where it is right.
-    """
-
-    normal: Normal
-    elbo: Float[Array, "batch"]
-    slope: Float[Array, "batch size"]
-    bend: Float[Array, "batch size size"]
-    misfit: Float[Array, "batch"]
+Globals = Mapping[str, Array]
 
 
 def sharpen(batch: EncodedBatch, num_steps: int, globals_: Mapping[str, Array]) -> EncodedBatch:
     r"""Let each row's Normal take natural-gradient steps towards the row's largest ELBO.
+
+    Where the guide is no Normal, as a flow is, they start from one with its mean and covariance,
+    and a row keeps what the guide says if that has the larger ELBO.
 
     A step from :math:`\text{Normal}(\mu, S)` to :math:`\text{Normal}(\mu', S')` is
 
@@ -71,7 +54,7 @@ def sharpen(batch: EncodedBatch, num_steps: int, globals_: Mapping[str, Array]) 
         globals_: draws of the global sites, which take turns at the points.
 
     Raises:
-        ValueError: if the network does not say a Normal of each row.
+        ValueError: if rows can take no steps, see `why_unable`.
 
     Reference:
         Khan and Rue, *The Bayesian Learning Rule*, JMLR 24, 2023; Opper and Archambeau, *The
@@ -79,119 +62,109 @@ def sharpen(batch: EncodedBatch, num_steps: int, globals_: Mapping[str, Array]) 
         then steps of each row: Kim et al., *Semi-Amortized Variational Autoencoders*, ICML 2018;
         Marino, Yue and Mandt, *Iterative Amortized Inference*, ICML 2018.
     """
-    said, start = _normals(batch)
+    said = _able(batch)
+    normal, drawn = joint_normal(said), None
+    if normal is None:
+        drawn = _drawn(batch, globals_)
+        normal = _moments(drawn[0])
     at = partial(of_normal, said)
-    batch = replace(batch, encoding=at(start))
-    start = _apart(start, batch.encoding.mask)
-    points = _points(start[0].shape[-1], start[0].dtype)
-    measure = partial(_measure, batch, points, globals_)
+    trial = replace(batch, encoding=at(normal))
+    mask, points = trial.encoding.mask, even_noise(normal[0].shape[-1], normal[0].dtype)
+    look = partial(measure, partial(_by_points, trial, globals_), points, mask)
 
     def step(_: Array, state: tuple[Measured, Array]) -> tuple[Measured, Array]:
         best, rate = state
-        moved = measure(_move(best, rate))
+        moved = look(move(best, rate))
         gained = moved.elbo > best.elbo  # not if it is NaN
-        kept = jax.tree.map(partial(_choose, gained), moved, best)
+        kept = jax.tree.map(partial(choose, gained), moved, best)
         return kept, jnp.where(gained, jnp.minimum(LONGER * rate, 1.0), SHORTER * rate)
 
     with full_precision():
-        first = measure(start), jnp.full(start[0].shape[:1], FIRST, start[0].dtype)
+        first = look(apart(normal, mask)), jnp.full(normal[0].shape[:1], FIRST, normal[0].dtype)
         best, _ = jax.lax.fori_loop(0, num_steps, step, first)
-    return replace(batch, encoding=at(_widened(best, batch.encoding.mask)))
+    found = widened(best, mask)
+    stepped = replace(batch, encoding=at(found))
+    if drawn is None:
+        return stepped
+    gained = _drawn(stepped, globals_)[1].mean(0) > drawn[1].mean(0)
+    return replace(batch, encoding=either(said, found, gained.astype(normal[0].dtype)))
 
 
-def _normals(batch: EncodedBatch) -> tuple[Encoding, Normal]:
-    """Return what the network says, and that as a Normal of each row.
+def why_unable(batch: EncodedBatch) -> str:
+    """Return why rows of a batch can take no steps; empty if they can."""
+    encoding, unlike = batch.encoding, batch.guide.plan and batch.guide.plan.unlike
+    if not isinstance(encoding, Encoding) or not encoding.family.has_density:
+        return "it has no density by row"
+    if any(block.reads for block in encoding.blocks.values()):
+        return "heads read values that are drawn"
+    if (size := sum(block.num_values for block in encoding.blocks.values())) > MOST:
+        return f"a row has {size} values, above {MOST}"
+    if unlike:
+        return "the model scales latents of a row by different factors"
+    is_plain = len(encoding.blocks) == 1 and not any(b.steps for b in encoding.blocks.values())
+    if joint_normal(encoding) is None and (not is_plain or encoding.mask is not None):
+        return "it is no Normal, and has several heads, steps or masked latents"
+    return ""
+
+
+def _able(batch: EncodedBatch) -> Encoding:
+    """Return what the network says, if rows can take steps from it.
 
     Raises:
-        ValueError: if it says none.
+        ValueError: if they cannot.
     """
-    encoding, found = batch.encoding, None
-    if isinstance(encoding, Encoding):
-        found = joint_normal(encoding)
-        if found is not None and found[0].shape[-1] <= MOST:
-            return encoding, found
-    names = [site.name for site in encoding.sites]
-    why = f"{found[0].shape[-1]} values, above {MOST}" if found else "no Normal of all of them"
+    reason = why_unable(batch)
+    if not reason and isinstance(batch.encoding, Encoding):
+        return batch.encoding
+    names = [site.name for site in batch.encoding.sites]
     raise ValueError(
         f"natural_steps are steps of a Normal of each row, and what {type(batch.guide).__name__} "
-        f"says of the sites {names} is {why}. Use AutoAmortizedMultivariateNormal or "
+        f"says of the sites {names} is not apt: {reason}. Use AutoAmortizedMultivariateNormal or "
         "AutoAmortizedNormal, without condition_on and dependencies; or leave natural_steps out, "
         "and repair the rows that are flagged."
     )
 
 
-def _apart(normal: Normal, mask: Bool[Array, "batch size"] | None) -> Normal:
-    """Return Normals in which latents that the model masks, and stay, vary by themselves."""
-    if mask is None:
-        return normal
-    loc, tril = normal
-    parts = [jnp.where(there[..., None], tril, 0.0) for there in (mask, ~mask)]
-    return loc, lower_root(jnp.concatenate(parts, axis=-1))
-
-
-def _pairs(mask: Bool[Array, "batch size"]) -> Bool[Array, "batch size size"]:
-    return mask[:, :, None] & mask[:, None, :]
-
-
-def _points(size: int, dtype: jnp.dtype) -> Float[Array, "points size"]:
-    """Return points with the mean, and the covariance, of standard Normal noise."""
-    half = max(POINTS // 2, size)
-    noise = ndtri(even_points(jax.random.key(0), half, size))
-    left, _, right = jnp.linalg.svd(noise, full_matrices=False)
-    noise = jnp.sqrt(half) * left @ right
-    return jnp.concatenate([noise, -noise]).astype(dtype)
-
-
-def _measure(
+def _by_points(
     batch: EncodedBatch,
+    globals_: Globals,
+    place: Callable[[Array], Array],
     points: Float[Array, "points size"],
-    globals_: Mapping[str, Array],
-    normal: Normal,
-) -> Measured:
-    """Return what the density is like at the points of a Normal of each row."""
-    loc, tril = normal
+) -> tuple[Array, Array]:
+    """Return log densities of rows, and their gradients, at points; see `measure`."""
 
     def one(point: Array, number: Array) -> tuple[Array, Array]:
-        given = {name: x[number % len(x)] for name, x in globals_.items()}
-
         def total(packed: Array) -> tuple[Array, Array]:
-            by_row = logsumexp(batch.log_joint(packed, given, jax.random.key(0)), axis=0)
+            joint = batch.log_joint(packed, _turn(globals_, number), jax.random.key(0))
+            by_row = logsumexp(joint, axis=0)
             return by_row.sum(), by_row
 
-        gradient, by_row = jax.grad(total, has_aux=True)(loc + tril @ point)
-        return by_row, jnp.einsum("bji,bj->bi", tril, gradient)
+        gradient, by_row = jax.grad(total, has_aux=True)(place(point))
+        return by_row, gradient
 
-    by_row, slopes = batch.over_draws(one, points, jnp.arange(len(points)))
-    log_det = jnp.log(jnp.diagonal(tril, axis1=-2, axis2=-1)).sum(-1)
-    bend = -jnp.einsum("pbi,pj->bij", slopes, points) / len(points)
-    bend = (bend + bend.mT) / 2
-    if batch.encoding.mask is not None:
-        bend = jnp.where(_pairs(batch.encoding.mask), bend, jnp.eye(loc.shape[-1], dtype=loc.dtype))
-    count = jnp.ones_like(loc) if batch.encoding.mask is None else batch.encoding.mask
-    misfit = jnp.var(by_row + jnp.square(points) @ count.T / 2, axis=0) / 2
-    return Measured(normal, by_row.mean(0) + log_det, slopes.mean(0), bend, misfit)
+    return batch.over_draws(one, points, jnp.arange(len(points)))
 
 
-def _move(at: Measured, rate: Float[Array, "batch"]) -> Normal:
-    """Return the Normal one step further."""
-    loc, tril = at.normal
-    eye = jnp.eye(loc.shape[-1], dtype=loc.dtype)
-    precision, axes = jnp.linalg.eigh(eye + rate[:, None, None] * (at.bend - eye))
-    precision = jnp.clip(precision, 1 / WIDEST, WIDEST)
-    wider = axes / jnp.sqrt(precision)[:, None, :]  # a root of the covariance
-    step = rate[:, None] * jnp.einsum("bij,bkj,bk->bi", wider, wider, at.slope)
-    length = jnp.sqrt(jnp.square(step).mean(-1, keepdims=True))
-    step = step * jnp.minimum(1.0, FURTHEST / jnp.maximum(length, 1e-30))
-    return loc + jnp.einsum("bij,bj->bi", tril, step), lower_root(tril @ wider)
+def _turn(globals_: Globals, number: Array) -> dict[str, Array]:
+    """Return one of the draws of the global sites, which take turns."""
+    return {name: draws[number % len(draws)] for name, draws in globals_.items()}
 
 
-def _widened(at: Measured, mask: Bool[Array, "batch size"] | None) -> Normal:
-    """Return the Normal with its variances multiplied, whose ELBO falls by about `WIDENED`."""
-    loc, tril = at.normal
-    lost = jnp.nan_to_num(jnp.minimum(at.misfit, WIDENED))
-    factor = jnp.sqrt(1 + 2 * jnp.sqrt(lost / loc.shape[-1]))[:, None, None]
-    return loc, tril * (factor if mask is None else jnp.where(mask[:, :, None], factor, 1.0))
+def _drawn(batch: EncodedBatch, globals_: Globals) -> tuple[Array, Array]:
+    """Return draws of each row, ``(draws, batch, size)``, and their log weights."""
+    encoding, key = batch.encoding, jax.random.key(0)
+    size = sum(site.datum_size(encoding.run.plate) for site in encoding.sites)
+    number = max(DRAWS, 4 * size)
+    draws = batch.draw(key, number, {})
+
+    def weigh(packed: Array, number: Array) -> Array:
+        return batch.log_weight(packed, _turn(globals_, number), key)
+
+    return draws, batch.over_draws(weigh, draws, jnp.arange(number))
 
 
-def _choose(gained: Bool[Array, "batch"], new: Array, old: Array) -> Array:
-    return jnp.where(gained.reshape(-1, *[1] * (new.ndim - 1)), new, old)
+def _moments(draws: Float[Array, "draws batch size"]) -> Normal:
+    """Return the Normal with the mean and the covariance of draws."""
+    loc = draws.mean(0)
+    root = jnp.moveaxis(draws - loc, 0, -1) / jnp.sqrt(len(draws))
+    return loc, lower_root(root)
