@@ -30,6 +30,7 @@ from numpyro_vae.model.trace import NEEDS_VALUES
 from numpyro_vae.objectives import ForwardKL, ImportanceWeightedELBO
 
 FLOW, FULL_RANK = 16, 32  # latents of a datum, up to which the family is a flow, or a full Normal
+COUNTS = {"IntegerNonnegative", "Multinomial"}  # supports of what is read on a log scale
 IMAGE = 16  # pixels, from which on two axes of an observation are read as an image
 
 
@@ -54,9 +55,10 @@ def choose_guide(
     """Return a guide whose encoder and family fit a model and its data.
 
     The encoder is an `RNN` where latents are stacked by ``scan``, a `ConvNet` for images of at
-    least 16 x 16 pixels, and else a `ResidualMLP`, which reads covariates too. The latents of a
-    datum have a flow up to 16 of them, a Normal of full covariance up to 32, and of low rank
-    beyond; where the model masks some, they are independent Normals.
+    least 16 x 16 pixels, and else a `ResidualMLP`, which reads covariates too, and counts without
+    a bound on a log scale. The latents of a datum have a flow up to 16 of them, a Normal of full
+    covariance up to 32, and of low rank beyond; where the model masks some, they are independent
+    Normals.
 
     Args:
         model: a NumPyro model.
@@ -79,7 +81,9 @@ def choose_guide(
         return family(model, RNN)
     if image:
         return family(model, ConvNet)
-    return family(model, ResidualMLP, inputs=choose_inputs(guide, rows))
+    supports = {getattr(reading.outside.get(name), "support", None) for name in reading.values}
+    encoder = partial(ResidualMLP, log_scale=True) if supports <= COUNTS else ResidualMLP
+    return family(model, encoder, inputs=choose_inputs(guide, rows))
 
 
 def choose_inputs(guide: AmortizedGuide, rows: Rows) -> WithCovariates | None:
