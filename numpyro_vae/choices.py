@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
+from functools import partial
 from typing import Any
 
+import jax.numpy as jnp
 import optax
+from jaxtyping import Array
 from numpyro.infer import Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO
 from numpyro.infer.elbo import ELBO
 
+from numpyro_vae.data.arrays import is_array
 from numpyro_vae.encoders import RNN, ConvNet, ResidualMLP
 from numpyro_vae.guides.auto import (
     AutoAmortizedFlow,
@@ -18,10 +23,14 @@ from numpyro_vae.guides.auto import (
 )
 from numpyro_vae.guides.base import AmortizedGuide
 from numpyro_vae.inference.rows import Rows
+from numpyro_vae.model.covariates import WithCovariates, arrays_by_path
+from numpyro_vae.model.provenance import is_read
 from numpyro_vae.model.simulate import NotSimulableError, why_censored
+from numpyro_vae.model.trace import NEEDS_VALUES
 from numpyro_vae.objectives import ForwardKL, ImportanceWeightedELBO
 
 FLOW, FULL_RANK = 16, 32  # latents of a datum, up to which the family is a flow, or a full Normal
+COUNTS = {"IntegerNonnegative", "Multinomial"}  # supports of what is read on a log scale
 IMAGE = 16  # pixels, from which on two axes of an observation are read as an image
 
 
@@ -46,9 +55,10 @@ def choose_guide(
     """Return a guide whose encoder and family fit a model and its data.
 
     The encoder is an `RNN` where latents are stacked by ``scan``, a `ConvNet` for images of at
-    least 16 x 16 pixels, and a `ResidualMLP` else. The latents of a datum have a flow up to 16 of
-    them, a Normal of full covariance up to 32, and of low rank beyond; where the model masks some,
-    they are independent Normals.
+    least 16 x 16 pixels, and else a `ResidualMLP`, which reads covariates too, and counts without
+    a bound on a log scale. The latents of a datum have a flow up to 16 of them, a Normal of full
+    covariance up to 32, and of low rank beyond; where the model masks some, they are independent
+    Normals.
 
     Args:
         model: a NumPyro model.
@@ -67,10 +77,43 @@ def choose_guide(
         family = AutoAmortizedFlow if size <= FLOW else normal[size > FULL_RANK]
     seen = [site.event_shape for site in guide.sites.observed(guide.plate.name)]
     image = len(seen) == 1 and len(seen[0]) in (2, 3) and min(seen[0][:2]) >= IMAGE
-    encoder: Any = ConvNet if image else ResidualMLP
     if guide.plate.name not in reading.indices:  # it stands in a scan
-        encoder = RNN
-    return family(model, encoder)
+        return family(model, RNN)
+    if image:
+        return family(model, ConvNet)
+    supports = {getattr(reading.outside.get(name), "support", None) for name in reading.values}
+    encoder = partial(ResidualMLP, log_scale=True) if supports <= COUNTS else ResidualMLP
+    return family(model, encoder, inputs=choose_inputs(guide, rows))
+
+
+def choose_inputs(guide: AmortizedGuide, rows: Rows) -> WithCovariates | None:
+    """Return what an encoder reads beside what is observed of rows; None if there is no more.
+
+    That are the arrays of rows among the arguments of which the observed values are not computed.
+
+    Args:
+        guide: of the model, with the inputs that it has by default.
+        rows: the data.
+    """
+    data, static = rows.data, rows.kwargs
+    if guide.inputs is not None or data.is_whole:
+        return None
+
+    def observed(number: int, array: Array) -> dict[str, Array]:
+        arrays = [*data.arrays[:number], array, *data.arrays[number + 1 :]]
+        args, kwargs = data.layout.whole(arrays)
+        return guide.reader.read(args, {**static, **kwargs}, rows.held).values
+
+    found = []
+    paths = [path for path, leaf in arrays_by_path(*data.whole()) if is_array(leaf)]
+    with suppress(*NEEDS_VALUES):
+        for number, (path, axis) in enumerate(zip(paths, data.layout.axes, strict=True)):
+            array = data.arrays[number]
+            if axis is None or not jnp.isfinite(array).all():
+                continue
+            if not is_read(partial(observed, number), array):
+                found.append((path, axis % array.ndim))
+    return WithCovariates(tuple(found)) if found else None
 
 
 def choose_loss(guide: AmortizedGuide) -> ELBO:

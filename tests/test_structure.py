@@ -55,6 +55,7 @@ ORDER = {
     "layers": ("convolution", "splines"),
     "model": (
         "captured",
+        "covariates",
         "provenance",
         "sites",
         "stacked",

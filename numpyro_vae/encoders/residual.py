@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from numpyro_vae.encoders.base import Standardize, flatten_with_mask, scaled
 
@@ -28,6 +29,8 @@ class ResidualMLP(nnx.Module):
         hidden_size: the width of every layer, and the number of features.
         num_blocks: the number of residual blocks.
         activation: applied in the blocks.
+        log_scale: whether to read ``sign(x) log(1 + |x|)`` of the inputs ``x``, as is right for
+            counts: a few of a hundred are then no further from the others than they say.
         standardize: whether to put the inputs on the scale of the first batch, see `Standardize`;
             of `Masked` arrays, that of the values that are there.
         rngs: where the initial weights come from.
@@ -49,13 +52,15 @@ class ResidualMLP(nnx.Module):
         hidden_size: int = 128,
         num_blocks: int = 2,
         activation: Callable[[Array], Array] = nnx.relu,
+        log_scale: bool = False,
         standardize: bool = True,
         rngs: nnx.Rngs,
     ):
         for name, size in {"hidden_size": hidden_size, "num_blocks": num_blocks}.items():
             if size < 1:
                 raise ValueError(f"{name} must be at least 1, found {size}.")
-        example, there = flatten_with_mask(example_inputs)
+        self.log_scale = log_scale
+        example, there = self._flatten(example_inputs)
         self.num_inputs = example.shape[-1]
         self.standardize = Standardize(example, where=there) if standardize else None
         self.linear = nnx.Linear(self.num_inputs, hidden_size, rngs=rngs)
@@ -65,11 +70,16 @@ class ResidualMLP(nnx.Module):
 
     def __call__(self, inputs: Any) -> Float[Array, "batch k"]:
         """Return the features of each datum, shape ``(batch, hidden_size)``."""
-        rows = scaled(*flatten_with_mask(inputs), self.num_inputs, self.standardize)
+        rows = scaled(*self._flatten(inputs), self.num_inputs, self.standardize)
         hidden = self.linear(rows)
         for block in self.blocks:
             hidden = hidden + block(hidden)
         return hidden
+
+    def _flatten(self, inputs: Any) -> tuple[Float[Array, "batch k"], Bool[Array, "batch k"]]:
+        """Return the inputs of each datum, and where there are any."""
+        rows, there = flatten_with_mask(inputs)
+        return (jnp.sign(rows) * jnp.log1p(jnp.abs(rows)) if self.log_scale else rows), there
 
 
 class _Block(nnx.Module):

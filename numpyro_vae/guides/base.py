@@ -26,6 +26,7 @@ from numpyro_vae.guides.global_sites import GlobalGuide, require_maker
 from numpyro_vae.guides.local_sites import sample_local
 from numpyro_vae.guides.network import Encoder, Network, declare_network
 from numpyro_vae.guides.options import as_names, require_functions
+from numpyro_vae.model.covariates import WithCovariates
 from numpyro_vae.model.data_sets import DataSets
 from numpyro_vae.model.plan import GuidePlan, plan_guide
 from numpyro_vae.model.plates import all_rows, given_rows, same_rows
@@ -223,7 +224,7 @@ class AmortizedGuide(AutoGuide, AbstractGuide):
 
     def is_unobserved(self, sites: ModelSites) -> bool:
         """Return whether a model holds none of the observations that the network reads."""
-        return self.inputs is None and super().is_unobserved(sites)
+        return isinstance(self.inputs, WithCovariates | None) and super().is_unobserved(sites)
 
     def _network(self, run: Run, sites: tuple[Site, ...]) -> Network:
         """Return the network that serves the sites as they are in a run."""

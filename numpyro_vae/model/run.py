@@ -15,6 +15,7 @@ from numpyro import handlers
 
 from numpyro_vae.data.ragged import Masked, Segments
 from numpyro_vae.model.contents import Reading
+from numpyro_vae.model.covariates import WithCovariates
 from numpyro_vae.model.plates import given_rows
 from numpyro_vae.model.provenance import Names
 from numpyro_vae.model.reading import ModelReader
@@ -150,14 +151,15 @@ class Run:
             read: a function of the model's arguments; None reads what is observed of the local
                 plate's data, also where other plates subsample it: an array, or `Masked` values
                 where the model masks them, or `Segments` if it lies in another plate; a dict by
-                site name if there are several.
+                site name if there are several. `WithCovariates` reads this too.
 
         Raises:
             ValueError: if nothing is observed, or ``read`` returns another number of rows.
         """
         if read is not None:
             found = read(*self.args, **self.kwargs)
-            return jax.tree.map(self._select_rows, found, is_leaf=_is_segments)
+            found = jax.tree.map(self._select_rows, found, is_leaf=_is_segments)
+            return (self.inputs(None), found) if isinstance(read, WithCovariates) else found
         rows = {
             site.name: self._observed(site, self.plate)
             for site in self.whole.sites.observed(self.plate.name)

@@ -12,6 +12,7 @@ from numpyro_vae import encoders, families
 from numpyro_vae.data.ragged import Masked, Segments
 from numpyro_vae.guides import auto
 from numpyro_vae.guides.base import AmortizedGuide
+from numpyro_vae.model.covariates import WithCovariates
 from numpyro_vae.scales.parameterization import PARAMETERIZATIONS
 
 GUIDES: dict[str, type[AmortizedGuide]] = {
@@ -54,7 +55,7 @@ KNOWN: dict[str, Any] = {
     **{name: getattr(encoders, name) for name in ENCODERS},
     **{name: getattr(families, name) for name in FAMILIES},
     **{known.__name__: known for known in PARAMETERIZATIONS.values()},
-    **{known.__name__: known for known in (Masked, Segments)},
+    **{known.__name__: known for known in (Masked, Segments, WithCovariates)},
     **{f"nnx.{name}": getattr(nnx, name) for name in OF_FLAX},
     **{f"numpyro.{name}": getattr(autoguide, name) for name in OF_NUMPYRO},
     **{f"numpyro.{name}": getattr(infer, name) for name in STARTS},
