@@ -13,6 +13,7 @@ import pytest
 from helpers import SMALL
 from numpyro import handlers
 from numpyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO
+from numpyro.infer.autoguide import AutoMultivariateNormal
 from numpyro.infer.util import log_density
 from scipy.optimize import minimize
 
@@ -27,7 +28,7 @@ from numpyro_vae import (
     amortize,
 )
 from numpyro_vae.guides.normal_form import either, joint_normal, of_normal
-from numpyro_vae.inference.encoded import EncodedBatch
+from numpyro_vae.inference.encoded import EncodedBatch, Trained
 
 KEY = jax.random.key
 LOADINGS = np.random.default_rng(1).normal(size=(3, 6)).astype(np.float32)
@@ -305,7 +306,9 @@ def test_each_row_has_one_of_two_distributions():
 
     guide = AutoAmortizedNormal(model, SMALL)
     wide = untrained(guide, x, natural_steps=0)
-    said = EncodedBatch.encode(wide.guide, wide.params, wide._runner.read(x).everything(), {})
+    said = EncodedBatch.encode(
+        wide.guide, Trained(wide.params), wide._runner.read(x).everything(), {}
+    )
     normal = joint_normal(said.encoding)
     shares = jnp.array([1.0, 0.0, 1.0, 0.0])
     mixed = either(said.encoding, (normal[0] + 3.0, normal[1]), shares)
@@ -334,6 +337,49 @@ def test_guides_that_say_no_normal_are_refused(name):
     posterior = untrained(guide, x, natural_steps=2)
     with pytest.raises(ValueError, match=r"natural_steps are steps of a Normal.*leave"):
         posterior.encode(x)
+
+
+def test_guides_that_draw_all_rows_together_are_refused():
+    x = np.linspace(-2.0, 2.0, 8).astype(np.float32)
+    guide = AutoMultivariateNormal(grouped)
+    posterior = untrained(guide, x, natural_steps=2)
+    with pytest.raises(ValueError, match="AutoMultivariateNormal draws those of all rows"):
+        posterior.sample(KEY(0), x, 3)
+
+
+def by_hand(x):
+    numpyro.sample("mean", dist.Normal(0.7, 1e-3))
+    with numpyro.plate("data", len(x)):
+        numpyro.sample("z", dist.Normal(numpyro.param("shift", 2.0) + 0.1 * x, 1.0))
+
+
+def test_guides_by_hand_take_steps():
+    """Also where their globals are repaired."""
+    x = np.linspace(-2.0, 2.0, 8).astype(np.float32)
+    options = {"model": grouped, "natural_steps": 12}
+    posterior = Posterior(by_hand, {"shift": jnp.array(2.0)}, **options)
+    found, precision = posterior.encode(x)["z"], 1 + 1 / NOISE**2
+    np.testing.assert_allclose(found.loc, (0.7 + x / NOISE**2) / precision, atol=2e-3)
+    of_mean = 1 + len(x) / (1 + NOISE**2)
+    repaired = posterior.repair_globals(KEY(1), x, method="nuts")
+    exact = x.sum() / (1 + NOISE**2) / of_mean
+    assert abs(repaired.draws["mean"].mean() - exact) < 0.25 * of_mean**-0.5
+    assert repaired.particles == 16  # the fewest, as the rows' weights are nearly all the same
+
+
+def regression(x, y=None):
+    with numpyro.plate("data", len(x)):
+        z = numpyro.sample("z", dist.Normal(x, 1.0))
+        numpyro.sample("y", dist.Normal(z, NOISE), obs=y)
+
+
+def test_rows_without_observations_take_none():
+    x = np.linspace(-2.0, 2.0, 8).astype(np.float32)
+    posterior = untrained(AutoAmortizedNormal(regression, SMALL), x, x + 1, natural_steps=4)
+    drawn = posterior.predict(KEY(0), (x, None), 4000)["y"]
+    sd = np.hypot(1, NOISE)
+    np.testing.assert_allclose(drawn.mean(0), x, atol=5 * sd / 4000**0.5)
+    np.testing.assert_allclose(drawn.std(0), np.full(8, sd), rtol=0.08)
 
 
 def test_the_number_of_steps():

@@ -25,6 +25,22 @@ PAIRS = 8192  # pairs of a row and a draw that pass through the model at once
 OF_ROWS = 2**32 - 3  # of no row: what the keys of discrete latents are folded with first
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Trained:
+    """What rows are encoded with.
+
+    Attributes:
+        params: the trained parameters of guide and model.
+        natural_steps: that rows take after the network, see `sharpen`.
+        globals_: draws of the global sites that they are given for it.
+    """
+
+    params: dict[str, Any]
+    globals_: dict[str, Array] = field(default_factory=dict)
+    natural_steps: int = field(default=0, metadata={"static": True})
+
+
 class DrawKeys(NamedTuple):
     """What draws need beside the continuous latents; many have a leading axis.
 
@@ -49,18 +65,18 @@ class EncodedBatch:
 
     Attributes:
         guide: the guide.
-        params: its parameters and the model's.
         batch: the rows.
         hold_rows: the handler that lets the plates hold them.
         args: the model's arguments.
         kwargs: its keyword arguments.
         encoding: what is said of them: by the guide, or by steps of their own after it.
         network: what the guide says of them.
+        trained: what it was encoded with, beside the rows.
         pairs: of a row and a draw, how many pass through the model at once.
     """
 
     guide: AbstractGuide
-    params: dict[str, Any]
+    trained: Trained
     batch: Batch
     hold_rows: Messenger
     args: tuple
@@ -69,28 +85,27 @@ class EncodedBatch:
     network: AbstractEncoding
     pairs: int = field(default_factory=lambda: PAIRS)
 
+    @property
+    def params(self) -> dict[str, Any]:
+        """The parameters of guide and model."""
+        return self.trained.params
+
     @classmethod
     def encode(
         cls,
         guide: AbstractGuide,
-        params: dict[str, Any],
+        trained: Trained,
         batch: Batch,
         static_kwargs: dict[str, Any],
     ) -> EncodedBatch:
-        """Encode the rows of a batch."""
+        """Return what the guide says of the rows of a batch."""
         hold = all_rows(rows=batch.rows)
         layout = batch.layout
         with explained(guide.argument_shapes, *layout.whole(batch.arrays), layout.every_axis):
             args, kwargs = batch.arguments()
-            encoding = guide.encode_batch(params, batch, static_kwargs)
+            encoding = guide.encode_batch(trained.params, batch, static_kwargs)
         kwargs = {**kwargs, **static_kwargs}
-        return cls(guide, params, batch, hold, args, kwargs, encoding, encoding)
-
-    def of(self, batch: Batch) -> EncodedBatch:
-        """Encode other rows of the same data."""
-        _, given = batch.arguments()
-        static = {name: value for name, value in self.kwargs.items() if name not in given}
-        return EncodedBatch.encode(self.guide, self.params, batch, static)
+        return cls(guide, trained, batch, hold, args, kwargs, encoding, encoding)
 
     @property
     def indices(self) -> Array:

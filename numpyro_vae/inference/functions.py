@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,22 +11,10 @@ from jaxtyping import Array
 
 from numpyro_vae.data.batch import Batch
 from numpyro_vae.guides.abstract import AbstractGuide
-from numpyro_vae.inference.encoded import EncodedBatch
+from numpyro_vae.inference.encoded import EncodedBatch, Trained
 from numpyro_vae.inference.natural import sharpen
 
 Quantity = Callable[..., Any]
-
-
-class Trained(NamedTuple):
-    """What a compiled function is given beside the rows.
-
-    Attributes:
-        params: the trained parameters.
-        globals_: draws of the global sites, for the rows' natural-gradient steps.
-    """
-
-    params: dict[str, Any]
-    globals_: dict[str, Array]
 
 
 def globals_key(rng_key: Array) -> Array:
@@ -48,15 +36,19 @@ def draws_of_globals(
 
 
 def encoded(
-    guide: AbstractGuide,
-    static_kwargs: dict[str, Any],
-    natural_steps: int,
-    trained: Trained,
-    batch: Batch,
+    guide: AbstractGuide, static_kwargs: dict[str, Any], trained: Trained, batch: Batch
 ) -> EncodedBatch:
-    """Return what the guide says of a batch, and its rows after so many steps."""
-    found = EncodedBatch.encode(guide, trained.params, batch, static_kwargs)
-    return sharpen(found, natural_steps, trained.globals_) if natural_steps else found
+    """Return what is said of a batch: by the guide, and by steps of its rows."""
+    found = EncodedBatch.encode(guide, trained, batch, static_kwargs)
+    steps = trained.natural_steps if found.encoding.sites else 0
+    return sharpen(found, steps, trained.globals_) if steps else found
+
+
+def encoded_alike(known: EncodedBatch, batch: Batch) -> EncodedBatch:
+    """Return what is said of other rows of the data of a batch."""
+    _, given = batch.arguments()
+    static = {name: value for name, value in known.kwargs.items() if name not in given}
+    return encoded(known.guide, static, known.trained, batch)
 
 
 def of_batch(

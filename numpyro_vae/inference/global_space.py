@@ -11,6 +11,7 @@ from numpyro.distributions import biject_to
 
 from numpyro_vae.data.batch import Batch
 from numpyro_vae.inference.encoded import EncodedBatch
+from numpyro_vae.inference.functions import encoded_alike
 from numpyro_vae.inference.marginal import Globals, outside_of, row_evidence, without_bias
 
 
@@ -81,7 +82,7 @@ def log_density_at(
 
     @jax.checkpoint
     def of_part(part: tuple[Array, Array]) -> Array:
-        rows = batch.of(some.at(part[0]))
+        rows = encoded_alike(batch, some.at(part[0]))
         first, second = (row_evidence(rows, key, particles // 2)(globals_) for key in keys)
         return (part[1] * without_bias(first, second)).sum()
 

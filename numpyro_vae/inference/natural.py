@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 
 from numpyro_vae.families.base import Normal, full_precision
 from numpyro_vae.families.multivariate_normal import lower_root
+from numpyro_vae.guides.abstract import AbstractGuide
 from numpyro_vae.guides.encoding import Encoding
 from numpyro_vae.guides.normal_form import either, joint_normal, of_normal
 from numpyro_vae.inference.steps import Measured, apart, choose, even_noise, measure, move, widened
@@ -46,7 +47,7 @@ def sharpen(batch: EncodedBatch, num_steps: int, globals_: Mapping[str, Array]) 
 
     What has the largest ELBO has too light tails where the posterior is not Normal: many a k-hat is
     above 0.7 a hundredth of a nat from the evidence. So it is widened a little at the end, by as
-    much as costs 0.01 nats, or what it loses anyway if that is less.
+    much as costs 0.01 nats, and less where it nearly fits.
 
     Args:
         batch: what the network says of a batch.
@@ -92,6 +93,8 @@ def sharpen(batch: EncodedBatch, num_steps: int, globals_: Mapping[str, Array]) 
 
 def why_unable(batch: EncodedBatch) -> str:
     """Return why rows of a batch can take no steps; empty if they can."""
+    if not batch.encoding.sites:
+        return "it says nothing of continuous latents of a row"
     encoding, unlike = batch.encoding, batch.guide.plan and batch.guide.plan.unlike
     if not isinstance(encoding, Encoding) or not encoding.family.has_density:
         return "it has no density by row"
@@ -107,6 +110,19 @@ def why_unable(batch: EncodedBatch) -> str:
     return ""
 
 
+def require_rows(guide: AbstractGuide, num_steps: int) -> None:
+    """Raise ValueError if rows are to take steps, and a guide says nothing of one by itself."""
+    if num_steps and not guide.local_sites:
+        raise ValueError(
+            f"natural_steps are steps of the latents of each row, and {_name(guide)} draws "
+            "those of all rows together, or there are none. Leave natural_steps out."
+        )
+
+
+def _name(guide: AbstractGuide) -> str:
+    return type(getattr(guide, "guide", guide)).__name__
+
+
 def _able(batch: EncodedBatch) -> Encoding:
     """Return what the network says, if rows can take steps from it.
 
@@ -118,7 +134,7 @@ def _able(batch: EncodedBatch) -> Encoding:
         return batch.encoding
     names = [site.name for site in batch.encoding.sites]
     raise ValueError(
-        f"natural_steps are steps of a Normal of each row, and what {type(batch.guide).__name__} "
+        f"natural_steps are steps of a Normal of each row, and what {_name(batch.guide)} "
         f"says of the sites {names} is not apt: {reason}. Use AutoAmortizedMultivariateNormal or "
         "AutoAmortizedNormal, without condition_on and dependencies; or leave natural_steps out, "
         "and repair the rows that are flagged."

@@ -20,7 +20,8 @@ from numpyro_vae.data.arguments import require_key
 from numpyro_vae.data.batch import Batch
 from numpyro_vae.data.devices import ONE_DEVICE
 from numpyro_vae.inference import quantities
-from numpyro_vae.inference.functions import Trained, draws_of_globals, of_batch
+from numpyro_vae.inference.encoded import Trained
+from numpyro_vae.inference.functions import draws_of_globals, of_batch
 from numpyro_vae.inference.predictable import names_of
 from numpyro_vae.inference.rows import Rows
 from numpyro_vae.inference.runner import Runner

@@ -18,10 +18,9 @@ from numpyro_vae.data.batch import Batch
 from numpyro_vae.data.devices import ONE_DEVICE, Devices
 from numpyro_vae.guides.abstract import AbstractGuide
 from numpyro_vae.inference.compiled import Compiled
-from numpyro_vae.inference.encoded import EncodedBatch
+from numpyro_vae.inference.encoded import EncodedBatch, Trained
 from numpyro_vae.inference.functions import (
     Quantity,
-    Trained,
     draws_of_globals,
     encoded,
     globals_key,
@@ -29,6 +28,7 @@ from numpyro_vae.inference.functions import (
     of_rows,
 )
 from numpyro_vae.inference.memory import require_memory, size_of
+from numpyro_vae.inference.natural import require_rows
 from numpyro_vae.inference.rows import Rows, rounded
 from numpyro_vae.model.captured import signature
 from numpyro_vae.model.data_sets import DataSets
@@ -97,6 +97,7 @@ class Runner:
                 first = partial(rows.batch, jnp.arange(1))
                 whole = self.guide.needs_all_rows(self.params, first, self.static_kwargs)
             rows = read(None) if whole else rows
+        require_rows(self.guide, self.natural_steps)
         if rows.is_unobserved and not of_prior:
             raise ValueError(
                 f"Nothing is observed in plate {rows.plate!r}, so there is no posterior. Pass the "
@@ -338,13 +339,14 @@ class Runner:
     @property
     def encode(self) -> Callable[..., EncodedBatch]:
         """What encodes a batch of rows, given what `trained` returns."""
-        return partial(encoded, self.guide, self.static_kwargs, self.natural_steps)
+        return partial(encoded, self.guide, self.static_kwargs)
 
     def trained(self, rows: Rows) -> Trained:
         """Return what is trained, and draws of the global sites if rows take steps given these."""
-        if not self.natural_steps or not self.guide.global_names:
-            return Trained(self.params, {})
-        return Trained(self.params, self.draw_globals(jax.random.key(0), rows, NUM_GLOBALS))
+        drawn: dict[str, Array] = {}
+        if self.natural_steps and self.guide.global_names:
+            drawn = self.draw_globals(jax.random.key(0), rows, NUM_GLOBALS)
+        return Trained(self.params, drawn, self.natural_steps)
 
     def _compiled(self, key: tuple, fn: Callable[..., Any]) -> Compiled:
         """Return a compiled function, the same for all runners with these static arguments."""

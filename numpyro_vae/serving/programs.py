@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -16,9 +17,8 @@ from jaxtyping import Array, Float, Int, UInt32
 
 from numpyro_vae.checks.novelty import NEIGHBOURS, PARTICLES, NoveltyReference, row_features
 from numpyro_vae.inference import quantities
-from numpyro_vae.inference.encoded import PAIRS, EncodedBatch
-from numpyro_vae.inference.functions import draws_of_globals, globals_key
-from numpyro_vae.inference.natural import sharpen
+from numpyro_vae.inference.encoded import PAIRS, EncodedBatch, Trained
+from numpyro_vae.inference.functions import draws_of_globals, encoded, globals_key
 from numpyro_vae.inference.runner import NUM_GLOBALS, ROWS, Runner
 from numpyro_vae.serving.inputs import Inputs
 from numpyro_vae.serving.leaves import Leaves
@@ -122,12 +122,11 @@ class Programs:
     def _encoded(self, arrays: Arrays, row: Arrays, number: Array) -> EncodedBatch:
         """Encode one row, so that a call with as many of them as a batch has fits in memory."""
         batch, params = self.inputs.batch(row, number), self.leaves.restore(arrays)
-        guide, steps = self.runner.guide, self.runner.natural_steps
-        found = EncodedBatch.encode(guide, params, batch, self.runner.static_kwargs)
-        found = replace(found, pairs=PAIRS // ROWS)
-        if not steps:
-            return found
-        return sharpen(found, steps, self._globals(found, jax.random.key(0), NUM_GLOBALS))
+        guide, static = self.runner.guide, self.runner.static_kwargs
+        draw = partial(draws_of_globals, guide.sample_globals, static, NUM_GLOBALS)
+        globals_ = draw(params, batch, globals_key(jax.random.key(0)))
+        trained = Trained(params, globals_, self.runner.natural_steps)
+        return replace(encoded(guide, static, trained, batch), pairs=PAIRS // ROWS)
 
     def _globals(self, encoded: EncodedBatch, key: Array, num_samples: int) -> Arrays:
         given = (self.runner.guide.sample_globals, self.runner.static_kwargs, num_samples)

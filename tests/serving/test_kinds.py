@@ -3,9 +3,20 @@
 import jax
 import numpy as np
 import pytest
-from serving_cases import CASES, KEY, NUM_SAMPLES, SMALL, X, load, make, model
+from serving_cases import (
+    CASES,
+    FEW,
+    KEY,
+    NUM_SAMPLES,
+    SMALL,
+    X,
+    hierarchical,
+    load,
+    make,
+    model,
+)
 
-from numpyro_vae import AutoAmortizedDelta
+from numpyro_vae import AutoAmortizedDelta, AutoAmortizedNormal
 
 
 @pytest.mark.slow
@@ -52,3 +63,13 @@ def test_what_a_guide_does_not_have_is_left_out_and_why(tmp_path):
     assert manifest["left_out"].keys() == {"importance", "novelty"}
     with pytest.raises(ValueError, match="There is no novelty of this posterior: Point"):
         posterior.export(tmp_path / "again", X, artifacts=["novelty"])
+
+
+def test_programs_take_the_steps_of_rows(tmp_path):
+    guide = AutoAmortizedNormal(hierarchical, SMALL)
+    posterior = make(hierarchical, guide, FEW, natural_steps=2)
+    posterior.export(tmp_path / "served", FEW, artifacts=["encode"], platforms=["cpu"])
+    program, arrays = load(tmp_path / "served", "encode")
+    found, expected = program(arrays, {"x": FEW})["z"], posterior.encode(FEW)["z"]
+    np.testing.assert_allclose(found["loc"], expected.loc, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(found["scale"], expected.scale, rtol=1e-4)
