@@ -28,7 +28,7 @@ TOPICS, CONCENTRATION = 20, 0.2  # of the Dirichlet prior of a document's shares
 LEAST = 30  # documents that a word is in; others are left out
 IDLE = 0.005  # of the words; a topic of fewer is idle
 CELL_STATE, CHORALE_STATE = 8, 4
-MOST_CHORDS = 64  # of a chorale; what is beyond is cut off
+MOST_CHORDS = 32  # of a chorale; what is beyond is cut off
 
 
 class Case(NamedTuple):
@@ -123,8 +123,8 @@ def chorales(chords: np.ndarray, lengths: np.ndarray) -> Case:
         start = jnp.zeros((len(lengths), CHORALE_STATE))
         scan(step, start, (jnp.arange(x.shape[1]), x.swapaxes(0, 1)))
 
-    # A step takes a fifth of a second.
-    options = {"num_steps": 1500, "num_simulation_steps": 900}
+    # A step takes a tenth of a second.
+    options = {"num_steps": 1000, "num_simulation_steps": 300}
     return split(model, (chords, lengths), len(lengths) // 4, **options)
 
 
