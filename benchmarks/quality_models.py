@@ -98,7 +98,7 @@ def cells(counts: np.ndarray) -> Case:
             counts = dist.NegativeBinomialLogits(concentration, logits)
             numpyro.sample("x", counts.to_event(1), obs=x)
 
-    # To simulate 40,000 cells of 3,471 genes takes four minutes on two cores.
+    # To simulate 40,000 cells of 3,471 genes takes minutes on two cores, so there are few steps.
     return split(model, (counts, library), number, num_simulation_steps=1200)
 
 
@@ -146,8 +146,8 @@ def topics(counts: np.ndarray) -> Case:
             words = dist.Multinomial(lengths, shares @ of_topics, total_count_max=longest)
             numpyro.sample("x", words, obs=x)
 
-    # To simulate 40,000 documents takes two minutes on two cores.
-    case = split(model, counts, number, num_simulation_steps=3000)
+    # Simulations take as long as the steps, on two cores five minutes in all.
+    case = split(model, counts, number, num_simulation_steps=9000)
 
     def say(posterior: Posterior, report: Report) -> str:
         x = case.test[: len(report.verdict)]
