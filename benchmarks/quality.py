@@ -159,9 +159,7 @@ def judge(name: str, case: Case, seed: int, *, smoke: bool) -> None:
     """Print a row of the table before the simulations, and one after them."""
     sizes = case.options | ({"num_steps": 20, "num_simulation_steps": 10} if smoke else {})
     phases = {"before": sizes | {"num_simulation_steps": 0}, "after": sizes}
-    if sizes.get("num_simulation_steps") == 0:
-        del phases["after"]
-    for phase, options in phases.items():
+    for phase, options in phases.items() if not smoke else [("after", sizes)]:
         start = time.perf_counter()
         key = jax.random.key(seed)
         posterior = amortize(case.model, key, case.train, progress_bar=False, **options)

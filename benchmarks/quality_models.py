@@ -24,10 +24,11 @@ from sklearn.decomposition import LatentDirichletAllocation
 from numpyro_vae import Posterior, Report
 from numpyro_vae.data.arrays import take_rows
 
-TOPICS, CONCENTRATION = 20, 0.1  # of the Dirichlet prior of a document's shares of topics
+TOPICS, CONCENTRATION = 20, 0.2  # of the Dirichlet prior of a document's shares of topics
+LEAST = 30  # documents that a word is in; others are left out
 IDLE = 0.005  # of the words; a topic of fewer is idle
 CELL_STATE, CHORALE_STATE = 8, 4
-MOST_CHORDS = 64  # of a chorale; what is beyond is cut off
+MOST_CHORDS = 32  # of a chorale; what is beyond is cut off
 
 
 class Case(NamedTuple):
@@ -97,7 +98,7 @@ def cells(counts: np.ndarray) -> Case:
             counts = dist.NegativeBinomialLogits(concentration, logits)
             numpyro.sample("x", counts.to_event(1), obs=x)
 
-    # To simulate 40,000 cells of 3,471 genes takes four minutes on two cores.
+    # To simulate 40,000 cells of 3,471 genes takes minutes on two cores, so there are few steps.
     return split(model, (counts, library), number, num_simulation_steps=1200)
 
 
@@ -122,8 +123,8 @@ def chorales(chords: np.ndarray, lengths: np.ndarray) -> Case:
         start = jnp.zeros((len(lengths), CHORALE_STATE))
         scan(step, start, (jnp.arange(x.shape[1]), x.swapaxes(0, 1)))
 
-    # A step takes a fifth of a second.
-    options = {"num_steps": 1500, "num_simulation_steps": 600}
+    # A step takes a tenth of a second.
+    options = {"num_steps": 1000, "num_simulation_steps": 300}
     return split(model, (chords, lengths), len(lengths) // 4, **options)
 
 
@@ -145,8 +146,8 @@ def topics(counts: np.ndarray) -> Case:
             words = dist.Multinomial(lengths, shares @ of_topics, total_count_max=longest)
             numpyro.sample("x", words, obs=x)
 
-    # To draw 40,000 documents takes ten minutes on two cores.
-    case = split(model, counts, number, num_simulation_steps=0)
+    # Simulations take as long as the steps, on two cores five minutes in all.
+    case = split(model, counts, number, num_simulation_steps=9000)
 
     def say(posterior: Posterior, report: Report) -> str:
         x = case.test[: len(report.verdict)]
@@ -223,7 +224,8 @@ def _documents(folder: Path) -> tuple[np.ndarray, ...]:
     with np.load(folder / "ap.npz") as file:
         parts = (file["data"], file["indices"], file["indptr"])
         counts = csr_matrix(parts, shape=tuple(file["shape"]))
-    return (counts.toarray().astype(np.float32),)
+    counts = counts[:, counts.getnnz(0) >= LEAST]
+    return (counts[counts.getnnz(1) > 0].toarray().astype(np.float32),)
 
 
 def _cells(folder: Path) -> tuple[np.ndarray, ...]:
