@@ -81,7 +81,11 @@ def radon(log_radon: np.ndarray, floor: np.ndarray, there: np.ndarray) -> Case:
 
 
 def cells(counts: np.ndarray) -> Case:
-    """Eight factors of each cell behind its counts, and how much each gene scatters."""
+    """Eight factors of each cell behind its counts; loadings and scatter of genes are learned.
+
+    As parameters: were the scatter of each gene a global site, a cell's weights would vary with
+    its thousands of values.
+    """
     library, number = counts.sum(1), len(counts) // 5
     start = np.log(counts[number:].sum(0) + 0.5)
     shape = CELL_STATE, counts.shape[1]
@@ -89,8 +93,8 @@ def cells(counts: np.ndarray) -> Case:
     def model(x: jax.Array, library: jax.Array) -> None:
         level = jnp.asarray(numpyro.param("level", jnp.asarray(start)))
         loadings = numpyro.param("loadings", lambda key: 0.05 * jax.random.normal(key, shape))
-        prior = dist.LogNormal(0.0, 1.5).expand([shape[1]]).to_event(1)
-        concentration = numpyro.sample("concentration", prior)
+        log_concentration = numpyro.param("log_concentration", jnp.zeros(shape[1]))
+        concentration = jnp.exp(jnp.asarray(log_concentration))
         with numpyro.plate("cell", len(x)):
             z = numpyro.sample("z", dist.Normal(0.0, 1.0).expand([CELL_STATE]).to_event(1))
             log_mean = jnp.log(library)[:, None] + jax.nn.log_softmax(level + z @ loadings)

@@ -55,8 +55,8 @@ class Posterior:
         static_kwargs: keyword arguments of the model that are the same in every call; by default
             those of the fit.
         batch_axes: the datum axis of each argument, as for `fit`; by default those of the fit.
-        natural_steps: that each row's Normal takes from what the network says, towards the row's
-            largest ELBO and any covariance; see the page on training.
+        natural_steps: that each row's Normal takes at most from what the network says, towards the
+            row's largest ELBO and any covariance; see the page on training.
         mesh: the devices of a `jax.sharding.Mesh` of one axis, among which the rows of each batch
             are divided; results are those of one device. Of devices of several processes each
             uses its own, for its own rows.

@@ -391,7 +391,7 @@ def test_the_number_of_steps():
 def test_amortize_lets_rows_held_out_decide():
     x = np.random.default_rng(0).poisson(3.0, (200, 2)).astype(np.float32)
     options = {"num_steps": 30, "num_simulation_steps": 0, "progress_bar": False}
-    for guide, chosen in ((None, 4), (AutoAmortizedNormal(correlated, SMALL), 4)):
+    for guide, chosen in ((None, 8), (AutoAmortizedNormal(correlated, SMALL), 8)):
         posterior = amortize(correlated, KEY(0), x, guide=guide, **options)
         assert posterior.natural_steps == chosen
     guide = AutoAmortizedNormal(correlated, SMALL)
