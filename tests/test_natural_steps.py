@@ -269,7 +269,7 @@ def test_all_that_a_posterior_does_goes_on_from_the_steps(tmp_path):
     report = posterior.check(KEY(0), x, ("importance", "collapse"), progress_bar=False)
     first = Posterior(guide, posterior.params).check(KEY(0), x, "importance", progress_bar=False)
     assert report.verdict.mean() < 0.5 * first.verdict.mean()
-    tree = posterior.to_datatree(KEY(1), x, 40)
+    tree = posterior.to_datatree(KEY(1), x, 40, groups=("posterior",))
     draws = posterior.sample(KEY(1), x, 40)["rate"]
     np.testing.assert_allclose(tree["posterior"]["rate"].values[0], draws, rtol=1e-5)
     posterior.save(tmp_path / "saved")
@@ -353,6 +353,7 @@ def by_hand(x):
         numpyro.sample("z", dist.Normal(numpyro.param("shift", 2.0) + 0.1 * x, 1.0))
 
 
+@pytest.mark.slow
 def test_guides_by_hand_take_steps():
     """Also where their globals are repaired."""
     x = np.linspace(-2.0, 2.0, 8).astype(np.float32)
