@@ -355,7 +355,6 @@ def by_hand(x):
 
 @pytest.mark.slow
 def test_guides_by_hand_take_steps():
-    """Also where their globals are repaired."""
     x = np.linspace(-2.0, 2.0, 8).astype(np.float32)
     options = {"model": grouped, "natural_steps": 12}
     posterior = Posterior(by_hand, {"shift": jnp.array(2.0)}, **options)
