@@ -13,12 +13,7 @@ from jaxtyping import Array
 from numpyro.infer import SVI
 from numpyro.infer.elbo import ELBO
 
-from numpyro_vae.choices import (
-    choose_guide,
-    choose_loss,
-    choose_optimizer,
-    choose_refining,
-)
+from numpyro_vae.choices import choose_guide, choose_loss, choose_optimizer, choose_refining
 from numpyro_vae.data.arguments import require_count
 from numpyro_vae.data.arrays import is_in_memory, take_rows
 from numpyro_vae.data.stores import in_memory
@@ -99,6 +94,8 @@ def amortize(
         (10, 100)
     """
     num_steps = require_count("num_steps", num_steps)
+    if natural_steps is not None:
+        natural_steps = require_count("natural_steps", natural_steps, least=0)
     data, validation = in_memory(data), in_memory(validation)
     if not is_in_memory(data):
         raise ValueError(
@@ -138,8 +135,8 @@ def amortize(
     some = train if held_out is None else held_out
     some = take_rows(some, batch_axes, slice(CHECKED)) if cuts else some
     tried = results[:0:-1] if len(results) == 3 and cuts else results[-1:]
-    steps = _steps(Posterior(guide, result), rows)
-    steps = steps if natural_steps is None else (natural_steps,)
+    given = natural_steps is not None
+    steps = (natural_steps,) if given else _steps(Posterior(guide, result), rows)
     found = [Posterior(guide, x, natural_steps=n) for n in steps for x in tried]
     better = partial(_mean_verdict, keys[4], some)
     posterior = min(found, key=better) if len(found) > 1 else found[0]

@@ -123,9 +123,11 @@ class Programs:
         """Encode one row, so that a call with as many of them as a batch has fits in memory."""
         batch, params = self.inputs.batch(row, number), self.leaves.restore(arrays)
         guide, static = self.runner.guide, self.runner.static_kwargs
-        draw = partial(draws_of_globals, guide.sample_globals, static, NUM_GLOBALS)
-        globals_ = draw(params, batch, globals_key(jax.random.key(0)))
-        trained = Trained(params, globals_, self.runner.natural_steps)
+        steps, globals_ = self.runner.natural_steps, {}
+        if steps:
+            draw = partial(draws_of_globals, guide.sample_globals, static, NUM_GLOBALS)
+            globals_ = draw(params, batch, globals_key(jax.random.key(0)))
+        trained = Trained(params, globals_, steps)
         return replace(encoded(guide, static, trained, batch), pairs=PAIRS // ROWS)
 
     def _globals(self, encoded: EncodedBatch, key: Array, num_samples: int) -> Arrays:
