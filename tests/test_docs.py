@@ -24,6 +24,7 @@ RTOL, UNITS = 0.2, 3
 
 END = "\x1e"  # printed after each block
 BLOCK = re.compile(r"^```(python|text)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+LINK = re.compile(r"\]\((?!http)([^)#\s]*)#?([^)\s]*)\)")
 NUMBER = re.compile(r"\s*[-+]?\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?%?")
 SHAPE = re.compile(r"  # (\(\d[\d, ]*\))$")
 
@@ -37,6 +38,13 @@ def blocks(page: str) -> list[tuple[str, str | None]]:
         elif found:
             found[-1] = (found[-1][0], text)
     return found
+
+
+def anchors(page: str) -> set[str]:
+    """What a link may name of a page, made from its headings as GitHub and MyST make it."""
+    text = re.sub(r"^```.*?^```", "", page, flags=re.DOTALL | re.MULTILINE)
+    headings = re.findall(r"^#{1,3} (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in headings}
 
 
 def with_shapes(code: str) -> str:
@@ -126,3 +134,14 @@ def test_shapes_in_comments_are_compared(line, wrong, tmp_path):
     run([with_shapes(code)], tmp_path)
     with pytest.raises(AssertionError, match=r"AssertionError: \(2, 3\)"):
         run([with_shapes(code.replace("# (2, 3)", f"# {wrong}"))], tmp_path)
+
+
+@pytest.mark.parametrize("path", PAGES.values(), ids=PAGES)
+def test_links_lead_somewhere(path):
+    page = path.read_text(encoding="utf-8")
+    for target, anchor in LINK.findall(page):
+        file = path.parent / target if target else path
+        assert file.is_file(), f"{path.name} links to {target}, which does not exist"
+        if anchor:
+            there = anchors(file.read_text(encoding="utf-8"))
+            assert anchor in there, f"{path.name} links to {target}#{anchor}; there are {there}"
