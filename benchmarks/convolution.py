@@ -52,9 +52,11 @@ def in_tensorflow(batches):
     if importlib.util.find_spec("tensorflow") is None:
         print("\nTensorFlow is not installed: its row is skipped.")
         return {}
-    from tensorflow_vae import tensorflow_epoch
+    from tensorflow_vae import dataset, tensorflow_vae
 
-    return {"TensorFlow": tensorflow_epoch(batches, LEARNING_RATE)}
+    data = dataset(batches.reshape(-1, 28, 28)).batch(batches.shape[1])
+    epoch, _ = tensorflow_vae(data, data, LEARNING_RATE)
+    return {"TensorFlow": epoch}
 
 
 def compare_by_hand(batches, num_slow, rounds):

@@ -41,6 +41,7 @@ NEED_DATA = (
     "mnist_gaps.py",
     "mnist_particles.py",
     "hand_written.py",
+    "tutorial.py",
 )
 # Nearly all of a smoke run is compiling, which takes half as long without optimization.
 COMPILE_FAST = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"

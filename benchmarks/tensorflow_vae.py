@@ -48,8 +48,15 @@ def loss(encode: Any, decode: Any, images: Any) -> Any:
     return -tf.reduce_mean(log_likelihood + ratio)
 
 
-def tensorflow_epoch(batches: np.ndarray, learning_rate: float) -> Callable[[], float]:
-    """Return an epoch over batches ``(num_batches, batch, 28, 28, 1)``; it returns a loss."""
+def dataset(images: np.ndarray) -> tf.data.Dataset:
+    """Return a data set of images ``(num_images, 28, 28)`` with a channel each."""
+    return tf.data.Dataset.from_tensor_slices(images[..., None])
+
+
+def tensorflow_vae(
+    batches: tf.data.Dataset, test_batches: tf.data.Dataset, learning_rate: float
+) -> tuple[Callable[[], float], Callable[[], float]]:
+    """Return an epoch over batches of images, and the mean ELBO of others by one draw of each."""
     encode, decode = encoder(), decoder()
     optimizer = tf.keras.optimizers.Adam(learning_rate)
     variables = encode.trainable_variables + decode.trainable_variables
@@ -61,12 +68,17 @@ def tensorflow_epoch(batches: np.ndarray, learning_rate: float) -> Callable[[], 
         optimizer.apply_gradients(zip(tape.gradient(value, variables), variables, strict=True))
         return value
 
-    images = batches.reshape(-1, *batches.shape[2:])
-    data = tf.data.Dataset.from_tensor_slices(images).batch(batches.shape[1])
+    @tf.function
+    def test_loss(images: Any) -> Any:
+        return loss(encode, decode, images)
 
     def epoch() -> float:
-        for batch in data:
+        for batch in batches:
             value = step(batch)
         return float(value)
 
-    return epoch
+    def elbo() -> float:
+        losses = [(float(test_loss(batch)), len(batch)) for batch in test_batches]
+        return -sum(value * size for value, size in losses) / sum(size for _, size in losses)
+
+    return epoch, elbo

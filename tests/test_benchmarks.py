@@ -15,6 +15,7 @@ NEED_MNIST = {
     "mnist_particles.py",
     "checking.py",
     "hand_written.py",
+    "tutorial.py",
 }
 # What can be run; the other files are imported by these.
 SCRIPTS = sorted(
