@@ -19,7 +19,7 @@ from numpyro_vae.inference import draws
 from numpyro_vae.inference import quantities as compiled
 from numpyro_vae.inference.make_datatree import make_datatree
 from numpyro_vae.inference.predictable import predict
-from numpyro_vae.inference.runner import Runner, choose_names
+from numpyro_vae.inference.runner import Runner
 from numpyro_vae.inference.trained import require_trained, with_state
 from numpyro_vae.repair.global_sites import GlobalRepair, repair_globals
 from numpyro_vae.repair.result import Repair
@@ -182,7 +182,7 @@ class Posterior:
         rows = self._runner.read(data, of_prior=True)
         names = None if var_names is None else list(var_names)
         found = predict(self._runner, rows, rng_key, num_samples, names)
-        return {name: found[name] for name in choose_names(names, found)}
+        return {name: found[name] for name in draws.choose_names(names, found)}
 
     def log_weights(self, rng_key: Array, data: Any, num_samples: int) -> np.ndarray:
         r"""Return the log importance weight of every draw of every row.

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from numpyro_vae.inference.draws import choose_names
 from numpyro_vae.inference.fingerprint import NAME
-from numpyro_vae.inference.runner import Runner, choose_names
+from numpyro_vae.inference.runner import Runner
 from numpyro_vae.model.sites import ModelSites
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from jaxtyping import Array
 from numpyro_vae.inference import quantities
 from numpyro_vae.inference.functions import Quantity
 from numpyro_vae.inference.rows import Rows
-from numpyro_vae.inference.runner import Runner, choose_names
+from numpyro_vae.inference.runner import Runner
 
 
 class SiteEncoding(NamedTuple):
@@ -74,3 +74,16 @@ def densities(
     runner.require_density()
     globals_ = runner.draw_globals(rng_key, rows, num_samples)
     return runner.per_draw(quantity, rows, rng_key, globals_, num_samples=num_samples, **static)
+
+
+def choose_names(var_names: Iterable[str] | None, known: Iterable[str]) -> list[str]:
+    """Return the names of the sites wanted, by default all that are known.
+
+    Raises:
+        ValueError: if a site does not exist.
+    """
+    names = list(known if var_names is None else var_names)
+    missing = sorted(set(names) - set(known))
+    if missing:
+        raise ValueError(f"There are no sites {missing} here, choose from {sorted(known)}.")
+    return names

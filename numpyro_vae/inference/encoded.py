@@ -32,7 +32,7 @@ class Trained:
 
     Attributes:
         params: the trained parameters of guide and model.
-        natural_steps: that rows take after the network, see `sharpen`.
+        natural_steps: that rows take after the network, see `take_steps`.
         globals_: draws of the global sites that they are given for it.
     """
 

@@ -12,7 +12,7 @@ from jaxtyping import Array
 from numpyro_vae.data.batch import Batch
 from numpyro_vae.guides.abstract import AbstractGuide
 from numpyro_vae.inference.encoded import EncodedBatch, Trained
-from numpyro_vae.inference.natural import sharpen
+from numpyro_vae.inference.natural import Stepped, take_steps, with_steps
 
 Quantity = Callable[..., Any]
 
@@ -36,12 +36,25 @@ def draws_of_globals(
 
 
 def encoded(
-    guide: AbstractGuide, static_kwargs: dict[str, Any], trained: Trained, batch: Batch
+    guide: AbstractGuide,
+    static_kwargs: dict[str, Any],
+    trained: Trained,
+    batch: Batch,
+    stepped: Stepped | None = None,
 ) -> EncodedBatch:
-    """Return what is said of a batch: by the guide, and by steps of its rows."""
+    """Return what is said of a batch: by the guide, and by steps of its rows.
+
+    Args:
+        guide: the guide.
+        static_kwargs: keyword arguments of the model that are the same in every call.
+        trained: what rows are encoded with.
+        batch: the rows.
+        stepped: what their steps came to; by default they are taken here.
+    """
     found = EncodedBatch.encode(guide, trained, batch, static_kwargs)
-    steps = trained.natural_steps if found.encoding.sites else 0
-    return sharpen(found, steps, trained.globals_) if steps else found
+    if trained.natural_steps and stepped is None:
+        stepped = take_steps(found, trained.globals_, num_steps=trained.natural_steps)
+    return found if stepped is None else with_steps(found, stepped)
 
 
 def encoded_alike(known: EncodedBatch, batch: Batch) -> EncodedBatch:
@@ -52,10 +65,15 @@ def encoded_alike(known: EncodedBatch, batch: Batch) -> EncodedBatch:
 
 
 def of_batch(
-    encode: Callable, quantity: Quantity, trained: Trained, batch: Batch, *args: Any
+    encode: Callable,
+    quantity: Quantity,
+    trained: Trained,
+    batch: Batch,
+    stepped: Stepped | None,
+    *args: Any,
 ) -> Any:
     """Return a quantity of a batch of rows."""
-    return quantity(encode(trained, batch), *args)
+    return quantity(encode(trained, batch, stepped), *args)
 
 
 def of_rows(
@@ -63,16 +81,22 @@ def of_rows(
     quantity: Quantity,
     trained: Trained,
     batch: Batch,
+    stepped: Stepped | None,
     rows: Array,
     by_row: Any,
     *args: Any,
 ) -> Any:
-    """Return a quantity of rows one by one, given what belongs to each."""
+    """Return a quantity of rows one by one, given what belongs to each.
+
+    Data that the model takes whole have the steps of all rows, and else they are by row.
+    """
     is_cut = batch.cuts or batch.fills_plate  # else the model takes the data whole
 
-    def one(row: Array, of_row: Any) -> Any:
-        alone = batch.at(row[None]) if is_cut else batch
-        place = jnp.zeros_like(row) if is_cut else row
-        return quantity(encode(trained, alone), place, of_row, *args)
+    def one(row: Array, of_row: Any, mine: Stepped | None) -> Any:
+        if not is_cut:
+            return quantity(encode(trained, batch, stepped), row, of_row, *args)
+        mine = jax.tree.map(lambda x: x[None], mine)
+        alone = encode(trained, batch.at(row[None]), mine)
+        return quantity(alone, jnp.zeros_like(row), of_row, *args)
 
-    return jax.vmap(one)(rows, by_row)
+    return jax.vmap(one)(rows, by_row, stepped if is_cut else None)

@@ -1,12 +1,14 @@
-"""How much memory results need, and how much there is."""
+"""How much memory results need, how much there is, and what is kept in it."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 GIB = 2**30
 MEMINFO = Path("/proc/meminfo")
@@ -41,3 +43,29 @@ def require_memory(num_bytes: int) -> None:
             "available. Ask for fewer draws (num_samples=) or sites (var_names=, groups=), or pass "
             "the rows in parts."
         )
+
+
+class Kept:
+    """What belongs to some rows, kept for those who ask for the same rows, or for some of them."""
+
+    def __init__(self) -> None:
+        self._of: tuple[Any, ...] = ()
+        self._numbers = np.empty(0, int)
+        self._value: Any = None
+
+    def get(self, of: tuple[Any, ...], numbers: np.ndarray, make: Callable[[], Any]) -> Any:
+        """Return what belongs to rows, which is made if it is not all there.
+
+        Args:
+            of: the objects that it is computed from.
+            numbers: of the rows.
+            make: returns a pytree of arrays with these rows in front.
+        """
+        if list(map(id, of)) == list(map(id, self._of)):
+            order = np.argsort(self._numbers)
+            places = np.searchsorted(self._numbers, numbers, sorter=order)
+            places = order[places.clip(max=len(order) - 1)]
+            if np.array_equal(self._numbers[places], numbers):
+                return jax.tree.map(lambda x: x[places], self._value)
+        self._of, self._numbers, self._value = of, numbers, make()
+        return self._value

@@ -17,7 +17,16 @@ from numpyro_vae.families.multivariate_normal import lower_root
 from numpyro_vae.guides.abstract import AbstractGuide
 from numpyro_vae.guides.encoding import Encoding
 from numpyro_vae.guides.normal_form import either, joint_normal, of_normal
-from numpyro_vae.inference.steps import Measured, apart, choose, even_noise, measure, move, widened
+from numpyro_vae.inference.steps import (
+    Measured,
+    apart,
+    choose,
+    even_noise,
+    measure,
+    move,
+    unseen,
+    widened,
+)
 
 if TYPE_CHECKING:
     from numpyro_vae.inference.encoded import EncodedBatch
@@ -30,11 +39,24 @@ ENOUGH, SHORTEST = 1e-3, 0.02  # nats of a gain, and a step, below which a row g
 Globals = Mapping[str, Array]
 
 
+class Stepped(NamedTuple):
+    """What steps of rows came to.
+
+    Attributes:
+        normal: of each row.
+        share: 1 in rows that have it, and 0 in those that keep what the network says; None if all
+            have it.
+    """
+
+    normal: Normal
+    share: Float[Array, "batch"] | None
+
+
 class Going(NamedTuple):
     """Where the rows of a batch are.
 
     Attributes:
-        number: of steps.
+        number: of Normals that were looked at.
         best: the best Normal of each row so far.
         rate: how far its next step goes.
         left: which rows go on; each stops by itself, whichever others there are.
@@ -46,7 +68,7 @@ class Going(NamedTuple):
     left: Bool[Array, "batch"]
 
 
-def sharpen(batch: EncodedBatch, num_steps: int, globals_: Mapping[str, Array]) -> EncodedBatch:
+def take_steps(batch: EncodedBatch, globals_: Globals, *, num_steps: int) -> Stepped | None:
     r"""Let each row's Normal take natural-gradient steps towards the row's largest ELBO.
 
     Where the guide is no Normal, as a flow is, they start from one with its mean and covariance,
@@ -68,8 +90,12 @@ def sharpen(batch: EncodedBatch, num_steps: int, globals_: Mapping[str, Array]) 
 
     Args:
         batch: what the network says of a batch.
-        num_steps: how many steps at most, each of 32 gradients of the log density or more.
         globals_: draws of the global sites, which take turns at the points.
+        num_steps: how many steps at most, each of 32 gradients of the log density or more.
+
+    Returns:
+        What `with_steps` makes an encoding of; None of rows without observations, as these are of
+        their prior.
 
     Raises:
         ValueError: if rows can take no steps, see `why_unable`.
@@ -80,6 +106,8 @@ def sharpen(batch: EncodedBatch, num_steps: int, globals_: Mapping[str, Array]) 
         then steps of each row: Kim et al., *Semi-Amortized Variational Autoencoders*, ICML 2018;
         Marino, Yue and Mandt, *Iterative Amortized Inference*, ICML 2018.
     """
+    if not batch.encoding.sites:
+        return None
     said = _able(batch)
     normal, drawn = joint_normal(said), None
     if normal is None:
@@ -91,7 +119,7 @@ def sharpen(batch: EncodedBatch, num_steps: int, globals_: Mapping[str, Array]) 
     look = partial(measure, partial(_by_points, trial, globals_), points, mask)
 
     def goes_on(state: Going) -> Array:
-        return (state.number < num_steps) & state.left.any()
+        return (state.number <= num_steps) & state.left.any()
 
     def step(state: Going) -> Going:
         moved = look(move(state.best, state.rate))
@@ -103,16 +131,24 @@ def sharpen(batch: EncodedBatch, num_steps: int, globals_: Mapping[str, Array]) 
         return Going(state.number + 1, best, rate, left)
 
     with full_precision():
-        first = look(apart(normal, mask))
-        rate = jnp.full(first.elbo.shape, FIRST, first.elbo.dtype)
-        start = Going(jnp.zeros((), int), first, rate, rate > 0)
-        best = jax.lax.while_loop(goes_on, step, start).best
+        start = unseen(apart(normal, mask))  # and the first step goes nowhere
+        rate = jnp.full_like(start.elbo, FIRST / LONGER)
+        going = Going(jnp.zeros((), int), start, rate, rate > 0)
+        best = jax.lax.while_loop(goes_on, step, going).best
     found = widened(best, mask)
-    stepped = replace(batch, encoding=at(found))
     if drawn is None:
-        return stepped
-    gained = _drawn(stepped, globals_)[1].mean(0) > drawn[1].mean(0)
-    return replace(batch, encoding=either(said, found, gained.astype(normal[0].dtype)))
+        return Stepped(found, None)
+    after = _drawn(replace(batch, encoding=at(found)), globals_)
+    gained = after[1].mean(0) > drawn[1].mean(0)
+    return Stepped(found, gained.astype(normal[0].dtype))
+
+
+def with_steps(batch: EncodedBatch, stepped: Stepped) -> EncodedBatch:
+    """Return a batch of which is said what the steps of its rows came to."""
+    said = _able(batch)
+    if stepped.share is None:
+        return replace(batch, encoding=of_normal(said, stepped.normal))
+    return replace(batch, encoding=either(said, stepped.normal, stepped.share))
 
 
 def why_unable(batch: EncodedBatch) -> str:

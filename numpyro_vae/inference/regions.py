@@ -75,7 +75,7 @@ def _program(runner: Runner, rows: Rows) -> str:
 
     def run(trained: Trained, batch: Batch, rng_key: Array) -> Any:
         globals_ = draw(trained.params, batch, rng_key)
-        return of_batch(runner.encode, quantity, trained, batch, rng_key, globals_)
+        return of_batch(runner.encode, quantity, trained, batch, None, rng_key, globals_)
 
     trained = runner.trained(rows)
     with HANDLERS:

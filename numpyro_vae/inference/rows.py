@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, partial
 from typing import Any
 
@@ -22,6 +22,7 @@ from numpyro_vae.data.stores import Store, in_memory, is_stored
 from numpyro_vae.guides.abstract import AbstractGuide
 from numpyro_vae.guides.base import AmortizedGuide
 from numpyro_vae.inference.fingerprint import Fingerprint, fingerprint_rows, of_parts
+from numpyro_vae.inference.memory import Kept
 from numpyro_vae.inference.plate_rows import (
     declares_rows,
     held_rows,
@@ -55,6 +56,7 @@ class Rows:
         devices: those among which the rows of a batch are divided; all have a copy of the data.
         stored: reads the rows, if they are not in memory.
         part_of: as many rows as batches are cut for, where these are the last ones of a part.
+        kept: what several quantities of the rows are computed from.
     """
 
     data: ArrayData
@@ -70,6 +72,7 @@ class Rows:
     devices: Devices
     stored: StoredRows | None = None
     part_of: int | None = None
+    kept: Kept = field(default_factory=Kept, repr=False, compare=False)
 
     @classmethod
     def read(
@@ -344,10 +347,10 @@ class Rows:
         num_rows = self.num_chosen
         results = prefetch(map(fn, self.batches(batch_size)))
         first = next(results)
-        out = jax.tree.map(partial(_room, num_rows, row_axis), first)
+        out = jax.tree.map(partial(room, num_rows, row_axis), first)
         starts = range(0, num_rows, self._at_once(batch_size))
         for start, found in zip(starts, itertools.chain([first], results), strict=True):
-            jax.tree.map(partial(_write, start, row_axis), out, found)
+            jax.tree.map(partial(write, start, row_axis), out, found)
         return out
 
     def batches(self, batch_size: int) -> Iterator[Batch]:
@@ -377,14 +380,14 @@ def rounded(number: int) -> int:
     return 1 << max(number - 1, 0).bit_length()
 
 
-def _room(num_data: int, row_axis: int, like: Array) -> np.ndarray:
+def room(num_data: int, row_axis: int, like: Array) -> np.ndarray:
     """Return room for all rows; the rows are the slowest axis, so that writing is fast."""
     shape = [size for axis, size in enumerate(like.shape) if axis != row_axis]
     return np.moveaxis(np.empty((num_data, *shape), like.dtype), 0, row_axis)
 
 
-def _write(start: int, row_axis: int, room: np.ndarray, found: Array) -> None:
+def write(start: int, row_axis: int, out: np.ndarray, found: Array) -> None:
     """Copy a batch of rows to its place, without what fills it up."""
-    room, rows = np.moveaxis(room, row_axis, 0), np.moveaxis(np.asarray(found), row_axis, 0)
-    stop = min(start + len(rows), len(room))
-    room[start:stop] = rows[: stop - start]
+    out, rows = np.moveaxis(out, row_axis, 0), np.moveaxis(np.asarray(found), row_axis, 0)
+    stop = min(start + len(rows), len(out))
+    out[start:stop] = rows[: stop - start]

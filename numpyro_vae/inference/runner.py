@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -28,14 +28,15 @@ from numpyro_vae.inference.functions import (
     of_rows,
 )
 from numpyro_vae.inference.memory import require_memory, size_of
-from numpyro_vae.inference.natural import require_rows
-from numpyro_vae.inference.rows import Rows, rounded
+from numpyro_vae.inference.natural import Stepped, require_rows, take_steps
+from numpyro_vae.inference.rows import Rows, room, rounded, write
 from numpyro_vae.model.captured import signature
 from numpyro_vae.model.data_sets import DataSets
 from numpyro_vae.numpyro_internals import HANDLERS
 
 ROWS = 256  # rows at once
 DRAWS = 2**22  # values drawn at once
+KEPT = 2**26  # values of covariances that are kept
 NUM_GLOBALS = 16  # draws of the global sites that the steps of rows are given
 PARTS = 2**32 - 2  # of no row: what the keys of parts of the draws are folded with first
 
@@ -52,7 +53,7 @@ class Runner:
         batch_axes: the datum axis of each of the model's arguments.
         num_data: how many rows the guide was trained on, if that is known.
         devices: those among which the rows of a batch are divided.
-        natural_steps: that each row takes after the network, see `sharpen`.
+        natural_steps: that each row takes after the network, see `take_steps`.
     """
 
     def __init__(
@@ -187,10 +188,13 @@ class Runner:
             MemoryError: if the results do not fit in memory; nothing is computed then.
         """
         compiled, trained = self._compiled_quantity(of_batch, quantity, static), self.trained(rows)
+        stepped = self.steps(rows)
+        for_all = stepped is None or rows.data.is_whole
 
         def given(batch: Batch) -> tuple:
             mine = () if by_row is None else (_cut(by_row, rows, batch),)
-            return (trained, batch, *mine, *args)
+            steps = stepped if for_all else _cut(stepped, rows, batch)
+            return (trained, batch, steps, *mine, *args)
 
         values = max(num_draws * self.width(), _largest(by_row))
         batch_size = batch_size or _batch_size(values)
@@ -234,9 +238,8 @@ class Runner:
         parts = -(-num_samples // self.draws_at_once(rows))
         size = -(-num_samples // parts)
         batch_size = self.rows_at_once(rows, num_samples, observed=observed)
-        sizes = {"batch_size": batch_size, "times": parts}
-        run = partial(self.per_batch, quantity, rows, num_samples=size, row_axis=1, **sizes)
-        run = partial(run, **static)
+        static |= {"batch_size": batch_size, "times": parts, "num_samples": size}
+        run = partial(self.per_batch, quantity, rows, row_axis=1, **static)
         if parts == 1:
             return run(rng_key, globals_, by_row=by_row)
         out = None
@@ -247,16 +250,15 @@ class Runner:
             given = {name: x[places] for name, x in globals_.items()}
             mine = None if by_row is None else by_row[:, places]
             found = run(key, given, by_row=mine)
-            out = jax.tree.map(partial(_room, num_samples), found) if out is None else out
-            jax.tree.map(partial(_write, number * size), out, found)
+            out = jax.tree.map(partial(room, num_samples, 0), found) if out is None else out
+            jax.tree.map(partial(write, number * size, 0), out, found)
         return out
 
     def trace(self, quantity: Quantity, rows: Rows, *args: Any) -> Any:
         """Return the shapes of a quantity of a batch, for which nothing is computed."""
-        trained = self.trained(rows)
+        found = partial(of_batch, self.encode, quantity), self.trained(rows)
         with HANDLERS:
-            found = partial(of_batch, self.encode, quantity)
-            return jax.eval_shape(found, trained, rows.whole(), *args)
+            return jax.eval_shape(*found, rows.whole(), None, *args)
 
     def has_features(self, rows: Rows) -> bool:
         """Return whether the guide says what it says of a row by features; see `refine`."""
@@ -269,7 +271,7 @@ class Runner:
     def once(self, quantity: Quantity, rows: Rows, *args: Any, **static: Any) -> Any:
         """Run a quantity of all rows at once; see `per_batch`."""
         compiled = self._compiled_quantity(of_batch, quantity, static)
-        found = compiled(*self._of_all(compiled, self.trained(rows), rows, *args))
+        found = compiled(*self._of_all(compiled, self.trained(rows), rows, None, *args))
         return jax.tree.map(np.asarray, found)
 
     def _of_all(self, compiled: Compiled, trained: Any, rows: Rows, *args: Any) -> tuple:
@@ -303,13 +305,15 @@ class Runner:
             args: its further arguments.
             static: its keyword arguments.
         """
-        size, (pool, where) = rows.num_chosen, rows.pool()
-        devices = self.devices
+        size, (pool, where), devices = rows.num_chosen, rows.pool(), self.devices
         places = np.minimum(np.arange(devices.rounded(rounded(size))), size - 1)
         by_row = jax.tree.map(lambda x: devices.divide(x[places]), by_row)
         chosen = devices.divide(where[places])
         compiled = self._compiled_quantity(of_rows, quantity, static)
-        found = compiled(self.trained(rows), pool, chosen, by_row, *args)
+        stepped = self.steps(rows)
+        if not rows.data.is_whole:
+            stepped = jax.tree.map(lambda x: devices.divide(x[places]), stepped)
+        found = compiled(self.trained(rows), pool, stepped, chosen, by_row, *args)
         return jax.tree.map(lambda x: np.asarray(x)[:size], found)
 
     def width(self, *, observed: bool = False) -> int:
@@ -348,6 +352,25 @@ class Runner:
             drawn = self.draw_globals(jax.random.key(0), rows, NUM_GLOBALS)
         return Trained(self.params, drawn, self.natural_steps)
 
+    def steps(self, rows: Rows) -> Stepped | None:
+        """Return what the steps of rows come to, which are taken once for all quantities of them.
+
+        Returns:
+            Arrays with the chosen rows in front, or all of data that the model takes whole; None if
+            there are no steps, or too much to keep: each quantity takes them then.
+        """
+        if not self.natural_steps or rows.num_chosen * self.width() ** 2 > KEPT:
+            return None
+        rows = replace(rows, picked=None) if rows.data.is_whole else rows
+
+        def take() -> Stepped | None:
+            known = self.guide, self.params, self.static_kwargs, self.batch_axes
+            network, given = Runner(*known, devices=self.devices), self.trained(rows).globals_
+            sizes = {"num_draws": self.width(), "num_steps": self.natural_steps}
+            return network.per_batch(take_steps, rows, given, **sizes)
+
+        return rows.kept.get((self, rows.data), rows.chosen, take)
+
     def _compiled(self, key: tuple, fn: Callable[..., Any]) -> Compiled:
         """Return a compiled function, the same for all runners with these static arguments."""
         kwargs = ((name, signature(value)) for name, value in self.static_kwargs.items())
@@ -375,26 +398,3 @@ def _cut(by_row: Any, rows: Rows, batch: Batch) -> Any:
     """Return what belongs to the rows of a batch, of arrays that have a value for chosen rows."""
     places = rows.places(np.asarray(batch.row_numbers))
     return jax.tree.map(lambda x: x[places], by_row)
-
-
-def _room(num_samples: int, part: np.ndarray) -> np.ndarray:
-    """Return room for all draws, like a part of them."""
-    return np.empty((num_samples, *part.shape[1:]), part.dtype)
-
-
-def _write(start: int, room: np.ndarray, part: np.ndarray) -> None:
-    """Copy a part of the draws to its place, without what is too many."""
-    room[start : start + len(part)] = part[: len(room) - start]
-
-
-def choose_names(var_names: Iterable[str] | None, known: Iterable[str]) -> list[str]:
-    """Return the names of the sites wanted, by default all that are known.
-
-    Raises:
-        ValueError: if a site does not exist.
-    """
-    names = list(known if var_names is None else var_names)
-    missing = sorted(set(names) - set(known))
-    if missing:
-        raise ValueError(f"There are no sites {missing} here, choose from {sorted(known)}.")
-    return names

@@ -50,6 +50,14 @@ def even_noise(size: int, dtype: jnp.dtype) -> Float[Array, "points size"]:
     return jnp.concatenate([noise, -noise]).astype(dtype)
 
 
+def unseen(normal: Normal) -> Measured:
+    """Return Normals of which nothing is known, so that any measure of them is better."""
+    loc, tril = normal
+    zeros, eye = jnp.zeros_like(loc[:, 0]), jnp.eye(loc.shape[-1], dtype=loc.dtype)
+    bend = jnp.broadcast_to(eye, tril.shape)
+    return Measured(normal, zeros - jnp.inf, jnp.zeros_like(loc), bend, zeros)
+
+
 def measure(
     by_points: Callable[[Callable[..., Array], Array], tuple[Array, Array]],
     points: Float[Array, "points size"],
