@@ -57,8 +57,8 @@ def amortize(
     Then the model stays, and the guide alone is trained on `Simulations`: of more data than there
     are it cannot learn the noise by heart. Two thirds of these steps are taken with `ForwardKL`, so
     that it covers each posterior. The rest is taken with the ELBO, whose gradient is without noise
-    where the guide is exact; what comes of it is kept if rows held out have better verdicts.
-    So are natural-gradient steps that each row takes by itself after the network.
+    where the guide is exact. After any of these phases each row may take natural-gradient steps by
+    itself. Of all this the posterior is returned of which rows held out have the best verdicts.
 
     Args:
         model: a NumPyro model with latent sites in a plate.
@@ -134,14 +134,14 @@ def amortize(
         say(f"No simulations. {reason}")
     some = train if held_out is None else held_out
     some = take_rows(some, batch_axes, slice(CHECKED)) if cuts else some
-    tried = results[:0:-1] if len(results) == 3 and cuts else results[-1:]
+    tried = results[::-1] if cuts else results[-1:]
     given = natural_steps is not None
     steps = (natural_steps,) if given else _steps(Posterior(guide, result), rows)
     found = [Posterior(guide, x, natural_steps=n) for n in steps for x in tried]
     better = partial(_mean_verdict, keys[4], some)
     posterior = min(found, key=better) if len(found) > 1 else found[0]
-    if found.index(posterior) % len(tried):
-        say("The last phase is undone: rows held out had better verdicts before it.")
+    if undone := found.index(posterior) % len(tried):
+        say(f"Phases undone, as rows held out had better verdicts before: the last {undone}.")
     if posterior.natural_steps:
         say(f"Rows take up to {posterior.natural_steps} natural-gradient steps after the network.")
     if progress_bar:
