@@ -1,4 +1,4 @@
-"""Checks every annotated call into the library at run time, on the CPU, without a display.
+"""Runs the tests on the CPU, without a display; with ``--types`` every annotated call is checked.
 
 Nothing here seeds anything: each test makes its own `rng_key`.
 """
@@ -20,10 +20,17 @@ os.environ.setdefault(
 )
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
-from jaxtyping import install_import_hook
-
-# Before any test imports the library: the types and shapes of public calls are checked by beartype.
-install_import_hook("numpyro_vae", "beartype.beartype")
-
 # Scripts that tests start in processes of their own, with devices or hosts that are not here.
 collect_ignore = ["training/on_devices.py", "training/on_hosts.py"]
+
+
+def pytest_addoption(parser):
+    parser.addoption("--types", action="store_true", help="check types and shapes of all calls")
+
+
+def pytest_configure(config):
+    """Let beartype check what the library annotates, before any test imports it."""
+    if config.getoption("--types"):
+        from jaxtyping import install_import_hook
+
+        install_import_hook("numpyro_vae", "beartype.beartype")
