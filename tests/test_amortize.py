@@ -115,6 +115,16 @@ def test_a_model_that_cannot_be_simulated_is_trained_on_the_data(capsys):
 
 
 @pytest.mark.slow
+def test_simulations_that_do_harm_are_undone(capsys):
+    """Those of a prior that does not know the data, which the network then forgets."""
+    options = {"guide": AutoAmortizedNormal(model, SMALL), "num_steps": 600, "natural_steps": 0}
+    posterior = amortize(model, KEY, X + 8, num_simulation_steps=600, **options)
+    assert "better verdicts before: the last 2." in capsys.readouterr().out
+    first = amortize(model, KEY, X + 8, num_simulation_steps=0, **options, **QUIET)
+    jax.tree.map(np.testing.assert_array_equal, posterior.params, first.params)
+
+
+@pytest.mark.slow
 def test_models_that_take_their_data_whole():
     def selects(x):
         with numpyro.plate("data", len(x), subsample_size=60) as rows:
