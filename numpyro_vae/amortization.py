@@ -13,14 +13,21 @@ from jaxtyping import Array
 from numpyro.infer import SVI
 from numpyro.infer.elbo import ELBO
 
-from numpyro_vae.choices import choose_guide, choose_loss, choose_optimizer, choose_refining
+from numpyro_vae.choices import (
+    choose_guide,
+    choose_loss,
+    choose_refining,
+    optimizers,
+    why_unjudged,
+)
 from numpyro_vae.data.arguments import require_count
-from numpyro_vae.data.arrays import is_in_memory, take_rows
+from numpyro_vae.data.arrays import count_rows, is_in_memory, take_rows
 from numpyro_vae.data.stores import in_memory
 from numpyro_vae.guides.base import AmortizedGuide
-from numpyro_vae.inference.natural import why_unable
+from numpyro_vae.inference.natural import able, why_unable
 from numpyro_vae.inference.rows import Rows
 from numpyro_vae.model.simulate import NotSimulableError
+from numpyro_vae.numpyro_internals import HANDLERS
 from numpyro_vae.posterior import Posterior
 from numpyro_vae.training.fit import FitResult, fit
 from numpyro_vae.training.simulations import Simulations
@@ -40,7 +47,8 @@ def amortize(
     *,
     guide: AmortizedGuide | None = None,
     loss: ELBO | None = None,
-    optimizer: Callable[[int], Any] | None = None,
+    plate: str | None = None,
+    optimizer: Any = None,
     validation: Any = None,
     batch_axes: Any = 0,
     batch_size: int | None = None,
@@ -66,10 +74,12 @@ def amortize(
         data: as `fit` takes them, in memory.
         guide: by default `choose_guide` makes one.
         loss: of the first phase; by default an ELBO of NumPyro's for the model and the guide.
-        optimizer: from a number of steps to an optimizer; by default `choose_optimizer`.
+        plate: the name of the plate of the data, where the model leaves a choice.
+        optimizer: one for all phases, or a function from a number of steps to one; by default
+            `choose_optimizer`.
         validation: rows held out; by default a tenth of the data, at most 1,000.
         batch_axes: the datum axis of each argument, as for `fit`.
-        batch_size: rows in a batch, as for `fit`.
+        batch_size: rows in a batch, as for `fit`; at most as many as there are to train on.
         num_steps: the most steps of the first phase.
         num_simulation_steps: steps on simulations, after the first phase; 0 leaves them out.
         natural_steps: that each row takes after the network, see `Posterior`; by default 8 if rows
@@ -79,7 +89,8 @@ def amortize(
         progress_bar: whether to show progress, and to print what was chosen and found.
 
     Raises:
-        ValueError: as `fit` does.
+        ValueError: as `fit` does; or if rows are to take steps, and the guide says no Normals.
+        TypeError: if the guide is not amortized, or the optimizer is none.
 
     Example:
         >>> import numpyro, numpyro.distributions as dist
@@ -94,8 +105,12 @@ def amortize(
         (10, 100)
     """
     num_steps = require_count("num_steps", num_steps)
+    num_simulation_steps = require_count("num_simulation_steps", num_simulation_steps, least=0)
     if natural_steps is not None:
         natural_steps = require_count("natural_steps", natural_steps, least=0)
+    if batch_size is not None:
+        batch_size = require_count("batch_size", batch_size)
+    make_optimizer = optimizers(optimizer)
     data, validation = in_memory(data), in_memory(validation)
     if not is_in_memory(data):
         raise ValueError(
@@ -103,28 +118,33 @@ def amortize(
             "Batches from an iterable are for fit."
         )
     kwargs, say = dict(static_kwargs or {}), print if progress_bar else _nothing
-    guide = guide or choose_guide(model, data, batch_axes=batch_axes, static_kwargs=kwargs)
+    known = {"batch_axes": batch_axes, "static_kwargs": kwargs}
+    guide = choose_guide(model, data, plate=plate, **known) if guide is None else guide
     if not isinstance(guide, AmortizedGuide):
         raise TypeError(
             f"guide is {guide!r}, expected an amortized guide such as AutoAmortizedNormal(model)."
         )
     rows = Rows.read(guide, kwargs, data, batch_axes)
+    steps_of_rows = _steps(guide, rows, kwargs, natural_steps)
     say(_choices(guide, rows))
     cuts = not (rows.data.is_whole or rows.subsamples)
     train, held_out, keys = data, validation, jax.random.split(rng_key, 6)
     if validation is None and cuts:
         train, held_out = _hold_out(data, batch_axes, rows.num_rows, keys[0])
-    size = rows.num_rows if rows.data.is_whole else min(batch_size or 128, rows.num_rows)
+    left = count_rows(train, batch_axes) if cuts else rows.num_rows
+    size = left if rows.data.is_whole else min(batch_size or 128, left)
+    batch_size = size if cuts else batch_size
     options = {"batch_axes": batch_axes, "batch_size": batch_size, "progress_bar": progress_bar}
-    phase = partial(_phase, model, guide, optimizer or choose_optimizer, kwargs, options, say)
+    phase = partial(_phase, model, guide, make_optimizer, kwargs, options, say)
     steps = num_steps, max(num_steps * size // rows.num_rows, 1)
     loss = loss or choose_loss(guide)
     result = phase("The ELBO of the data", keys[1], loss, train, held_out, *steps)
     results = [result]
     try:
-        for name, objective, number in choose_refining(guide, num_simulation_steps, to_data):
+        refining = choose_refining(guide, num_simulation_steps, to_data, rows)
+        for name, objective, number in refining:
             key = keys[1 + len(results)]
-            table = min(TABLE, max(number * size // EPOCHS, 1))
+            table = max(min(TABLE, number * size // EPOCHS), size)
             simulations = Simulations(table, like=train, redraw_every=EPOCHS, to_data=to_data)
             more = {"init_params": result.params, "freeze": ("model", "globals")}
             steps = number, max(number * size // table, 1)
@@ -134,17 +154,18 @@ def amortize(
         say(f"No simulations. {reason}")
     some = train if held_out is None else held_out
     some = take_rows(some, batch_axes, slice(CHECKED)) if cuts else some
-    tried = results[::-1] if cuts else results[-1:]
-    given = natural_steps is not None
-    steps = (natural_steps,) if given else _steps(Posterior(guide, result), rows)
-    found = [Posterior(guide, x, natural_steps=n) for n in steps for x in tried]
+    unjudged = why_unjudged(guide)
+    tried = results[::-1] if cuts and not unjudged else results[-1:]
+    found = [Posterior(guide, x, natural_steps=n) for n in steps_of_rows for x in tried]
     better = partial(_mean_verdict, keys[4], some)
     posterior = min(found, key=better) if len(found) > 1 else found[0]
     if undone := found.index(posterior) % len(tried):
         say(f"Phases undone, as rows held out had better verdicts before: the last {undone}.")
     if posterior.natural_steps:
         say(f"Rows take up to {posterior.natural_steps} natural-gradient steps after the network.")
-    if progress_bar:
+    if unjudged:
+        say(f"No checks. {unjudged}.")
+    elif progress_bar:
         say(posterior.check(keys[5], some, CHECKS, progress_bar=False))
     return posterior
 
@@ -192,11 +213,33 @@ def _hold_out(data: Any, batch_axes: Any, number: int, rng_key: Array) -> tuple[
     return tuple(take_rows(data, batch_axes, rows) for rows in (order[:kept], order[kept:]))
 
 
-def _steps(posterior: Posterior, rows: Rows) -> tuple[int, ...]:
-    """Return the numbers of natural-gradient steps among which rows held out decide."""
+def _steps(
+    guide: AmortizedGuide, rows: Rows, static: dict[str, Any], asked: int | None
+) -> list[int]:
+    """Return the numbers of natural-gradient steps among which rows held out decide.
+
+    Args:
+        guide: which need not be trained.
+        rows: the data.
+        static: the model's keyword arguments that never change.
+        asked: the number that the user wants; None if there is none.
+
+    Raises:
+        ValueError: if it is above 0, and rows can take no steps.
+    """
     reasons: list[str] = []
-    posterior._runner.trace(lambda batch: reasons.append(why_unable(batch)), rows)
-    return (0,) if reasons[0] else (0, NATURAL_STEPS)
+
+    def look() -> None:
+        encoding = guide.encode_batch(None, rows.whole(), static)
+        if asked:
+            able(guide, encoding)
+        reasons.append(why_unable(guide, encoding))
+
+    with HANDLERS:
+        jax.eval_shape(look)
+    if asked is not None:
+        return [asked]
+    return [0] if reasons[0] else [0, NATURAL_STEPS]
 
 
 def _mean_verdict(rng_key: Array, data: Any, posterior: Posterior) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
@@ -22,8 +23,10 @@ from numpyro_vae.guides.auto import (
     AutoAmortizedNormal,
 )
 from numpyro_vae.guides.base import AmortizedGuide
+from numpyro_vae.inference.plate_rows import why_tempered
 from numpyro_vae.inference.rows import Rows
 from numpyro_vae.model.covariates import WithCovariates, arrays_by_path
+from numpyro_vae.model.data_sets import DataSets
 from numpyro_vae.model.provenance import is_read
 from numpyro_vae.model.simulate import NotSimulableError, why_censored
 from numpyro_vae.model.trace import NEEDS_VALUES
@@ -45,28 +48,54 @@ def choose_optimizer(num_steps: int) -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(100.0), optax.adam(rate))
 
 
+def optimizers(optimizer: Any) -> Callable[[int], Any]:
+    """Return a function from a number of steps to an optimizer.
+
+    Args:
+        optimizer: such a function; an optimizer; or None for `choose_optimizer`.
+
+    Raises:
+        TypeError: if it makes an optimizer of a learning rate.
+    """
+    if optimizer is None:
+        return choose_optimizer
+    if not callable(optimizer):
+        return lambda num_steps: optimizer
+    takes_rate = "learning_rate" in inspect.signature(optimizer).parameters
+    if takes_rate or isinstance(optimizer, type):
+        name = getattr(optimizer, "__name__", optimizer)
+        raise TypeError(
+            f"optimizer is {name}, which makes an optimizer of a learning rate, where a function "
+            f"of a number of steps is expected. Pass {name}(1e-3), or a function such as "
+            "lambda num_steps: optax.adam(optax.cosine_decay_schedule(1e-3, num_steps))."
+        )
+    return optimizer
+
+
 def choose_guide(
     model: Callable[..., Any],
     data: Any,
     *,
+    plate: str | None = None,
     batch_axes: Any = 0,
     static_kwargs: Mapping[str, Any] | None = None,
 ) -> AmortizedGuide:
     """Return a guide whose encoder and family fit a model and its data.
 
     The encoder is an `RNN` where latents are stacked by ``scan``, a `ConvNet` for images of at
-    least 16 x 16 pixels, and else a `ResidualMLP`, which reads covariates too, and counts without
-    a bound on a log scale. The latents of a datum have a flow up to 16 of them, a Normal of full
-    covariance up to 32, and of low rank beyond; where the model masks some, they are independent
-    Normals.
+    least 16 x 16 pixels, for `data_sets` the one of these, and else a `ResidualMLP`, which reads
+    covariates too, and counts without a bound on a log scale. The latents of a datum have a flow up
+    to 16 of them, a Normal of full covariance up to 32, and of low rank beyond; where the model
+    masks some, they are independent Normals.
 
     Args:
         model: a NumPyro model.
         data: as `fit` takes them.
+        plate: the name of the plate of the data, where the model leaves a choice.
         batch_axes: the datum axis of each argument, as for `fit`.
         static_kwargs: keyword arguments of the model that are the same in every call.
     """
-    guide = AutoAmortizedNormal(model)
+    guide = AutoAmortizedNormal(model, plate=plate)
     rows = Rows.read(guide, dict(static_kwargs or {}), data, batch_axes)
     reading = guide.reader.abstract(rows.args, rows.kwargs, rows.held)
     size = sum(site.datum_size(guide.plate) for site in guide.local_sites)
@@ -75,15 +104,17 @@ def choose_guide(
     if not masked and not (guide.plan and guide.plan.unlike):
         normal = AutoAmortizedMultivariateNormal, AutoAmortizedLowRankMultivariateNormal
         family = AutoAmortizedFlow if size <= FLOW else normal[size > FULL_RANK]
+    if isinstance(model, DataSets):
+        return family(model, plate=plate)  # which chooses the encoder itself
     seen = [site.event_shape for site in guide.sites.observed(guide.plate.name)]
     image = len(seen) == 1 and len(seen[0]) in (2, 3) and min(seen[0][:2]) >= IMAGE
     if guide.plate.name not in reading.indices:  # it stands in a scan
-        return family(model, RNN)
+        return family(model, RNN, plate=plate)
     if image:
-        return family(model, ConvNet)
+        return family(model, ConvNet, plate=plate)
     supports = {getattr(reading.outside.get(name), "support", None) for name in reading.values}
     encoder = partial(ResidualMLP, log_scale=True) if supports <= COUNTS else ResidualMLP
-    return family(model, encoder, inputs=choose_inputs(guide, rows))
+    return family(model, encoder, plate=plate, inputs=choose_inputs(guide, rows))
 
 
 def choose_inputs(guide: AmortizedGuide, rows: Rows) -> WithCovariates | None:
@@ -123,17 +154,31 @@ def choose_loss(guide: AmortizedGuide) -> ELBO:
     return TraceMeanField_ELBO() if guide.family.is_factorized else Trace_ELBO()
 
 
+def why_unjudged(guide: AmortizedGuide) -> str:
+    """Return why no weights say how good a guide is; empty if they do."""
+    if guide.plan and guide.plan.unlike:
+        return "The model scales its local sites by unlike factors"
+    return guide.no_density.rstrip(".")
+
+
 def choose_refining(
-    guide: AmortizedGuide, num_steps: int, to_data: Callable[[dict], Any] | None
+    guide: AmortizedGuide, num_steps: int, to_data: Callable[[dict], Any] | None, rows: Rows
 ) -> list[tuple[str, ELBO, int]]:
     """Return name, objective and number of steps of the phases on simulations.
 
+    Where the model scales data and latents differently, there is no forward KL: the latents that
+    data were simulated with are of another posterior.
+
     Raises:
-        NotSimulableError: if data are censored, and nothing censors the simulated ones.
+        NotSimulableError: if there is nothing to learn from them: the guide has no density, or
+            data are censored, and nothing censors the simulated ones.
     """
+    if num_steps and (reason := why_unjudged(guide)):
+        raise NotSimulableError(f"{reason}.")
     if num_steps and to_data is None and (reason := why_censored(guide.sites)):
         raise NotSimulableError(f"{reason}. Pass to_data=, a function that censors them too.")
-    last = num_steps // 3
+    tempered = why_tempered(guide, rows.args, rows.kwargs, rows.held)
+    last = num_steps if tempered else num_steps // 3
     enumerates = guide.sites.enumerated(guide.plate.name)
     elbo = TraceEnum_ELBO() if enumerates else ImportanceWeightedELBO(1, "stl")
     forward = ("The forward KL of simulations", ForwardKL(), num_steps - last)

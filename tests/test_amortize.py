@@ -1,26 +1,36 @@
 """A trained posterior in one call."""
 
+import re
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import optax
+import pandas as pd
 import pytest
 from helpers import SMALL
 from numpyro.contrib.control_flow import scan
 
 from numpyro_vae import (
     RNN,
+    AutoAmortizedDelta,
     AutoAmortizedFlow,
     AutoAmortizedLowRankMultivariateNormal,
     AutoAmortizedMultivariateNormal,
     AutoAmortizedNormal,
     ConvNet,
     ResidualMLP,
+    amortization,
     amortize,
+    data_sets,
 )
-from numpyro_vae.choices import choose_guide
+from numpyro_vae.choices import choose_guide, choose_optimizer, choose_refining, optimizers
+from numpyro_vae.inference.rows import Rows
+from numpyro_vae.model.covariates import WithCovariates
+from numpyro_vae.objectives import ForwardKL, ImportanceWeightedELBO
 
 KEY = jax.random.key(0)
 RNG = np.random.default_rng(0)
@@ -144,6 +154,7 @@ def test_models_that_take_their_data_whole():
     [
         ([X], {}, "data is a list, expected an array"),
         (X, {"num_steps": 0}, "num_steps is 0"),
+        (X, {"num_simulation_steps": -5}, "num_simulation_steps is -5"),
         (X[:0], {}, "data is empty"),
         (X * np.nan, {}, "NaN or infinite"),
     ],
@@ -151,6 +162,98 @@ def test_models_that_take_their_data_whole():
 def test_bad_input(data, options, message):
     with pytest.raises(ValueError, match=message):
         amortize(model, KEY, data, **options, **QUIET)
+
+
+NO_STEPS = {
+    "it has no density": lambda: AutoAmortizedDelta(model),
+    "heads read values": lambda: AutoAmortizedNormal(pair, dependencies={"w": ["z"]}),
+    "different factors": lambda: AutoAmortizedNormal(partial(pair, factor=0.5)),
+}
+
+
+def pair(x, factor=1.0):
+    with numpyro.plate("data", len(x)):
+        with numpyro.handlers.scale(scale=factor):
+            z = numpyro.sample("z", dist.Normal(0.0, 1.0))
+        w = numpyro.sample("w", dist.Normal(0.0, 1.0))
+        loc = jnp.broadcast_to((z + w)[:, None], x.shape)
+        numpyro.sample("x", dist.Normal(loc, NOISE).to_event(1), obs=x)
+
+
+@pytest.mark.parametrize("reason", NO_STEPS)
+def test_steps_that_rows_cannot_take_are_refused_before_training(reason, monkeypatch):
+    monkeypatch.delattr(amortization, "fit")
+    guide = NO_STEPS[reason]()
+    with pytest.raises(ValueError, match=f"natural_steps.*{reason}.*leave natural_steps out"):
+        amortize(guide.model, KEY, X, guide=guide, natural_steps=8, **QUIET)
+
+
+@pytest.mark.parametrize(
+    ("guide", "reason"),
+    [
+        (AutoAmortizedDelta(model, SMALL), "has no density"),
+        pytest.param(
+            AutoAmortizedNormal(partial(pair, factor=0.5), SMALL),
+            "scales its local sites by unlike",
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_guides_without_weights_are_trained_on_the_data(guide, reason, capsys):
+    """They learn nothing from simulations, and nothing can be checked."""
+    options = {"num_steps": 5, "num_simulation_steps": 5}
+    posterior = amortize(guide.model, KEY, X[:40], guide=guide, **options)
+    told = capsys.readouterr().out
+    assert re.search(f"No simulations. .*{reason}", told)
+    assert re.search(f"No checks. .*{reason}", told)
+    assert np.isfinite(posterior.sample(KEY, X[:5], 2)["z"]).all()
+
+
+class TestOptimizer:
+    def test_one_for_all_phases(self):
+        adam = optax.adam(1e-3)
+        assert optimizers(adam)(100) is adam
+
+    def test_one_of_each_number_of_steps(self):
+        assert optimizers(lambda num_steps: num_steps + 1)(100) == 101
+        assert optimizers(None) is choose_optimizer
+
+    @pytest.mark.parametrize("optimizer", [optax.adam, numpyro.optim.Adam])
+    def test_one_that_would_take_the_number_for_its_rate(self, optimizer):
+        with pytest.raises(TypeError, match=r"of a learning rate.*Pass \w+\(1e-3\)"):
+            amortize(model, KEY, X, optimizer=optimizer, **QUIET)
+
+
+@pytest.mark.slow
+def test_frames_and_batches_of_all_rows():
+    """Frames take rows by their labels, and some rows of a batch are held out."""
+    frame = pd.DataFrame(X[:40], index=np.arange(40)[::-1])
+    options = {"num_steps": 5, "num_simulation_steps": 5, "batch_size": 40, **QUIET}
+    posteriors = [
+        amortize(model, KEY, data, guide=AutoAmortizedNormal(model, SMALL), **options)
+        for data in (X[:40], frame)
+    ]
+    jax.tree.map(np.testing.assert_array_equal, *(posterior.params for posterior in posteriors))
+
+
+def tempered(x, factor):
+    with numpyro.plate("data", len(x)):
+        z = numpyro.sample("z", dist.Normal(0.0, 1.0))
+        with numpyro.handlers.scale(scale=factor):
+            numpyro.sample("x", dist.Normal(z, NOISE), obs=x)
+
+
+def test_scaled_data_have_no_forward_kl():
+    """The latents that they are simulated with are not of the posterior that is wanted."""
+
+    def phases(factor):
+        data = X[:, 0], np.full(len(X), factor, np.float32)
+        guide = AutoAmortizedNormal(tempered)
+        rows = Rows.read(guide, {}, data, 0)
+        return [type(loss) for _, loss, _ in choose_refining(guide, 9, None, rows)]
+
+    assert phases(0.2) == [ImportanceWeightedELBO]
+    assert phases(1.0) == [ForwardKL, ImportanceWeightedELBO]
 
 
 class TestChoice:
@@ -177,6 +280,31 @@ class TestChoice:
     )
     def test_the_encoder_follows_the_shape_of_the_data(self, shape, encoder):
         assert self.of_size(2, shape).encoder is encoder
+
+    def test_the_plate_of_the_data_may_be_named(self):
+        def grouped(x, group):
+            with numpyro.plate("groups", 3):
+                mu = numpyro.sample("mu", dist.Normal(0.0, 1.0))
+            with numpyro.plate("people", len(x)):
+                z = numpyro.sample("z", dist.Normal(mu[group], 1.0))
+                numpyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+        data = (np.zeros(4, np.float32), np.arange(4) % 3)
+        with pytest.raises(ValueError, match="plate="):
+            choose_guide(grouped, data)
+        guide = choose_guide(grouped, data, plate="people")
+        guide.setup(*data)
+        assert [site.name for site in guide.local_sites] == ["z"]
+        assert guide.inputs == WithCovariates((("[0][1]", 0),))
+
+    def test_data_sets_have_their_own_encoder(self):
+        def school(y):
+            mu = numpyro.sample("mu", dist.Normal(0.0, 1.0))
+            with numpyro.plate("pupils", len(y)):
+                numpyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+
+        sets = data_sets(school)
+        assert choose_guide(sets, np.zeros((4, 5), np.float32)).encoder == sets.encoder
 
     def test_masked_latents_are_independent(self):
         def masked(x, there):

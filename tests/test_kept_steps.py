@@ -38,11 +38,11 @@ def taken(monkeypatch):
     return found
 
 
-def posterior(batch_axes=0):
+def posterior(batch_axes=0, natural_steps=8):
     guide = AutoAmortizedNormal(model, SMALL)
     svi = SVI(model, guide, optax.adam(1e-3), Trace_ELBO())
     params = svi.get_params(svi.init(KEY(0), X))
-    return Posterior(guide, params, natural_steps=8, batch_axes=batch_axes)
+    return Posterior(guide, params, natural_steps=natural_steps, batch_axes=batch_axes)
 
 
 def test_all_checks_share_them(taken):
@@ -79,3 +79,9 @@ def test_rows_are_found_among_those_that_are_kept():
         np.testing.assert_array_equal(found["square"], asked**2)
     for of, asked in ((other, numbers), (other, np.array([2, 3])), (owner, np.array([9]))):
         assert kept.get((of,), asked, lambda: "made") == "made"
+
+
+def test_no_number_of_steps_is_too_large():
+    """Rows stop by themselves."""
+    many, most = (posterior(natural_steps=number).encode(X)["z"] for number in (100, 2**40))
+    np.testing.assert_array_equal(many.loc, most.loc)

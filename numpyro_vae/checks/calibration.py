@@ -24,6 +24,7 @@ from numpyro_vae.checks.base import (
     require_drawn,
 )
 from numpyro_vae.inference.encoded import EncodedBatch
+from numpyro_vae.inference.plate_rows import why_tempered
 from numpyro_vae.inference.quantities import observed, sample
 from numpyro_vae.inference.rows import Rows
 from numpyro_vae.model.densities import predicted_rows
@@ -87,8 +88,8 @@ class Calibration(AbstractCheck):
         """Return the ranks, and what else compares the guide's draws with the simulated latents.
 
         Raises:
-            NotApplicableError: if the model cannot be simulated from, or simulated data cannot
-                replace the observed ones.
+            NotApplicableError: if the model cannot be simulated from, simulated data cannot
+                replace the observed ones, or the model scales them and the latents differently.
         """
         subject.require_amortized()
         reason = why_censored(subject.runner.guide.sites)
@@ -97,6 +98,9 @@ class Calibration(AbstractCheck):
                 f"{reason}. Pass Calibration(to_data=...), a function from simulated values by "
                 "site to data as fit takes them, censored, or leave the calibration check out."
             )
+        rows = subject.rows
+        if tempered := why_tempered(subject.runner.guide, rows.args, rows.kwargs, rows.held):
+            raise NotApplicableError(f"{tempered}. Leave the calibration check out.")
         truths, draws = _simulate_and_sample(subject, self.num_simulations, self.to_data)
         rng = np.random.default_rng(0)
         found: dict[str, Any] = {"tarp": (["simulation"], _tarp(truths, draws, rng))}

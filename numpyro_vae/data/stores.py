@@ -37,8 +37,13 @@ def _of_memory(leaf: Any) -> Any:
 
 
 def in_memory(data: Any) -> Any:
-    """Return data whose arrays are all in memory, and dense."""
-    return jax.tree.map(lambda leaf: np.asarray(leaf) if _is_stored(leaf) else leaf, as_rows(data))
+    """Return data whose arrays are all in memory, dense, and take rows by their numbers."""
+
+    def read(leaf: Any) -> Any:
+        is_as_is = isinstance(leaf, jax.Array) or not hasattr(leaf, "__array__")
+        return np.asarray(leaf) if _is_stored(leaf) or not is_as_is else leaf
+
+    return jax.tree.map(read, as_rows(data))
 
 
 class Store:

@@ -249,18 +249,18 @@ class AmortizedGuide(AutoGuide, AbstractGuide):
         return self.encode_rows(all_rows(), params, args, kwargs)
 
     def encode_rows(
-        self, rows: Messenger, params: dict[str, Any], args: tuple, kwargs: dict[str, Any]
+        self, rows: Messenger, params: dict[str, Any] | None, args: tuple, kwargs: dict[str, Any]
     ) -> Encoding:
         """Encode the rows that a handler of `numpyro_vae.model.plates` lets the plates hold."""
         self.setup(*args, **kwargs)
-        given = handlers.substitute(data=params)
+        given = handlers.substitute(data=params or {})
         with handlers.block(), rows, handlers.seed(rng_seed=0), given:
             return self.eval()._encode(args, kwargs, params)
 
     def encode_batch(
-        self, params: dict[str, Any], batch: Batch, static_kwargs: dict[str, Any]
+        self, params: dict[str, Any] | None, batch: Batch, static_kwargs: dict[str, Any]
     ) -> Encoding:
-        """Encode a batch of rows."""
+        """Encode a batch of rows, with untrained parameters where there are none."""
         args, kwargs = batch.arguments()
         rows = all_rows(rows=batch.rows)
         return self.encode_rows(rows, params, args, {**kwargs, **static_kwargs})

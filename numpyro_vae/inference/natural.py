@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float
 
 from numpyro_vae.families.base import Normal, full_precision
 from numpyro_vae.families.multivariate_normal import lower_root
-from numpyro_vae.guides.abstract import AbstractGuide
+from numpyro_vae.guides.abstract import AbstractEncoding, AbstractGuide
 from numpyro_vae.guides.encoding import Encoding
 from numpyro_vae.guides.normal_form import either, joint_normal, of_normal
 from numpyro_vae.inference.steps import (
@@ -108,7 +108,7 @@ def take_steps(batch: EncodedBatch, globals_: Globals, *, num_steps: int) -> Ste
     """
     if not batch.encoding.sites:
         return None
-    said = _able(batch)
+    said = able(batch.guide, batch.encoding)
     normal, drawn = joint_normal(said), None
     if normal is None:
         drawn = _drawn(batch, globals_)
@@ -118,8 +118,10 @@ def take_steps(batch: EncodedBatch, globals_: Globals, *, num_steps: int) -> Ste
     mask, points = trial.encoding.mask, even_noise(normal[0].shape[-1], normal[0].dtype)
     look = partial(measure, partial(_by_points, trial, globals_), points, mask)
 
+    most = min(num_steps, jnp.iinfo(jnp.int32).max)  # as many as are counted
+
     def goes_on(state: Going) -> Array:
-        return (state.number <= num_steps) & state.left.any()
+        return (state.number <= most) & state.left.any()
 
     def step(state: Going) -> Going:
         moved = look(move(state.best, state.rate))
@@ -145,24 +147,23 @@ def take_steps(batch: EncodedBatch, globals_: Globals, *, num_steps: int) -> Ste
 
 def with_steps(batch: EncodedBatch, stepped: Stepped) -> EncodedBatch:
     """Return a batch of which is said what the steps of its rows came to."""
-    said = _able(batch)
+    said = able(batch.guide, batch.encoding)
     if stepped.share is None:
         return replace(batch, encoding=of_normal(said, stepped.normal))
     return replace(batch, encoding=either(said, stepped.normal, stepped.share))
 
 
-def why_unable(batch: EncodedBatch) -> str:
-    """Return why rows of a batch can take no steps; empty if they can."""
-    if not batch.encoding.sites:
+def why_unable(guide: AbstractGuide, encoding: AbstractEncoding) -> str:
+    """Return why rows can take no steps from what a guide says of them; empty if they can."""
+    if not encoding.sites:
         return "it says nothing of continuous latents of a row"
-    encoding, unlike = batch.encoding, batch.guide.plan and batch.guide.plan.unlike
     if not isinstance(encoding, Encoding) or not encoding.family.has_density:
         return "it has no density by row"
     if any(block.reads for block in encoding.blocks.values()):
         return "heads read values that are drawn"
     if (size := sum(block.num_values for block in encoding.blocks.values())) > MOST:
         return f"a row has {size} values, above {MOST}"
-    if unlike:
+    if guide.plan and guide.plan.unlike:
         return "the model scales latents of a row by different factors"
     is_plain = len(encoding.blocks) == 1 and not any(b.steps for b in encoding.blocks.values())
     if joint_normal(encoding) is None and (not is_plain or encoding.mask is not None):
@@ -183,18 +184,18 @@ def _name(guide: AbstractGuide) -> str:
     return type(getattr(guide, "guide", guide)).__name__
 
 
-def _able(batch: EncodedBatch) -> Encoding:
-    """Return what the network says, if rows can take steps from it.
+def able(guide: AbstractGuide, encoding: AbstractEncoding) -> Encoding:
+    """Return what a guide says of rows, if they can take steps from it.
 
     Raises:
         ValueError: if they cannot.
     """
-    reason = why_unable(batch)
-    if not reason and isinstance(batch.encoding, Encoding):
-        return batch.encoding
-    names = [site.name for site in batch.encoding.sites]
+    reason = why_unable(guide, encoding)
+    if not reason and isinstance(encoding, Encoding):
+        return encoding
+    names = [site.name for site in encoding.sites]
     raise ValueError(
-        f"natural_steps are steps of a Normal of each row, and what {_name(batch.guide)} "
+        f"natural_steps are steps of a Normal of each row, and what {_name(guide)} "
         f"says of the sites {names} is not apt: {reason}. Use AutoAmortizedMultivariateNormal or "
         "AutoAmortizedNormal, without condition_on and dependencies; or leave natural_steps out, "
         "and repair the rows that are flagged."

@@ -91,7 +91,7 @@ def plan_guide(
             f"{list(globals_)}. Name these; local sites go into dependencies=."
         )
     bounds = reader.bounds(args, kwargs, rows, globals_)
-    scaled, unlike = tuple(reading.scales), _unlike_scales(reader, args, kwargs, rows, local)
+    scaled, unlike = tuple(reading.scales), unlike_scales(reader, args, kwargs, rows, local)
     return GuidePlan(sites, local_plate, local, globals_, bounds, scaled, unlike)
 
 
@@ -186,10 +186,10 @@ def _check_supports(sites: ModelSites, plate: Plate) -> None:
             )
 
 
-def _unlike_scales(
+def unlike_scales(
     reader: ModelReader, args: tuple, kwargs: dict[str, Any], rows: Rows, sites: tuple[Site, ...]
 ) -> str:
-    """Return the factors of local sites if they differ; those of compiled code are not known."""
+    """Return the factors of sites if they differ; those of compiled code are not known."""
     if not set(reader.abstract(args, kwargs, rows).scales) & {site.name for site in sites}:
         return ""
     scales = reader.read(args, kwargs, rows).scales

@@ -5,9 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
+import optax
 import planted
 import pytest
-from numpyro.infer import Trace_ELBO
+from numpyro import handlers
+from numpyro.infer import SVI, Trace_ELBO
 from numpyro.infer.autoguide import AutoNormal
 from numpyro.infer.calibration import vsbc_diagnostic
 from scipy.stats import ks_2samp, kstest
@@ -110,3 +112,23 @@ def test_what_is_computed_from_an_observation_is_simulated_from_a_simulated_one(
     posterior = Posterior(exact_in_turn, {}, model=observed_in_turn)
     report = posterior.check(jax.random.key(0), (y, x), "calibration", progress_bar=False)
     assert all(finding.ok for finding in report.findings), report
+
+
+def scaled(x, factor):
+    with numpyro.plate("data", len(x)):
+        z = numpyro.sample("z", dist.Normal(0.0, 1.0))
+        with handlers.scale(scale=factor):
+            numpyro.sample("x", dist.Normal(z, 0.5), obs=x)
+
+
+def test_where_data_are_scaled_otherwise_than_latents_there_is_none():
+    """The exact posterior is not that of the latents that data are simulated with."""
+    x, factor = np.linspace(-2.0, 2.0, 9).astype(np.float32), np.full(9, 0.1, np.float32)
+    guide = AutoAmortizedNormal(scaled, planted.SMALL)
+    svi = SVI(scaled, guide, optax.adam(1e-3), Trace_ELBO())
+    params = svi.get_params(svi.init(KEY, x, factor))
+    posterior = Posterior(guide, params, natural_steps=8)
+    found = posterior.encode((x, factor))["z"]
+    np.testing.assert_allclose(found.scale, (1 + 0.1 / 0.25) ** -0.5, rtol=1e-4)
+    with pytest.raises(ValueError, match="observed sites by other factors than its local ones"):
+        posterior.check(KEY, (x, factor), "calibration", progress_bar=False)
