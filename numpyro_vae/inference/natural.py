@@ -72,7 +72,7 @@ def take_steps(batch: EncodedBatch, globals_: Globals, *, num_steps: int) -> Ste
     r"""Let each row's Normal take natural-gradient steps towards the row's largest ELBO.
 
     Where the guide is no Normal, as a flow is, they start from one with its mean and covariance,
-    and a row keeps what the guide says if that has the larger ELBO.
+    and a row keeps what the guide says if that has the larger ELBO, or more of the posterior.
 
     A step from :math:`\text{Normal}(\mu, S)` to :math:`\text{Normal}(\mu', S')` is
 
@@ -140,9 +140,9 @@ def take_steps(batch: EncodedBatch, globals_: Globals, *, num_steps: int) -> Ste
     found = widened(best, mask)
     if drawn is None:
         return Stepped(found, None)
-    after = _drawn(replace(batch, encoding=at(found)), globals_)
-    gained = after[1].mean(0) > drawn[1].mean(0)
-    return Stepped(found, gained.astype(normal[0].dtype))
+    moved = replace(batch, encoding=at(found))
+    better = _is_better(batch, drawn, moved, _drawn(moved, globals_))
+    return Stepped(found, better.astype(normal[0].dtype))
 
 
 def with_steps(batch: EncodedBatch, stepped: Stepped) -> EncodedBatch:
@@ -238,6 +238,28 @@ def _drawn(batch: EncodedBatch, globals_: Globals) -> tuple[Array, Array]:
         return batch.log_weight(packed, _turn(globals_, number), key)
 
     return draws, batch.over_draws(weigh, draws, jnp.arange(number))
+
+
+def _is_better(
+    old: EncodedBatch, by_old: tuple[Array, Array], new: EncodedBatch, by_new: tuple[Array, Array]
+) -> Bool[Array, "batch"]:
+    """Return which rows' posteriors are better described by what is new.
+
+    That is what has the larger ELBO and, as a Normal at one of several modes may have that too, the
+    larger log density at the posterior, for which draws of both stand, weighed by their mixture.
+
+    Args:
+        old: a batch.
+        by_old: draws of it, and their log weights.
+        new: the same rows, of which something else is said.
+        by_new: likewise.
+    """
+    draws, number = jnp.concatenate([by_old[0], by_new[0]]), len(by_old[0])
+    first, second = (x.over_draws(x.encoding.log_prob, draws) for x in (old, new))
+    joint = jnp.concatenate([by_old[1] + first[:number], by_new[1] + second[number:]])
+    weights = jax.nn.softmax(joint - jnp.logaddexp(first, second), axis=0)
+    covers = (weights * (second - first)).sum(0) > 0  # not if it is NaN
+    return covers & (by_new[1].mean(0) > by_old[1].mean(0))
 
 
 def _moments(draws: Float[Array, "draws batch size"]) -> Normal:
