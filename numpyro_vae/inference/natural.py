@@ -35,6 +35,7 @@ MOST = 256  # latents, as a step takes the eigenvalues of a matrix of so many ro
 DRAWS = 128  # by which a guide that is no Normal is compared with one, or four for each latent
 FIRST, SHORTER, LONGER = 0.5, 0.3, 2.0  # a row's step; and its factors, after no gain and a gain
 ENOUGH, SHORTEST = 1e-3, 0.02  # nats of a gain, and a step, below which a row goes no further
+LEFT_OUT = 0.1  # nats by which a Normal may be further from a posterior that it is to cover
 
 Globals = Mapping[str, Array]
 
@@ -245,8 +246,8 @@ def _is_better(
 ) -> Bool[Array, "batch"]:
     """Return which rows' posteriors are better described by what is new.
 
-    That is what has the larger ELBO and, as a Normal at one of several modes may have that too, the
-    larger log density at the posterior, for which draws of both stand, weighed by their mixture.
+    That is what has the larger ELBO and, as a Normal at one of several modes may have that too, no
+    lower log density at the posterior, for which draws of both stand, weighed by their mixture.
 
     Args:
         old: a batch.
@@ -258,7 +259,7 @@ def _is_better(
     first, second = (x.over_draws(x.encoding.log_prob, draws) for x in (old, new))
     joint = jnp.concatenate([by_old[1] + first[:number], by_new[1] + second[number:]])
     weights = jax.nn.softmax(joint - jnp.logaddexp(first, second), axis=0)
-    covers = (weights * (second - first)).sum(0) > 0  # not if it is NaN
+    covers = (weights * (second - first)).sum(0) > -LEFT_OUT  # not if it is NaN
     return covers & (by_new[1].mean(0) > by_old[1].mean(0))
 
 
