@@ -16,7 +16,9 @@ from numpyro.infer.elbo import ELBO
 from numpyro_vae.choices import (
     choose_guide,
     choose_loss,
+    choose_posterior,
     choose_refining,
+    judge_posterior,
     optimizers,
     why_unjudged,
 )
@@ -155,11 +157,10 @@ def amortize(
     some = train if held_out is None else held_out
     some = take_rows(some, batch_axes, slice(CHECKED)) if cuts else some
     unjudged = why_unjudged(guide)
-    tried = results[::-1] if cuts and not unjudged else results[-1:]
-    found = [Posterior(guide, x, natural_steps=n) for n in steps_of_rows for x in tried]
-    better = partial(_mean_verdict, keys[4], some)
-    posterior = min(found, key=better) if len(found) > 1 else found[0]
-    if undone := found.index(posterior) % len(tried):
+    results = results if cuts and not unjudged else results[-1:]
+    judge = None if unjudged else partial(judge_posterior, keys[4], some)
+    posterior, undone = choose_posterior(guide, results, steps_of_rows, judge)
+    if undone:
         say(f"Phases undone, as rows held out had better verdicts before: the last {undone}.")
     if posterior.natural_steps:
         say(f"Rows take up to {posterior.natural_steps} natural-gradient steps after the network.")
@@ -240,11 +241,6 @@ def _steps(
     if asked is not None:
         return [asked]
     return [0] if reasons[0] else [0, NATURAL_STEPS]
-
-
-def _mean_verdict(rng_key: Array, data: Any, posterior: Posterior) -> float:
-    """Return the mean of the verdicts on rows, from 0, all fine, to 3, none to be trusted."""
-    return posterior.check(rng_key, data, "importance", progress_bar=False).verdict.mean()
 
 
 def _choices(guide: AmortizedGuide, rows: Rows) -> str:

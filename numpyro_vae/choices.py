@@ -1,4 +1,4 @@
-"""What is chosen from a model and its data: guide, optimizer, objectives."""
+"""What is chosen from a model and its data: guide, optimizer, objectives; and what is kept."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array
 from numpyro.infer import Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO
@@ -31,6 +32,8 @@ from numpyro_vae.model.provenance import is_read
 from numpyro_vae.model.simulate import NotSimulableError, why_censored
 from numpyro_vae.model.trace import NEEDS_VALUES
 from numpyro_vae.objectives import ForwardKL, ImportanceWeightedELBO
+from numpyro_vae.posterior import Posterior
+from numpyro_vae.training.fit import FitResult
 
 FLOW, FULL_RANK = 16, 32  # latents of a datum, up to which the family is a flow, or a full Normal
 COUNTS = {"IntegerNonnegative", "Multinomial"}  # supports of what is read on a log scale
@@ -184,3 +187,48 @@ def choose_refining(
     forward = ("The forward KL of simulations", ForwardKL(), num_steps - last)
     phases = [forward, ("The ELBO of simulations", elbo, last)]
     return [phase for phase in phases if phase[-1]]
+
+
+def choose_posterior(
+    guide: AmortizedGuide,
+    results: list[FitResult],
+    steps: list[int],
+    judge: Callable[[Posterior], tuple[np.ndarray, float]] | None,
+) -> tuple[Posterior, int]:
+    """Return the best posterior by `judge_posterior`, and how many phases come after it.
+
+    The last two phases and numbers of steps are compared as they are. The first phase, which was
+    ended where these rows were best, must be better than they by two standard errors.
+
+    Args:
+        guide: the guide.
+        results: of the phases.
+        steps: numbers of natural-gradient steps.
+        judge: not needed if there is nothing to choose.
+    """
+    later = results[:0:-1] or results
+    found = [(number, x) for number in steps for x in later]
+    posteriors = [Posterior(guide, x, natural_steps=number) for number, x in found]
+    if judge is None or len(steps) == len(results) == 1:
+        return posteriors[0], 0
+    judged = [judge(posterior) for posterior in posteriors]
+    best = min(range(len(found)), key=lambda n: (judged[n][0].mean(), judged[n][1]))
+    posterior, undone = posteriors[best], best % len(later)
+    if len(results) > 1:
+        first = Posterior(guide, results[0], natural_steps=posterior.natural_steps)
+        worse = judged[best][0] - judge(first)[0]
+        if worse.mean() > 2 * worse.std() / len(worse) ** 0.5:
+            return first, len(results) - 1
+    return posterior, undone
+
+
+def judge_posterior(rng_key: Array, data: Any, posterior: Posterior) -> tuple[np.ndarray, float]:
+    """Return how bad a posterior is on rows, to be compared in this order.
+
+    Returns:
+        The verdicts, from 0, fine, to 3, not to be trusted; and the mean divergence, in nats with
+        two decimals, as less is not worth the steps that it may take.
+    """
+    report = posterior.check(rng_key, data, "importance", progress_bar=False)
+    divergence = np.nan_to_num(report.dataset["divergence"].values, nan=np.inf)
+    return report.verdict, float(divergence.mean().round(2))

@@ -27,7 +27,13 @@ from numpyro_vae import (
     amortize,
     data_sets,
 )
-from numpyro_vae.choices import choose_guide, choose_optimizer, choose_refining, optimizers
+from numpyro_vae.choices import (
+    choose_guide,
+    choose_optimizer,
+    choose_posterior,
+    choose_refining,
+    optimizers,
+)
 from numpyro_vae.inference.rows import Rows
 from numpyro_vae.model.covariates import WithCovariates
 from numpyro_vae.objectives import ForwardKL, ImportanceWeightedELBO
@@ -132,6 +138,33 @@ def test_simulations_that_do_harm_are_undone(capsys):
     assert "better verdicts before: the last 2." in capsys.readouterr().out
     first = amortize(model, KEY, X + 8, num_simulation_steps=0, **options, **QUIET)
     jax.tree.map(np.testing.assert_array_equal, posterior.params, first.params)
+
+
+# By phase and number of steps, how many of 100 rows are not fine, and the divergence.
+JUDGED = {
+    "the last": ({}, (3, 0)),
+    "better verdicts": ({(2, 0): (20, 0.0)}, (2, 0)),
+    "steps": ({(3, 8): (29, 0.9), (2, 8): (29, 0.8)}, (2, 8)),
+    "steps for a hundredth of a nat": ({(3, 8): (30, 0.02)}, (3, 8)),
+    "the first is hardly better": ({(1, 0): (27, 0.0)}, (3, 0)),
+    "the first": ({(1, 0): (20, 0.0)}, (1, 0)),
+    "the first with the steps of the others": ({(3, 8): (29, 0.0), (1, 8): (0, 0.0)}, (1, 8)),
+}
+
+
+@pytest.mark.parametrize("name", JUDGED)
+def test_what_is_kept(name):
+    judged, (phase, steps) = JUDGED[name]
+
+    def judge(posterior):
+        at = int(posterior.params["phase"]), posterior.natural_steps
+        bad, divergence = judged.get(at, (30, 0.03))
+        return np.repeat([1, 0], [bad, 100 - bad]), divergence
+
+    guide, phases = AutoAmortizedNormal(model, SMALL), [{"phase": n} for n in (1, 2, 3)]
+    posterior, undone = choose_posterior(guide, phases, [0, 8], judge)
+    assert (int(posterior.params["phase"]), posterior.natural_steps) == (phase, steps)
+    assert undone == 3 - phase
 
 
 @pytest.mark.slow
