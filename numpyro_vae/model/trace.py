@@ -68,6 +68,9 @@ def trace_model(
 class hold_rows(Messenger):  # noqa: N801 - handlers are lower case, as in numpyro.handlers
     """Let plates hold given rows, whatever they would draw themselves.
 
+    A plate that is to subsample more rows than it has holds all of them in order, as it does where
+    densities are computed; by itself it would shuffle them.
+
     Args:
         rows: by the name of a plate, its size and the rows that it holds.
         fn: a model.
@@ -79,9 +82,14 @@ class hold_rows(Messenger):  # noqa: N801 - handlers are lower case, as in numpy
 
     def process_message(self, msg: Any) -> None:
         """Give a plate its rows."""
-        if msg["type"] == "plate" and msg["name"] in self.rows:
+        if msg["type"] != "plate":
+            return
+        size, length = msg["args"]
+        if msg["name"] in self.rows:
             size, indices = self.rows[msg["name"]]
             msg["value"], msg["args"] = indices, (size, len(indices))
+        elif length is not None and length > size:
+            msg["value"], msg["args"] = jnp.arange(size), (size, size)
 
 
 class own_trace(handlers.trace):  # noqa: N801

@@ -6,6 +6,7 @@ import numpyro
 import numpyro.distributions as dist
 import pytest
 from helpers import make_svi
+from numpyro import handlers
 from numpyro.infer import Trace_ELBO
 
 from numpyro_vae import Posterior, fit
@@ -68,6 +69,33 @@ def test_a_plate_of_another_size_is_that_of_the_data(case, plain):
         np.testing.assert_allclose(arrays[1], predictions, rtol=1e-5)
 
 
+def test_a_plate_that_subsamples_more_rows_than_there_are_holds_them_in_order():
+    """What the model says of each row, as its factor and its bound, is that row's."""
+
+    def model_of(**options):
+        def model(x, weight):
+            with (
+                numpyro.plate("data", len(x), **options) as rows,
+                handlers.scale(scale=weight[rows]),
+            ):
+                z = numpyro.sample("z", dist.Uniform(0.0, weight[rows]))
+                numpyro.sample("x", dist.Normal(z[:, None], 0.5).to_event(1), obs=x[rows])
+
+        return model
+
+    weight = np.linspace(0.2, 1.7, len(X), dtype=np.float32)
+    data = X[:20:3], weight[:20:3]
+    svi, other = (make_svi(model_of(**x), loss=Trace_ELBO()) for x in ({}, {"subsample_size": 50}))
+    params = svi.get_params(svi.init(KEY, X, weight))
+    other.init(KEY, X, weight)
+    found = []
+    for guide in (svi.guide, other.guide):
+        posterior = Posterior(guide, params)
+        found.append((posterior.sample(KEY, data, 3)["z"], posterior.log_weights(KEY, data, 3)))
+    for one, other in zip(*found, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4)
+
+
 def test_what_reads_local_latents_outside_their_plate_is_refused_in_minibatches():
     """Its density on a batch is no estimate of that on all data; on all data it is served."""
 
@@ -99,11 +127,11 @@ def test_a_plate_inside_a_subsampling_plate_subsamples_too():
     x = np.random.default_rng(0).normal(size=(30, 4)).astype(np.float32)
     svi = make_svi(model, loss=Trace_ELBO(), plate="data", inputs=lambda x: x)
     key = jax.random.key(3)
-    trace = numpyro.handlers.trace(numpyro.handlers.seed(svi.guide, key)).get_trace(x)
+    trace = handlers.trace(handlers.seed(svi.guide, key)).get_trace(x)
     assert trace["z"]["scale"] == 3.0
     assert trace["w"]["scale"] == 6.0
-    replayed = numpyro.handlers.replay(numpyro.handlers.seed(model, key), trace)
-    of_model = numpyro.handlers.trace(replayed).get_trace(x)
+    replayed = handlers.replay(handlers.seed(model, key), trace)
+    of_model = handlers.trace(replayed).get_trace(x)
     assert of_model["w"]["scale"] == of_model["x"]["scale"] == 6.0
 
 
@@ -156,6 +184,6 @@ def test_a_global_site_after_the_local_ones_is_trained_by_any_svi():
     svi = make_svi(model, loss=Trace_ELBO())
     state, loss = svi.update(svi.init(KEY, X), X)
     assert np.isfinite(loss)
-    guide = numpyro.handlers.seed(svi.guide, KEY)
-    trace = numpyro.handlers.trace(numpyro.handlers.substitute(guide, svi.get_params(state)))
+    guide = handlers.seed(svi.guide, KEY)
+    trace = handlers.trace(handlers.substitute(guide, svi.get_params(state)))
     assert trace.get_trace(X)["data"]["value"].shape == (60,)
