@@ -1,4 +1,4 @@
-"""Steps of rows are taken once for all that a call computes of them."""
+"""Steps of rows are taken once for all that a call computes of them, and are those of each row."""
 
 import jax
 import numpy as np
@@ -9,7 +9,7 @@ import pytest
 from helpers import SMALL
 from numpyro.infer import SVI, Trace_ELBO
 
-from numpyro_vae import AutoAmortizedNormal, Importance, Posterior
+from numpyro_vae import AutoAmortizedFlow, AutoAmortizedNormal, Importance, Posterior
 from numpyro_vae.inference import runner
 from numpyro_vae.inference.memory import Kept
 from numpyro_vae.inference.natural import take_steps
@@ -38,8 +38,8 @@ def taken(monkeypatch):
     return found
 
 
-def posterior(batch_axes=0, natural_steps=8):
-    guide = AutoAmortizedNormal(model, SMALL)
+def posterior(batch_axes=0, natural_steps=8, family=AutoAmortizedNormal):
+    guide = family(model, SMALL)
     svi = SVI(model, guide, optax.adam(1e-3), Trace_ELBO())
     params = svi.get_params(svi.init(KEY(0), X))
     return Posterior(guide, params, natural_steps=natural_steps, batch_axes=batch_axes)
@@ -61,6 +61,15 @@ def test_repaired_rows_have_their_own(taken, batch_axes):
     draws, sd = repair.groups["posterior"]["z"], NOISE / np.hypot(1, NOISE)
     error = 5 * sd / repair.dataset["ess"].values ** 0.5
     assert (np.abs(draws.mean(0) - EXACT[[2, 7]]) < error).all()
+
+
+def test_the_normal_of_a_row_of_a_flow_does_not_depend_on_its_number():
+    """A row that is served alone has the posterior that it had among those that were checked."""
+    whole = posterior(family=AutoAmortizedFlow)
+    runner = Posterior(whole.guide, whole.params, natural_steps=1)._runner
+    of_all, of_some = (runner.steps(runner.read(rows)) for rows in (X, X[3:5]))
+    for all_rows, some in zip(jax.tree.leaves(of_all), jax.tree.leaves(of_some), strict=True):
+        np.testing.assert_allclose(some, all_rows[3:5], atol=1e-5)
 
 
 def test_what_is_too_much_to_keep_is_found_by_each_quantity(taken, monkeypatch):

@@ -229,11 +229,14 @@ def _turn(globals_: Globals, number: Array) -> dict[str, Array]:
 
 
 def _drawn(batch: EncodedBatch, globals_: Globals) -> tuple[Array, Array]:
-    """Return draws of each row, ``(draws, batch, size)``, and their log weights."""
-    encoding, key = batch.encoding, jax.random.key(0)
+    """Return draws of each row, ``(draws, batch, size)``, and their log weights.
+
+    All rows have one key, so that what they come to depends neither on their numbers nor on others.
+    """
+    encoding, key = batch.encoding.condition({}), jax.random.key(0)
     size = sum(site.datum_size(encoding.run.plate) for site in encoding.sites)
     number = max(DRAWS, 4 * size)
-    draws = batch.draw(key, number, {})
+    draws = encoding.sample(jnp.broadcast_to(key, batch.indices.shape), number)
 
     def weigh(packed: Array, number: Array) -> Array:
         return batch.log_weight(packed, _turn(globals_, number), key)
