@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import densities
 import results
+from stepped import steps
 from subject import Subject
 from trees import datatree
 
@@ -21,4 +22,5 @@ COMPARISONS: dict[str, Callable[[Subject], None]] = {
     "deterministic": results.deterministic,
     "predictions": results.predictions,
     "datatree": datatree,
+    "steps": steps,
 }

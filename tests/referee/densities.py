@@ -72,9 +72,9 @@ def weights(subject: Subject) -> None:
         return
     found = _log_weights(subject)
     for number in range(NUM_SAMPLES):
-        log_p = _summed(subject, number, scale)
+        log_p = summed(subject, subject.values(number), scale)
         scored = subject.scored[number]
-        log_q = _rows_of(scored.log_q, scored.guide_trace) / scale
+        log_q = rows_of(scored.log_q, scored.guide_trace) / scale
         close(found[number], log_p - log_q, f"log weights of draw {number}")
 
 
@@ -84,22 +84,20 @@ def _log_weights(subject: Subject) -> np.ndarray:
     return subject.posterior.log_weights(subject.key, subject.case.data, NUM_SAMPLES)
 
 
-def _summed(subject: Subject, number: int, scale: np.ndarray) -> np.ndarray:
+def summed(subject: Subject, values: dict[str, Any], scale: np.ndarray) -> np.ndarray:
     """Return a row's log-density over the scale, summed over the values of discrete latents."""
-    trace, values = subject.scored[number].trace, subject.values(number)
-    discrete = [name for name in subject.local if is_enumerated(trace[name])]
-    if not discrete:
-        return _rows_of(subject.scored[number].log_p, trace) / scale
+    discrete = [name for name in subject.local if is_enumerated(subject.trace[name])]
     found = []
     for combination in product(range(2), repeat=len(discrete)):
         chosen = zip(discrete, combination, strict=True)
         given = {name: jnp.full_like(values[name], value) for name, value in chosen}
         scored = subject.score({**values, **given}, subject.encoded)
-        found.append(_rows_of(scored.log_p, scored.trace) / scale)
+        found.append(rows_of(scored.log_p, scored.trace) / scale)
     return np.logaddexp.reduce(found)
 
 
-def _rows_of(log_probs: dict[str, Array], trace: dict) -> np.ndarray:
+def rows_of(log_probs: dict[str, Array], trace: dict) -> np.ndarray:
+    """Add up what the sites of the local plate have of each row."""
     local = [name for name in log_probs if is_local(trace[name])]
     return np.sum([by_row(log_probs[name], trace[name], NUM_DATA) for name in local], axis=0)
 

@@ -177,25 +177,31 @@ def normal_log_q(encoded: dict, trace: dict, values: dict) -> dict[str, Array]:
     found = {}
     for name, (loc, scale) in encoded.items():
         site = trace[name]
-        fn, support = site["fn"], site["fn"].support
-        unconstrained = biject_to(support).inv(values[name])
-        event_dim = unconstrained.ndim - len(fn.batch_shape)
+        unconstrained, counts, volume = parts_of(site, values[name])
+        event_dim = unconstrained.ndim - len(site["fn"].batch_shape)
         rows = rows_in_front(unconstrained, site, event_dim)
         normal = dist.Normal(jnp.reshape(loc, rows.shape), jnp.reshape(scale, rows.shape))
-        log_prob = normal.log_prob(rows)
-        mask = mask_of(fn)
-        if mask is not None:
-            missing = unconstrained.ndim - mask.ndim
-            mask_rows = mask.reshape(mask.shape + (1,) * missing)
-            mask_rows = jnp.broadcast_to(mask_rows, unconstrained.shape)
-            log_prob = jnp.where(rows_in_front(mask_rows, site, event_dim), log_prob, 0.0)
+        log_prob = jnp.where(rows_in_front(counts, site, event_dim), normal.log_prob(rows), 0.0)
         sums = log_prob.sum(tuple(range(log_prob.ndim - event_dim, log_prob.ndim)))
-        volume = log_det(support, unconstrained, fn.event_dim)
-        if mask is not None and mask.ndim == volume.ndim:
-            volume = jnp.where(mask, volume, 0.0)
         terms = jnp.moveaxis(sums, 0, _axis(site, sums)) - volume
         found[name] = terms if site["scale"] is None else site["scale"] * terms
     return found
+
+
+def parts_of(site: dict, value: Any) -> tuple[Array, Array, Array]:
+    """Return a value without bounds, which of its entries count, and the volume of the map.
+
+    Returns:
+        Two arrays with the shape of the unconstrained value, and one with that of the batch.
+    """
+    fn, support = site["fn"], site["fn"].support
+    unconstrained = biject_to(support).inv(value)
+    volume, mask = log_det(support, unconstrained, fn.event_dim), mask_of(fn)
+    if mask is None:
+        return unconstrained, jnp.ones(unconstrained.shape, bool), volume
+    counts = mask.reshape(mask.shape + (1,) * (unconstrained.ndim - mask.ndim))
+    volume = jnp.where(mask, volume, 0.0) if mask.ndim == volume.ndim else volume
+    return unconstrained, jnp.broadcast_to(counts, unconstrained.shape), volume
 
 
 def _axis(site: dict, value: Array) -> int:

@@ -100,9 +100,10 @@ class Subject:
             jax.tree.map(lambda x: jnp.asarray(0.2 * rng.normal(size=x.shape), x.dtype), shapes)
         )
 
-    def posterior_of(self, static: dict[str, Any]) -> Posterior:
+    def posterior_of(self, static: dict[str, Any], **options: Any) -> Posterior:
         axes = self.case.batch_axes
-        return Posterior(self.guide, self.params, static_kwargs=static, batch_axes=axes)
+        options |= {"static_kwargs": static, "batch_axes": axes}
+        return Posterior(self.guide, self.params, **options)
 
     # -- the library's answers -----------------------------------------------------------------
 

@@ -12,6 +12,7 @@ from generator import FEATURES, generate
 from run import COMPARISONS, Failure, failures, table
 
 from numpyro_vae.guides.encoding import Encoding
+from numpyro_vae.inference import natural
 
 SEEDS = (1000, 1002)
 
@@ -33,6 +34,17 @@ def test_a_fault_is_found():
     honest = Encoding.constrain
     with mock.patch.object(Encoding, "constrain", constrain):
         assert "weights" in failures(3, ("positive", "gamma", "unit"), ("weights",))
+
+
+def test_a_fault_of_steps_is_found():
+    """Rows are drawn from other Normals than those that their steps came to."""
+
+    def of_normal(encoding, normal):
+        return honest(encoding, (normal[0], 1.1 * normal[1]))
+
+    honest = natural.of_normal
+    with mock.patch.object(natural, "of_normal", of_normal):
+        assert "log weights" in failures(3, ("positive",), ("steps",))["steps"]
 
 
 @pytest.fixture
