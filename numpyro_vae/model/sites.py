@@ -12,12 +12,16 @@ from jaxtyping import Array, Shaped
 
 @dataclass(frozen=True)
 class Plate:
-    """A plate as the model declares it: ``size`` data in all, of which a run holds ``length``."""
+    """A plate as the model declares it: ``size`` data in all, of which a run holds ``length``.
+
+    It ``is_short`` where the model would subsample more than there are.
+    """
 
     name: str
     size: int
     length: int
     dim: int
+    is_short: bool = field(default=False, repr=False, compare=False)
 
 
 @dataclass(frozen=True)

@@ -89,7 +89,7 @@ class hold_rows(Messenger):  # noqa: N801 - handlers are lower case, as in numpy
             size, indices = self.rows[msg["name"]]
             msg["value"], msg["args"] = indices, (size, len(indices))
         elif length is not None and length > size:
-            msg["value"], msg["args"] = jnp.arange(size), (size, size)
+            msg["value"], msg["args"], msg["is_short"] = jnp.arange(size), (size, size), True
 
 
 class own_trace(handlers.trace):  # noqa: N801
@@ -144,8 +144,9 @@ def sites_of_trace(trace: dict) -> ModelSites:
         if msg["type"] not in ("sample", "deterministic"):
             continue
         for frame in frames:
-            size = trace[frame.name]["args"][0] if frame.name in trace else frame.size
-            plates[frame.name] = Plate(frame.name, size, frame.size, frame.dim)
+            plate = trace.get(frame.name, {})
+            size, short = plate.get("args", (frame.size,))[0], plate.get("is_short", False)
+            plates[frame.name] = Plate(frame.name, size, frame.size, frame.dim, short)
         if msg["type"] == "deterministic":
             deterministic[name] = tuple(frame.name for frame in frames)
             continue

@@ -54,7 +54,8 @@ class Taking:
         """
         batch_size, _ = sizes
         rows = _attempt(read, True, {}, plate)
-        if isinstance(rows, tuple) and rows[1].length == rows[1].size == batch_size:
+        # A model whose plate is short of rows selects them itself, from all data.
+        if isinstance(rows, tuple) and _holds(rows[1], batch_size) and not rows[1].is_short:
             return cls(*rows, cuts=True, fills_plate=False)
         whole = _attempt(read, False, {}, plate)
         if isinstance(whole, tuple) and whole[1].length < whole[1].size:
@@ -72,6 +73,10 @@ class Taking:
                 return cls(*held, cuts=True, fills_plate=True)
             tried.append(held)
         raise tried[0]
+
+
+def _holds(plate: Plate, number: int) -> bool:
+    return plate.length == plate.size == number
 
 
 def _held(name: str, batch_size: int, num_data: int) -> Rows:
