@@ -165,7 +165,7 @@ def main() -> None:
     else:
         data, hidden_size, batch_size, num_steps = mnist(args.mnist), 400, 250, 5000
     num_samples = 100 if args.quick else 1000
-    num_simulation_steps = 60 if args.quick else 3000  # rows then take steps of their own
+    num_simulation_steps = 60 if args.quick else 3000
     num_steps = 60 if args.quick else num_steps
 
     model = make_model(data, hidden_size)
@@ -181,6 +181,7 @@ def main() -> None:
         batch_size=batch_size,
         num_steps=num_steps,
         num_simulation_steps=num_simulation_steps,
+        natural_steps=8,  # of each row, after the network
     )
     found = posterior.check(
         jax.random.key(1), data.test, checks=(Importance(num_samples=num_samples), "collapse")
