@@ -85,7 +85,7 @@ def amortize(
         num_steps: the most steps of the first phase.
         num_simulation_steps: steps on simulations, after the first phase; 0 leaves them out.
         natural_steps: that each row takes after the network, see `Posterior`; by default 8 if rows
-            held out have better verdicts with them, and else 0.
+            held out have better verdicts with them, or a hundredth of a nat less to lose.
         to_data: see `Simulations`.
         static_kwargs: keyword arguments of the model that are the same in every call.
         progress_bar: whether to show progress, and to print what was chosen and found.
