@@ -69,6 +69,7 @@ def test_a_plate_of_another_size_is_that_of_the_data(case, plain):
         np.testing.assert_allclose(arrays[1], predictions, rtol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:subsample_size")  # or it is as if the model could not be run
 def test_a_plate_that_subsamples_more_rows_than_there_are_holds_them_in_order():
     """What the model says of each row, as its factor and its bound, is that row's."""
 
