@@ -86,17 +86,50 @@ class Batch:
         return self.layout.whole(self.arrays)
 
 
-@partial(jax.jit, static_argnums=(2, 3, 4))
-def permuted(
-    rng_key: Array, epoch: Array, num_data: int, num_steps: int, batch_size: int
-) -> Int[Array, "num_steps batch"]:
-    """Return the rows of each step of an epoch, filled up with those of the next permutation."""
-    order = jax.random.permutation(jax.random.fold_in(rng_key, epoch), num_data)
-    missing = num_steps * batch_size - num_data
-    if missing:
-        following = jax.random.permutation(jax.random.fold_in(rng_key, epoch + 1), num_data)
-        order = jnp.concatenate([order, following[:missing]])
-    return order.reshape(num_steps, batch_size)
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("rng_key", "epoch"),
+    meta_fields=("num_data", "num_steps", "batch_size"),
+)
+@dataclass(frozen=True, eq=False)
+class Permutation:
+    """The rows of each step of an epoch, filled up with those of the next permutation.
+
+    A pytree, so that they are drawn in the program that takes the steps: a call of its own would
+    cost a short epoch a twentieth of its time.
+
+    Attributes:
+        rng_key: of all epochs.
+        epoch: the number of this one.
+        num_data: how many rows there are.
+        num_steps: how many steps.
+        batch_size: how many rows in each.
+    """
+
+    rng_key: Any  # unchecked, as those of `Batch`
+    epoch: Any
+    num_data: int
+    num_steps: int
+    batch_size: int
+
+    @jax.jit
+    def rows(self) -> Int[Array, "num_steps batch"]:
+        """Return the rows of each step."""
+        epoch_key = partial(jax.random.fold_in, self.rng_key)
+        order = jax.random.permutation(epoch_key(self.epoch), self.num_data)
+        missing = self.num_steps * self.batch_size - self.num_data
+        if missing:
+            following = jax.random.permutation(epoch_key(self.epoch + 1), self.num_data)
+            order = jnp.concatenate([order, following[:missing]])
+        return order.reshape(self.num_steps, self.batch_size)
+
+
+Order = Permutation | Int[Array, "num_steps batch"]
+
+
+def rows_of(order: Order) -> Int[Array, "num_steps batch"]:
+    """Return the rows of each step of an order."""
+    return order.rows() if isinstance(order, Permutation) else order
 
 
 def padded_batches(num_data: int, batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -115,9 +148,10 @@ def padded_batches(num_data: int, batch_size: int) -> Iterator[tuple[np.ndarray,
         yield np.where(real, indices, start), weights
 
 
-def each_step(order: Int[Array, "num_steps batch"]) -> Iterator[Int[Array, "batch"]]:
+def each_step(order: Order) -> Iterator[Int[Array, "batch"]]:
     """Yield the rows of each step, also if they are divided among hosts, as no loop does."""
-    return (order[step] for step in range(len(order)))
+    rows = rows_of(order)
+    return (rows[step] for step in range(len(rows)))
 
 
 def prefetch(batches: Iterable[Any], size: int = 2) -> Iterator[Any]:

@@ -11,11 +11,11 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int
+from jaxtyping import Array
 from numpyro.infer.svi import SVIState
 
 from numpyro_vae.data.arrays import ArrayData
-from numpyro_vae.data.batch import Batch, each_step, padded_batches, permuted, prefetch
+from numpyro_vae.data.batch import Batch, Order, Permutation, each_step, padded_batches, prefetch
 from numpyro_vae.data.devices import ONE_DEVICE, Devices
 from numpyro_vae.model.missing import require_finite_observations
 from numpyro_vae.model.sites import ModelSites, choose_plate
@@ -154,11 +154,11 @@ class ArraySource:
             for rows, weights, count in _padded(data, self.part, self.trainer)
         ]
 
-    def order(self, rng_key: Array, epoch: int) -> Int[Array, "num_steps batch"]:
+    def order(self, rng_key: Array, epoch: int) -> Order:
         """Return the rows of each step of an epoch."""
         key = self.devices.own_key(rng_key)
-        order = permuted(key, epoch, self.data.num_data, self.num_steps, self.part)
-        return self._numbers(order, axis=1)
+        order = Permutation(key, epoch, self.data.num_data, self.num_steps, self.part)
+        return order if self.devices.mesh is None else self._numbers(order.rows(), axis=1)
 
     def run(self, state: SVIState, rng_key: Array, epoch: int) -> tuple[SVIState, np.ndarray]:
         """Run an epoch; where a step is not finite, once more, with each step guarded."""

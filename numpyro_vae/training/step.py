@@ -21,7 +21,7 @@ from numpyro.infer import SVI
 from numpyro.infer.svi import SVIState
 
 from numpyro_vae.data.arrays import ArrayData
-from numpyro_vae.data.batch import Batch, each_step
+from numpyro_vae.data.batch import Batch, Order, each_step, rows_of
 from numpyro_vae.guides.base import AmortizedGuide
 from numpyro_vae.model.captured import captured, signature
 from numpyro_vae.model.contents import Reading
@@ -174,7 +174,7 @@ class Trainer:
         return self._guarded_compiled(self.transforms, state, batch)
 
     def scan(
-        self, state: SVIState, batch: Batch, order: Int[Array, "num_steps batch"]
+        self, state: SVIState, batch: Batch, order: Order
     ) -> tuple[SVIState, Float[Array, "num_steps"], Bool[Array, ""]]:
         """Take a step for each row of an order, on the rows of the data that it names.
 
@@ -254,8 +254,8 @@ class Trainer:
         kept = jax.lax.cond(ok, lambda new, _: new, lambda _, old: old, new, state)
         return kept._replace(rng_key=new.rng_key), jnp.where(ok, loss, jnp.nan)
 
-    def _scan(self, transforms: dict[str, Any], state: SVIState, batch: Batch, order: Array) -> Any:
-        return self._scan_over(transforms, state, batch.at, order)
+    def _scan(self, transforms: dict[str, Any], state: SVIState, batch: Batch, order: Order) -> Any:
+        return self._scan_over(transforms, state, batch.at, rows_of(order))
 
     def _scan_batches(
         self, transforms: dict[str, Any], state: SVIState, table: Batch, order: Array
@@ -276,7 +276,7 @@ class Trainer:
         return new, losses, jnp.isfinite(losses).all() & stays_finite(state, new)
 
     def loop(
-        self, state: SVIState, batch: Batch, order: Int[Array, "num_steps batch"]
+        self, state: SVIState, batch: Batch, order: Order
     ) -> tuple[SVIState, Float[Array, "num_steps"], Bool[Array, ""]]:
         """Do what `scan` does, each step called from Python."""
         new, found = state, []

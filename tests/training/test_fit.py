@@ -95,7 +95,7 @@ def test_padding_of_an_evaluation_counts_for_nothing():
 def test_every_row_is_seen_every_epoch_and_a_ragged_end_wraps():
     source = array_source(make_svi(hierarchical_model), 32)
     key = jax.random.key(3)
-    first, second = (np.asarray(source.order(key, epoch)) for epoch in (0, 1))
+    first, second = (np.asarray(source.order(key, epoch).rows()) for epoch in (0, 1))
     assert first.shape == (4, 32)
     assert set(first.ravel()[:100]) == set(range(100))
     np.testing.assert_array_equal(first.ravel()[100:], second.ravel()[:28])
