@@ -20,8 +20,8 @@ TINY = Sizes(num_data=150, pixels=16, hidden=8, latent=2, batch_size=32)
 def by_hand(x, sizes):
     x = jnp.asarray(x)
     epoch = epoch_by_hand(sizes)
-    state = init_by_hand(sizes, jax.random.key(0))
-    return lambda: jax.block_until_ready(epoch(*state, jax.random.key(1), x))
+    state, rng_key = init_by_hand(sizes, jax.random.key(0)), jax.random.key(1)
+    return lambda: jax.block_until_ready(epoch(*state, rng_key, x))
 
 
 def by_library(x, sizes):

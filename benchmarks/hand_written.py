@@ -127,8 +127,9 @@ def compare(title: str, program: Program, seeds: int, repeats: int) -> None:
             print(f"  seed {seed}  {name:<14}{elbo:10.3f}  (se {error:.3f})", flush=True)
     svi, x, size = program.svis[BY_HAND](), program.train, program.batch_size
     state, epoch = first_state(program, svi, 0), program.epoch(svi, x, size)
+    rng_key = jax.random.key(1)
     runs = {
-        BY_HAND: lambda: jax.block_until_ready(epoch(state, jax.random.key(1))),
+        BY_HAND: lambda: jax.block_until_ready(epoch(state, rng_key)),
         LIBRARY: library_epoch(program.svis[LIBRARY](), np.asarray(x), size),
     }
     report(f"{title}: an epoch", interleave(runs, repeats), BY_HAND)

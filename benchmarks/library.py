@@ -19,4 +19,5 @@ def library_epoch(
     trainer = trainer_of(svi)
     source = ArraySource(trainer, ArrayData.read(x), batch_size, None, devices)
     state = devices.put(trainer.init(jax.random.key(0), source.first(), None))
-    return lambda: source.run(state, jax.random.key(1), 0)
+    rng_key = jax.random.key(1)
+    return lambda: source.run(state, rng_key, 0)
