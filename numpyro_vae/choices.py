@@ -24,10 +24,10 @@ from numpyro_vae.guides.auto import (
     AutoAmortizedNormal,
 )
 from numpyro_vae.guides.base import AmortizedGuide
-from numpyro_vae.inference.plate_rows import why_tempered
 from numpyro_vae.inference.rows import Rows
 from numpyro_vae.model.covariates import WithCovariates, arrays_by_path
 from numpyro_vae.model.data_sets import DataSets
+from numpyro_vae.model.plan import why_tempered
 from numpyro_vae.model.provenance import is_read
 from numpyro_vae.model.simulate import NotSimulableError, why_censored
 from numpyro_vae.model.trace import NEEDS_VALUES
@@ -180,7 +180,9 @@ def choose_refining(
         raise NotSimulableError(f"{reason}.")
     if num_steps and to_data is None and (reason := why_censored(guide.sites)):
         raise NotSimulableError(f"{reason}. Pass to_data=, a function that censors them too.")
-    tempered = why_tempered(guide, rows.args, rows.kwargs, rows.held)
+    plates = (guide.plate.name, *guide.segments)
+    given = (rows.args, rows.kwargs, rows.held)
+    tempered = why_tempered(guide.reader, guide.sites, plates, *given)
     last = num_steps if tempered else num_steps // 3
     enumerates = guide.sites.enumerated(guide.plate.name)
     elbo = TraceEnum_ELBO() if enumerates else ImportanceWeightedELBO(1, "stl")

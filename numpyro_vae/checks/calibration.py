@@ -24,10 +24,10 @@ from numpyro_vae.checks.base import (
     require_drawn,
 )
 from numpyro_vae.inference.encoded import EncodedBatch
-from numpyro_vae.inference.plate_rows import why_tempered
 from numpyro_vae.inference.quantities import observed, sample
 from numpyro_vae.inference.rows import Rows
 from numpyro_vae.model.densities import predicted_rows
+from numpyro_vae.model.plan import why_tempered
 from numpyro_vae.model.run import Run
 from numpyro_vae.model.simulate import places, why_censored, why_not_simulable
 from numpyro_vae.model.sites import ModelSites, Site
@@ -98,8 +98,9 @@ class Calibration(AbstractCheck):
                 f"{reason}. Pass Calibration(to_data=...), a function from simulated values by "
                 "site to data as fit takes them, censored, or leave the calibration check out."
             )
-        rows = subject.rows
-        if tempered := why_tempered(subject.runner.guide, rows.args, rows.kwargs, rows.held):
+        rows, guide = subject.rows, subject.runner.guide
+        plates, given = (guide.plate.name, *guide.segments), (rows.args, rows.kwargs, rows.held)
+        if tempered := why_tempered(guide.reader, guide.sites, plates, *given):
             raise NotApplicableError(f"{tempered}. Leave the calibration check out.")
         truths, draws = _simulate_and_sample(subject, self.num_simulations, self.to_data)
         rng = np.random.default_rng(0)

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 from numpyro_vae.data.arrays import ArrayData
 from numpyro_vae.guides.abstract import AbstractGuide
 from numpyro_vae.model.missing import require_finite_observations
-from numpyro_vae.model.plan import unlike_scales
 from numpyro_vae.model.reading import ModelReader
 from numpyro_vae.model.sites import ModelSites
 from numpyro_vae.numpyro_internals import HANDLERS
@@ -102,22 +101,3 @@ def require_finite(
     number = data.num_data
     held = {} if declares(number) else {plate: (number, jnp.arange(number))}
     require_finite_observations(reader, data, static_kwargs, held)
-
-
-def why_tempered(guide: AbstractGuide, args: tuple, kwargs: dict[str, Any], held: Any) -> str:
-    """Return why latents of simulated data are not of the model's posteriors; empty if they are.
-
-    Args:
-        guide: which has read the model.
-        args: the model's arguments.
-        kwargs: its keyword arguments.
-        held: by plate, the size and the rows that it is to hold.
-    """
-    plates = {guide.plate.name, *guide.segments}
-    sites = [site for site in guide.sites.sites.values() if plates & set(site.plates)]
-    if not unlike_scales(guide.reader, args, kwargs, held, tuple(sites)):
-        return ""
-    return (
-        "The model scales its observed sites by other factors than its local ones, and the latents "
-        "that data are simulated with are not of the posterior that this makes"
-    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
 from typing import Any
@@ -198,6 +198,33 @@ def unlike_scales(
         return ""
     first, *others = (np.unique(np.asarray(scale, np.float32)) for scale in found.values())
     return "" if all(np.array_equal(first, other) for other in others) else str(found)
+
+
+def why_tempered(
+    reader: ModelReader,
+    sites: ModelSites,
+    plates: Iterable[str],
+    args: tuple,
+    kwargs: dict[str, Any],
+    rows: Rows,
+) -> str:
+    """Return why latents of simulated data are not of the model's posteriors; empty if they are.
+
+    Args:
+        reader: of the model.
+        sites: what it holds.
+        plates: those whose sites are simulated.
+        args: the model's arguments.
+        kwargs: its keyword arguments.
+        rows: by plate, the size and the rows that it is to hold.
+    """
+    simulated = tuple(site for site in sites.sites.values() if set(plates) & set(site.plates))
+    if not unlike_scales(reader, args, kwargs, rows, simulated):
+        return ""
+    return (
+        "The model scales its observed sites by other factors than its local ones, and the latents "
+        "that data are simulated with are not of the posterior that this makes"
+    )
 
 
 def _in_order(

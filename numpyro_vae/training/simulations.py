@@ -16,6 +16,7 @@ from numpyro.infer.svi import SVIState
 from numpyro_vae.data.arguments import require_count
 from numpyro_vae.data.arrays import ArrayData
 from numpyro_vae.data.batch import Batch
+from numpyro_vae.model.plan import why_tempered
 from numpyro_vae.model.simulate import (
     NotSimulableError,
     explain_unsettled,
@@ -147,10 +148,25 @@ class SimulationSource:
                 "that rows were simulated with, which data do not have. Leave it out."
             )
         plates = (batch.plate, *getattr(guide, "segments", ()))
+        self._require_untempered(batch, plates)
         places = () if wanted.to_data is not None else tuple(self._places(batch, plates))
         num_parts = self.devices.num_hosts
         num_real = round(wanted.real_fraction * (self.size // num_parts))
         return Simulation(places, num_real, wanted.to_data, plates, num_parts)
+
+    def _require_untempered(self, batch: Batch, plates: tuple[str, ...]) -> None:
+        """Raise if the latents that data are simulated with are of another posterior."""
+        trainer, (args, kwargs) = self.trainer, batch.arguments()
+        if not isinstance(trainer.svi.loss, ForwardKL):
+            return
+        kwargs = {**kwargs, **trainer.svi.static_kwargs}
+        with HANDLERS:
+            reason = why_tempered(trainer.reader, self.sites, plates, args, kwargs, batch.rows)
+        if reason:
+            raise NotSimulableError(
+                f"{reason}. Train on these simulations with an ELBO, such as "
+                'ImportanceWeightedELBO(1, "stl"), and freeze=("model", "globals").'
+            )
 
     def _places(self, batch: Batch, plates: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
         """Yield for each observed site the numbers of the arrays among the arguments that hold it.

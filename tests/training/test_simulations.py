@@ -336,3 +336,24 @@ def test_models_that_take_all_data_and_select_rows_themselves():
     result = fit(svi, KEY, source, batch_size=16, num_epochs=20, progress_bar=False)
     encoded = Posterior(svi.guide, result).encode(X)["z"]
     assert_exact(encoded)
+
+
+def test_the_forward_kl_of_a_tempered_model_is_refused():
+    """Its latents are of another posterior; the ELBO of the same simulations is right."""
+
+    def tempered(x, of_all=1.0, of_data=1.0):
+        with numpyro.plate("data", len(x)), numpyro.handlers.scale(scale=of_all):
+            z = numpyro.sample("z", dist.Normal(0.0, 1.0))
+            with numpyro.handlers.scale(scale=of_data):
+                numpyro.sample("x", dist.Normal(z, NOISE), obs=x)
+
+    def losses(loss, **scales):
+        svi = make_svi(partial(tempered, **scales), loss=loss)
+        data = Simulations(64, like=X[:, 0])
+        return fit(svi, KEY, data, num_epochs=1, freeze=FROZEN, progress_bar=False).losses
+
+    for of_all in (1.0, 0.2):
+        with pytest.raises(ValueError, match=r"scales its observed sites.*Train .* with an ELBO"):
+            losses(ForwardKL(), of_all=of_all, of_data=0.2)
+    assert np.isfinite(losses(Trace_ELBO(), of_data=0.2)).all()
+    assert np.isfinite(losses(ForwardKL(), of_all=0.2)).all()  # the posterior is the same
