@@ -30,7 +30,7 @@ from numpyro_vae.inference.psis import (
     tail_length,
 )
 from numpyro_vae.inference.quantities import weigh
-from numpyro_vae.inference.rounding import rounding_error
+from numpyro_vae.inference.rounding import rounding_errors
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -61,7 +61,8 @@ class Importance(RowwiseCheck):
     A row is *fine*, and its draws are usable as they are, if its k-hat is below the threshold and
     its divergence, plus two Monte Carlo errors, is at most 0.1 nats. If only its k-hat is, the
     verdict is *reweight*: its draws are usable with their weights. A k-hat from the threshold to 1
-    is *borderline*, and one above 1 *not to be trusted*.
+    is *borderline*, as is a row whose log weights have rounding errors above 0.1 nats in float32;
+    one above 1 is *not to be trusted*.
 
     Args:
         num_samples: draws of each row, at least 100.
@@ -93,7 +94,7 @@ class Importance(RowwiseCheck):
         return xr.Dataset({name: ([subject.plate], x) for name, x in found.items()}, attrs=attrs)
 
     def of_all(self, subject: Subject, dataset: xr.Dataset) -> xr.Dataset:
-        """Return the rounding error of the weights, if it was measured.
+        """Return the rounding error of each row's weights, if it was measured.
 
         Raises:
             ValueError: if no row has finite weights.
@@ -103,8 +104,9 @@ class Importance(RowwiseCheck):
             number = min(LOOKED, rows.num_chosen)
             sums = _sums_of_all(subject.part(0, number, number), self.num_samples)
             require_finite(np.asarray(sums.num_bad), np.asarray(sums.reference), np.arange(number))
-        error = rounding_error(runner, rows, key, dataset["log_evidence"])
-        return xr.Dataset() if error is None else xr.Dataset({"rounding_error": error})
+        errors = rounding_errors(runner, rows, key, dataset["log_evidence"])
+        known = {} if errors is None else {"rounding_error": ([subject.plate], errors)}
+        return xr.Dataset(known)
 
     def find(self, dataset: xr.Dataset) -> Findings:
         """Yield how many rows are not fine, and whether rounding errors are large."""
@@ -113,9 +115,11 @@ class Importance(RowwiseCheck):
         text = f"{bad:,} of {verdict.size:,} rows have draws that are not usable as they are"
         advice = "repair them: posterior.repair(rng_key, data, report)" if bad else ""
         yield Finding(self.name, not bad, text, advice)
-        error = float(dataset.get("rounding_error", 0.0))
-        if error > MAX_ROUNDING:
-            text = f"float32 is too coarse: log weights have rounding errors of {error:.2g} nats"
+        if (coarse := int(_is_coarse(dataset).sum())) > 0:
+            text = (
+                f"float32 is too coarse: log weights of {coarse:,} of {verdict.size:,} rows have "
+                f"rounding errors of up to {float(dataset['rounding_error'].max()):.2g} nats"
+            )
             yield Finding(self.name, False, text, ADVICE)
         nowhere = np.flatnonzero(np.isnan(dataset["elbo"].values))
         if nowhere.size:
@@ -155,17 +159,26 @@ def verdicts(dataset: xr.Dataset) -> np.ndarray:
     khat, divergence = dataset["khat"].values, dataset["divergence"].values
     close = divergence + 2 * dataset["divergence_mcse"].values <= dataset.attrs["max_divergence"]
     reliable = khat < dataset.attrs["khat_threshold"]  # NaN, of a tail of ties, is not
+    reliable &= ~_is_coarse(dataset)
     return np.select([khat > UNTRUSTWORTHY, ~reliable, ~close], [3, 2, 1], 0)
+
+
+def _is_coarse(dataset: xr.Dataset) -> np.ndarray:
+    """Return for each row whether rounding errors are too large for k-hat and divergence."""
+    if "rounding_error" not in dataset:
+        return np.zeros(dataset["khat"].shape, bool)
+    return dataset["rounding_error"].values > MAX_ROUNDING
 
 
 def meanings(dataset: xr.Dataset) -> tuple[str, ...]:
     """Return for each of ``VERDICTS`` what it means, and what to do with its rows."""
     reliable = f"k-hat < {dataset.attrs['khat_threshold']:.2f}"
     close = f"divergence <= {dataset.attrs['max_divergence']} nats"
+    coarse = f", or rounding errors above {MAX_ROUNDING} nats" if _is_coarse(dataset).any() else ""
     return (
         f"{reliable}, {close}: use the draws as they are",
         f"{reliable}: use the draws with their weights, or repair the rows",
-        f"k-hat <= {UNTRUSTWORTHY:.0f}: repair the rows",
+        f"k-hat <= {UNTRUSTWORTHY:.0f}{coarse}: repair the rows",
         f"k-hat > {UNTRUSTWORTHY:.0f}: do not use the draws, repair the rows",
     )
 

@@ -18,15 +18,18 @@ from numpyro_vae.inference.runner import Runner
 
 LARGE_VALUE = 1e4  # of the data, from which terms of a density may cancel: 1e4 log(1e4) is 1e5
 LARGE_DENSITY = 1e5  # nats, of which float32 resolves a hundredth
-NUM_ROWS = 8  # that are looked at, spread over the data, and as many with the largest values
+NUM_ROWS = 256  # that are measured, spread over the large ones
 NUM_SAMPLES = 8  # draws of each
 
 
-def rounding_error(runner: Runner, rows: Rows, rng_key: Array, log_evidence: Any) -> float | None:
-    """Return the rounding error of log weights in nats, or None if float32 is surely enough.
+def rounding_errors(
+    runner: Runner, rows: Rows, rng_key: Array, log_evidence: Any
+) -> np.ndarray | None:
+    """Return the rounding error of each row's log weights in nats; None if float32 will do.
 
     Only values or log densities that are large are a reason to look: then the log weights of a
-    few draws are computed in float64 too, of the same parameters, data and draws. Under x64 there
+    few draws are computed in float64 too, of the same parameters, data and draws. Rows without
+    such have no error; one that is not measured has that of the next larger row. Under x64 there
     is nothing to compare with.
 
     Args:
@@ -37,31 +40,33 @@ def rounding_error(runner: Runner, rows: Rows, rng_key: Array, log_evidence: Any
     """
     if jnp.result_type(float) == jnp.float64:
         return None
-    numbers, largest, highest = _largest_rows(rows, log_evidence)
-    if largest < LARGE_VALUE and highest < LARGE_DENSITY:
+    values, densities = _sizes(rows, log_evidence)
+    large = np.flatnonzero((values >= LARGE_VALUE) | (densities >= LARGE_DENSITY))
+    if not large.size:
         return None
-    spread = np.linspace(0, rows.num_rows - 1, NUM_ROWS).round().astype(int)
-    some = rows.choose(np.unique([*spread, *numbers]))
+    large = large[np.argsort((values + densities)[large], kind="stable")]
+    places = np.unique(np.linspace(0, large.size - 1, NUM_ROWS).round().astype(int))
+    chosen, back = np.unique(large[places], return_inverse=True)
+    some = rows.choose(chosen)
     try:
-        return _measured(runner, some.in_memory(), rng_key)
+        measured = _measured(runner, some.in_memory(), rng_key)
     except Exception:  # whatever the model's code cannot do in float64
-        return _bound(runner, some, highest)
+        measured = np.full(chosen.size, _bound(runner, some, densities.max()))
+    errors = np.zeros(len(values), np.float32)
+    errors[large] = measured[back][np.searchsorted(places, np.arange(large.size))]
+    return errors
 
 
-def _largest_rows(rows: Rows, log_evidence: Any) -> tuple[np.ndarray, float, float]:
-    """Return the rows with the largest values and densities, the largest value and density."""
-    start, numbers, sums, largest, highest = 0, np.empty(0, int), np.empty(0), 0.0, 0.0
+def _sizes(rows: Rows, log_evidence: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Return of each row the largest value, and the absolute log evidence."""
+    start, values, densities = 0, np.zeros(rows.num_rows), np.zeros(rows.num_rows)
     for data in rows.blocks():
-        size = rows.num_rows if rows.stored is None else data.num_data
-        values = _largest_values(data, size)
-        densities = np.abs(np.asarray(log_evidence[start : start + size], float))
-        densities = np.where(np.isfinite(densities), densities, 0.0)
-        largest, highest = max(largest, values.max()), max(highest, densities.max())
-        sums = np.concatenate([sums, values + densities])
-        kept = np.argsort(sums)[-NUM_ROWS:]
-        numbers = np.concatenate([numbers, np.arange(start, start + size)])[kept]
-        sums, start = sums[kept], start + size
-    return numbers, largest, highest
+        stop = start + (rows.num_rows if rows.stored is None else data.num_data)
+        values[start:stop] = _largest_values(data, stop - start)
+        found = np.abs(np.asarray(log_evidence[start:stop], float))
+        densities[start:stop] = np.where(np.isfinite(found), found, 0.0)
+        start = stop
+    return values, densities
 
 
 def _largest_values(data: ArrayData, num_rows: int) -> np.ndarray:
@@ -77,8 +82,8 @@ def _largest_values(data: ArrayData, num_rows: int) -> np.ndarray:
     return largest
 
 
-def _measured(runner: Runner, rows: Rows, rng_key: Array) -> float:
-    """Return the root mean square error of the row's log weights that is largest."""
+def _measured(runner: Runner, rows: Rows, rng_key: Array) -> np.ndarray:
+    """Return the root mean square error of each row's log weights."""
     globals_ = runner.draw_globals(rng_key, rows, NUM_SAMPLES)
     found = runner.per_batch(_draw, rows, rng_key, globals_)
     with jax.enable_x64(True):
@@ -92,7 +97,7 @@ def _measured(runner: Runner, rows: Rows, rng_key: Array) -> float:
         exact = double.per_batch(_weigh, same, globals_, rng_key, by_row=packed)
     errors = found["log_weights"].astype(float) - exact
     errors = np.where(np.isfinite(errors), errors, 0.0)  # a draw without density has no error
-    return float(np.sqrt((errors**2).mean(1)).max())
+    return np.sqrt((errors**2).mean(1))
 
 
 def _in_float64(leaf: Any) -> Any:
