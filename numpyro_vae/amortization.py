@@ -16,6 +16,7 @@ from numpyro.infer.elbo import ELBO
 from numpyro_vae.choices import (
     choose_guide,
     choose_loss,
+    choose_optimizers,
     choose_posterior,
     choose_refining,
     judge_posterior,
@@ -39,6 +40,7 @@ __all__ = ["amortize"]
 HELD_OUT = 0.1, 1000  # the share of the rows that are held out, and the most of them
 CHECKS, CHECKED = ("importance", "collapse"), 256  # and how many rows held out they look at
 NATURAL_STEPS = 8  # of each row at most; it ends earlier where it gains little
+GLOBAL_STEPS = 4  # of the steps of the first phase, one in so many is taken for the globals alone
 TABLE, EPOCHS = 40_000, 8  # simulated rows at once, and passes over them
 
 
@@ -68,7 +70,8 @@ def amortize(
     are it cannot learn the noise by heart. Two thirds of these steps are taken with `ForwardKL`, so
     that it covers each posterior. The rest is taken with the ELBO, whose gradient is without noise
     where the guide is exact. After any of these phases each row may take natural-gradient steps by
-    itself. Of all this the posterior is returned of which rows held out have the best verdicts.
+    itself. Of all this the posterior is returned of which rows held out have the best verdicts. At
+    last the guide of global latents alone is trained on all rows, as their posterior is of these.
 
     Args:
         model: a NumPyro model with latent sites in a plate.
@@ -112,7 +115,7 @@ def amortize(
         natural_steps = require_count("natural_steps", natural_steps, least=0)
     if batch_size is not None:
         batch_size = require_count("batch_size", batch_size)
-    make_optimizer = optimizers(optimizer)
+    make_optimizer = None if optimizer is None else optimizers(optimizer)
     data, validation = in_memory(data), in_memory(validation)
     if not is_in_memory(data):
         raise ValueError(
@@ -127,10 +130,11 @@ def amortize(
             f"guide is {guide!r}, expected an amortized guide such as AutoAmortizedNormal(model)."
         )
     rows = Rows.read(guide, kwargs, data, batch_axes)
+    make_optimizer = make_optimizer or choose_optimizers(guide, rows)
     steps_of_rows = _steps(guide, rows, kwargs, natural_steps)
     say(_choices(guide, rows))
     cuts = not (rows.data.is_whole or rows.subsamples)
-    train, held_out, keys = data, validation, jax.random.split(rng_key, 6)
+    train, held_out, keys = data, validation, jax.random.split(rng_key, 7)
     if validation is None and cuts:
         train, held_out = _hold_out(data, batch_axes, rows.num_rows, keys[0])
     left = count_rows(train, batch_axes) if cuts else rows.num_rows
@@ -162,6 +166,12 @@ def amortize(
     posterior, undone = choose_posterior(guide, results, steps_of_rows, judge)
     if undone:
         say(f"Phases undone, as rows held out had better verdicts before: the last {undone}.")
+    if guide.global_names and train is not data:
+        key, left = keys[6], {"init_params": posterior.params, "freeze": ("model", guide.prefix)}
+        number = max(num_steps // GLOBAL_STEPS, 1)
+        steps = number, max(number * size // rows.num_rows, 1)
+        result = phase("The globals, on all rows", key, loss, data, None, *steps, **left)
+        posterior = Posterior(guide, result, natural_steps=posterior.natural_steps)
     if posterior.natural_steps:
         say(f"Rows take up to {posterior.natural_steps} natural-gradient steps after the network.")
     if unjudged:
