@@ -19,6 +19,7 @@ from numpyro_vae.choices import (
     choose_optimizers,
     choose_posterior,
     choose_refining,
+    find_globals,
     judge_posterior,
     optimizers,
     why_unjudged,
@@ -166,7 +167,7 @@ def amortize(
     posterior, undone = choose_posterior(guide, results, steps_of_rows, judge)
     if undone:
         say(f"Phases undone, as rows held out had better verdicts before: the last {undone}.")
-    if guide.global_names and train is not data:
+    if train is not data and any(map(find_globals(guide, rows), posterior.params)):
         key, left = keys[6], {"init_params": posterior.params, "freeze": ("model", guide.prefix)}
         number = max(num_steps // GLOBAL_STEPS, 1)
         steps = number, max(number * size // rows.num_rows, 1)

@@ -72,9 +72,14 @@ def choose_optimizers(guide: AmortizedGuide, rows: Rows) -> Callable[[int], Any]
     """Return `choose_optimizer` for the parameters of a guide and its model."""
     if not guide.global_names:
         return choose_optimizer
+    return partial(choose_optimizer, global_params=find_globals(guide, rows))
+
+
+def find_globals(guide: AmortizedGuide, rows: Rows) -> Callable[[str], bool]:
+    """Return whether a parameter, by name, is of the guide of global latents."""
     others = {f"{guide.prefix}$params"}
     others |= set(guide.reader.abstract(rows.args, rows.kwargs, rows.held).params)
-    return partial(choose_optimizer, global_params=lambda name: name not in others)
+    return lambda name: name not in others and not name.endswith("$state")
 
 
 def optimizers(optimizer: Any) -> Callable[[int], Any]:

@@ -29,8 +29,6 @@ from numpyro_vae import (
 )
 from numpyro_vae.choices import (
     choose_guide,
-    choose_optimizer,
-    choose_optimizers,
     choose_posterior,
     choose_refining,
     optimizers,
@@ -60,16 +58,6 @@ def exact(x):
     precision = np.eye(2) / 0.5 + 3 / NOISE**2
     covariance = np.linalg.inv(precision)
     return (covariance @ np.full((2, len(x)), x.sum(-1) / NOISE**2)).T, covariance
-
-
-def with_global(x):
-    """The mean of the latents is global, and the deviation of the data a parameter."""
-    sd = numpyro.param("sd", NOISE, constraint=dist.constraints.positive)
-    b = numpyro.sample("b", dist.Normal(0.0, 10.0))
-    with numpyro.plate("data", len(x)):
-        z = numpyro.sample("z", dist.Normal(b, 1.0))
-        loc = jnp.broadcast_to(z[..., None], x.shape)
-        numpyro.sample("x", dist.Normal(loc, sd).to_event(1), obs=x)
 
 
 @pytest.fixture(scope="module")
@@ -253,20 +241,6 @@ def test_guides_without_weights_are_trained_on_the_data(guide, reason, capsys):
     assert np.isfinite(posterior.sample(KEY, X[:5], 2)["z"]).all()
 
 
-def test_the_posterior_of_the_globals_is_that_of_all_rows():
-    """Also of those that were held out to end training; and it is as narrow as it is to be."""
-    guide = AutoAmortizedNormal(with_global, SMALL)
-    options = {"guide": guide, "num_steps": 1500, "num_simulation_steps": 0, "natural_steps": 0}
-    posterior = amortize(with_global, KEY, X + 3, **options, **QUIET)
-    assert posterior.check(KEY, X + 3, "globals", **QUIET).dataset["globals_khat"] < 0.7
-    sd = float(posterior.params["sd"])
-    variance = (1 + sd**2 / 3) / len(X)
-    draws = posterior.sample(KEY, X[:1] + 3, 4000)["b"]
-    # The best of guides in which latents and their mean are independent has 0.92 of it.
-    assert 0.7 * variance < draws.var() < 1.3 * variance
-    assert abs(draws.mean() - (X + 3).mean()) < 0.5 * variance**0.5
-
-
 class TestOptimizer:
     def test_one_for_all_phases(self):
         adam = optax.adam(1e-3)
@@ -274,21 +248,6 @@ class TestOptimizer:
 
     def test_one_of_each_number_of_steps(self):
         assert optimizers(lambda num_steps: num_steps + 1)(100) == 101
-
-    def test_only_models_with_global_latents_have_two_rates(self):
-        def made(fn):
-            guide = AutoAmortizedNormal(fn, SMALL)
-            return choose_optimizers(guide, Rows.read(guide, {}, X, 0))
-
-        assert made(model) is choose_optimizer
-        params = {name: jnp.zeros(2) for name in ("auto$params", "sd", "b_auto_loc")}
-        adam = made(with_global)(100)
-        state, grads = adam.init(params), jax.tree.map(jnp.ones_like, params)
-        for _ in range(10):
-            steps, state = adam.update(grads, state, params)
-        found = {name: float(step[0]) for name, step in steps.items()}
-        assert found["auto$params"] == found["sd"] < 0
-        np.testing.assert_allclose(found["b_auto_loc"], 5 * found["sd"], rtol=1e-5)
 
     @pytest.mark.parametrize("optimizer", [optax.adam, numpyro.optim.Adam])
     def test_one_that_would_take_the_number_for_its_rate(self, optimizer):
