@@ -7,6 +7,7 @@ from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
+from jax.nn import initializers
 from jaxtyping import Array, Bool, Float
 
 from numpyro_vae.encoders.base import Standardize, flatten_with_mask, scaled
@@ -20,8 +21,9 @@ class ResidualMLP(nnx.Module):
     The values of a datum, laid side by side, pass through a linear layer and then through
     pre-activation residual blocks ``h + linear(activation(linear(activation(norm(h)))))`` with
     LayerNorm (He et al., *Identity Mappings in Deep Residual Networks*, ECCV 2016). Nothing stands
-    between the inputs and the features but these sums, so a posterior mean that is linear in the
-    data, as that of a conjugate Normal, is there from the first step.
+    between the inputs and the features but these sums, and blocks start at zero: at first features
+    are linear in the data, as the posterior mean of a conjugate Normal is, and from few data no
+    noise of random blocks is learned.
 
     Args:
         example_inputs: the first batch, an array or a dict of arrays, data along axis 0. Of
@@ -87,7 +89,7 @@ class _Block(nnx.Module):
         self.activation = activation
         self.norm = nnx.LayerNorm(size, rngs=rngs)
         self.first = nnx.Linear(size, size, rngs=rngs)
-        self.second = nnx.Linear(size, size, rngs=rngs)
+        self.second = nnx.Linear(size, size, kernel_init=initializers.zeros, rngs=rngs)
 
     def __call__(self, hidden: Float[Array, "batch k"]) -> Float[Array, "batch k"]:
         hidden = self.first(self.activation(self.norm(hidden)))
