@@ -26,6 +26,7 @@ from typing import Any
 import jax
 import numpy as np
 import optax
+from flax import nnx
 from numpyro import handlers
 from numpyro.infer import MCMC, NUTS, SVI, init_to_sample
 from sbibm_tasks import TASKS, Task, read
@@ -60,7 +61,9 @@ def train(task: Task, budget: int, num_steps: int) -> Posterior:
     batch_size = min(100, count)
     like = np.resize(seen, (max(batch_size, for_scale), *task.shape))
     num_epochs = max(1, num_steps // -(-count // batch_size))
-    encoder = partial(ResidualMLP, hidden_size=64) if len(task.shape) == 1 else None
+    encoder = (
+        partial(ResidualMLP, hidden_size=64, activation=nnx.silu) if len(task.shape) == 1 else None
+    )
     options = {} if task.reads is None else {"inputs": task.reads}
     guide = AutoAmortizedFlow(sets, encoder, scale=LogScale(init_scale=1.0), **options)
     rate = optax.cosine_decay_schedule(1e-2, num_steps)

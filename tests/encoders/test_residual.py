@@ -14,13 +14,19 @@ INPUTS = jax.random.normal(jax.random.key(0), (6, 3))
 def test_features_are_a_sum_over_the_blocks():
     encoder = ResidualMLP(INPUTS, hidden_size=4, num_blocks=3, standardize=False, rngs=nnx.Rngs(0))
     expected = encoder.linear(INPUTS)
-    for block in encoder.blocks:
+    for number, block in enumerate(encoder.blocks):
+        block.second.kernel[...] = jax.random.normal(jax.random.key(number), (4, 4))
         centred = expected - expected.mean(-1, keepdims=True)
         normed = centred / jnp.sqrt((centred**2).mean(-1, keepdims=True) + 1e-6)
         hidden = block.first(nnx.relu(normed))
         expected = expected + block.second(nnx.relu(hidden))
     assert len(encoder.blocks) == 3
     np.testing.assert_allclose(encoder(INPUTS), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_features_start_linear_in_the_data():
+    encoder = ResidualMLP(INPUTS, hidden_size=4, standardize=False, rngs=nnx.Rngs(0))
+    np.testing.assert_array_equal(encoder(INPUTS), encoder.linear(INPUTS))
 
 
 @pytest.mark.parametrize("option", ["hidden_size", "num_blocks"])
