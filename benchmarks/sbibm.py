@@ -77,7 +77,7 @@ def train(task: Task, budget: int, num_steps: int) -> Posterior:
             batch_size=batch_size,
             num_epochs=num_epochs,
             validation=np.resize(seen, (for_stopping, *task.shape)),  # drawn anew for the loss
-            patience=max(10, num_epochs // 5),
+            patience=num_epochs,  # the rate falls to zero at the end only; the best is kept
             progress_bar=False,
         )
         results.append(result)
