@@ -70,7 +70,8 @@ def train(task: Task, budget: int, num_steps: int, seed: int = 0) -> Posterior:
     rate = optax.cosine_decay_schedule(1e-2, num_steps)
     results = []
     for decay in DECAYS:
-        optimizer = optax.adamw(rate, weight_decay=decay * 1_000 / budget, mask=is_not_linear)
+        adam = optax.adamw(rate, weight_decay=decay * 1_000 / budget, mask=is_not_linear)
+        optimizer = optax.chain(optax.clip_by_global_norm(5.0), adam)
         result = fit(
             SVI(sets, guide, optimizer, ForwardKL()),
             jax.random.key(seed),

@@ -16,6 +16,7 @@ from numpyro.primitives import Messenger
 from numpyro_vae.model.provenance import is_read
 from numpyro_vae.model.redraw import drawn_value, redraw
 from numpyro_vae.model.sites import ModelSites
+from numpyro_vae.model.supports import inside
 from numpyro_vae.model.trace import Model
 from numpyro_vae.numpyro_internals import ask_handlers, was_observed
 
@@ -74,7 +75,10 @@ def simulate(
     sites = {name: site for name, site in trace.items() if site["type"] == "sample"}
     drawn = {name: site["value"] for name, site in sites.items() if not was_observed(site)}
     seen = {name: site for name, site in sites.items() if was_observed(site)}
-    latents = Latents({name: x for name, x in drawn.items() if name not in given}, given)
+    free = (name for name in drawn if name not in given)
+    latents = Latents(
+        {name: inside(sites[name]["fn"].support, drawn[name]) for name in free}, given
+    )
     return latents, {name: {**site, "value": drawn_value(site)} for name, site in seen.items()}
 
 

@@ -110,12 +110,12 @@ def stacked_support(base: Any, axes: Axes, event_ndim: int) -> Any:
         event_ndim: the number of axes of all values of a data set.
     """
     if any(axis is not None for axis in axes):
-        base = _StackedConstraint(base, axes, event_ndim)
+        base = StackedConstraint(base, axes, event_ndim)
     more = event_ndim - base.event_dim
     return constraints.independent(base, more) if more else base
 
 
-class _StackedConstraint(constraints.Constraint):
+class StackedConstraint(constraints.Constraint):
     """A support with bounds of each data set's own.
 
     Args:
@@ -129,9 +129,11 @@ class _StackedConstraint(constraints.Constraint):
         self.is_discrete, self.event_dim = base.is_discrete, base.event_dim
 
     def __call__(self, x: Any) -> Array:
+        """Say which values lie in the support of their data set."""
         return self.map(lambda base, x: base(x), x, drops=self.event_dim)
 
     def feasible_like(self, prototype: Any) -> Array:
+        """Return a value that does."""
         return self.map(lambda base, x: base.feasible_like(x), prototype)
 
     @property
@@ -158,10 +160,12 @@ class _StackedConstraint(constraints.Constraint):
         )(leaves, *values)
 
     def eq(self, other: object, static: bool = False) -> Any:
-        same = isinstance(other, _StackedConstraint) and self.axes == other.axes
+        """Say whether the bounds are the same."""
+        same = isinstance(other, StackedConstraint) and self.axes == other.axes
         return same and self.depth == other.depth and self.base.eq(other.base, static=static)
 
     def tree_flatten(self) -> tuple[Any, Any]:
+        """Return the leaves, as NumPyro's constraints do."""
         names = ("axes", "depth", "is_discrete", "event_dim")
         return (self.base,), (("base",), {name: getattr(self, name) for name in names})
 
@@ -169,7 +173,7 @@ class _StackedConstraint(constraints.Constraint):
 class _StackedTransform(Transform):
     """The map onto a support with bounds of each data set's own."""
 
-    def __init__(self, constraint: _StackedConstraint):
+    def __init__(self, constraint: StackedConstraint):
         self.constraint = constraint
 
     @property
@@ -208,6 +212,6 @@ class _StackedTransform(Transform):
         return (self.constraint,), (("constraint",), {})
 
 
-@biject_to.register(_StackedConstraint)
-def _biject_to_stacked(constraint: _StackedConstraint) -> _StackedTransform:
+@biject_to.register(StackedConstraint)
+def _biject_to_stacked(constraint: StackedConstraint) -> _StackedTransform:
     return _StackedTransform(constraint)

@@ -1,4 +1,4 @@
-"""Observed values outside the support of their distribution, of which NumPyro's density is 0."""
+"""Observed values outside the support of their distribution, and draws that lie on its bounds."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from numpyro.distributions import constraints
+from jaxtyping import Array
 
+from numpyro_vae.model.stacked import StackedConstraint, peeled
 from numpyro_vae.model.trace import event_shape_of, is_real, mask_of
 from numpyro_vae.numpyro_internals import checked_support
 
@@ -48,10 +49,38 @@ def outside_support(msg: dict[str, Any]) -> Outside | None:
         return None
     base, support = checked
     bounds = jax.tree.leaves(support)
-    while isinstance(support, constraints.independent):
-        support = support.base_constraint
+    support, _ = peeled(support)
     value = jnp.broadcast_to(msg["value"], fn.batch_shape + event_shape_of(msg))
     outside, mask = ~support(value), mask_of(fn)
     if mask is not None:
         outside = outside & mask.reshape(mask.shape + (1,) * (outside.ndim - mask.ndim))
     return Outside(outside, bounds, base, type(support).__name__.strip("_"))
+
+
+def inside(support: Any, value: Any) -> Array:
+    """Return draws with those moved off a bound of their support that rounding has put there.
+
+    A `Uniform` in float32 draws its lower bound once in eight million times, and a `Gamma` whose
+    concentration is small draws many a zero. The map to unconstrained values has infinity there. A
+    draw is moved by no more than that map can tell apart, and not at all if it can.
+
+    Args:
+        support: that of a continuous site.
+        value: draws from it.
+    """
+    support, _ = peeled(support)
+    if isinstance(support, StackedConstraint):
+        return support.map(inside, value)
+    value = jnp.asarray(value)
+    if support.is_discrete or not jnp.issubdtype(value.dtype, jnp.floating):
+        return value
+    limits = jnp.finfo(value.dtype)
+    lower, upper = (getattr(support, name, None) for name in ("lower_bound", "upper_bound"))
+    width = 1.0 if lower is None or upper is None else upper - lower
+    if lower is not None:
+        least = jnp.maximum(limits.eps * jnp.abs(lower), 4 * limits.tiny * jnp.maximum(width, 1.0))
+        value = jnp.maximum(value, lower + least)
+    if upper is not None:
+        least = limits.eps * jnp.maximum(jnp.abs(upper), width)
+        value = jnp.minimum(value, upper - least)
+    return value

@@ -59,6 +59,18 @@ def warn_of_losses(losses: Float[np.ndarray, "num_steps"], svi: SVI, sites: Mode
         )
 
 
+def warn_of_validation(losses: Float[np.ndarray, "num_epochs"]) -> None:
+    """Warn if a validation loss is not finite, which cannot be compared with others."""
+    bad = np.flatnonzero(~np.isfinite(losses))
+    if bad.size:
+        warnings.warn(
+            f"The validation loss was not finite after {bad.size} of {len(losses)} epochs, first "
+            f"after epoch {bad[0]}: early stopping cannot compare these. Look at the validation "
+            "data for values that the model or the guide gives no density.",
+            stacklevel=3,
+        )
+
+
 def _fall(losses: Float[np.ndarray, "num_steps"]) -> tuple[float, float, float]:
     """Return how far a line through losses falls, its standard error, and the spread around it."""
     time = np.linspace(-0.5, 0.5, len(losses))

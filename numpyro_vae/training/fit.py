@@ -32,7 +32,7 @@ from numpyro_vae.training.callbacks import (
 )
 from numpyro_vae.training.checkpoints import Checkpoints, open_checkpoints
 from numpyro_vae.training.chunks import ChunkSource
-from numpyro_vae.training.convergence import warn_of_losses
+from numpyro_vae.training.convergence import warn_of_losses, warn_of_validation
 from numpyro_vae.training.freezing import Freeze
 from numpyro_vae.training.identity import identify
 from numpyro_vae.training.options import (
@@ -207,13 +207,16 @@ def fit(
         reason = _train(progress, run, score, (bar, *own, *callbacks), num_epochs, after)
         if reason is StopReason.INTERRUPTED:
             bar.write("Interrupted: returning the state after the last complete epoch.")
+    losses, history = progress.history()
     if reason is StopReason.EPOCHS_DONE:
-        warn_of_losses(np.concatenate(progress.losses), svi, source.sites)
+        warn_of_losses(losses, svi, source.sites)
+    warn_of_validation(history.get("validation_loss", np.zeros(0)))
     state = devices.leave(progress.best_state())
     return FitResult(
         trainer.params(state),
         state,
-        *progress.history(),
+        losses,
+        history,
         stop_reason=reason,
         static_kwargs=dict(svi.static_kwargs),
         batch_axes=batch_axes,

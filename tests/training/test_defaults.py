@@ -148,6 +148,14 @@ def test_a_fit_that_was_too_short_says_so():
         fit(svi, jax.random.key(0), 100 + X, **options)
 
 
+def test_a_validation_loss_that_is_not_finite_is_warned_about():
+    svi = SVI(normal_model, AutoAmortizedNormal(normal_model), optax.adam(1e-3), Trace_ELBO())
+    rows = np.concatenate([X[:3], np.full_like(X[:1], 1e30)])
+    options = {"num_epochs": 2, "validation": rows, "progress_bar": False}
+    with pytest.warns(UserWarning, match="not finite after 2 of 2 epochs, first after epoch 0"):
+        fit(svi, jax.random.key(0), X, **options)
+
+
 @pytest.mark.slow
 def test_a_wide_network_learns_many_correlations():
     """It threw them so far in some steps that densities of draws were off without limit."""
