@@ -55,7 +55,7 @@ def test_the_gradient_of_the_sleep_phase_is_that_of_simulations():
         error = found[name].std() / np.sqrt(len(keys))
         assert abs(found[name].mean() - len(X) * value) < 4 * error, name
     alone = jax.jit(jax.vmap(lambda key: gradient(ReweightedWakeSleep(2), key)))(keys)
-    np.testing.assert_allclose(found["loading"], alone["loading"], rtol=1e-4)
+    np.testing.assert_allclose(found["loading"], alone["loading"], rtol=1e-3)
 
 
 def test_both_phases_add_up_and_leave_the_value_alone():
