@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -148,15 +149,16 @@ def amortize(
     result = phase("The ELBO of the data", keys[1], loss, train, held_out, *steps)
     results = [result]
     try:
-        refining = choose_refining(guide, num_simulation_steps, to_data, rows)
-        for name, objective, number in refining:
+        for name, objective, number in choose_refining(guide, num_simulation_steps, to_data, rows):
             key = keys[1 + len(results)]
             table = max(min(TABLE, number * size // EPOCHS), size)
             simulations = Simulations(table, like=train, redraw_every=EPOCHS, to_data=to_data)
-            more = {"init_params": result.params, "freeze": ("model", "globals")}
+            more = {"init_params": results[-1].params, "freeze": ("model", "globals")}
             steps = number, max(number * size // table, 1)
-            result = phase(name, key, objective, simulations, None, *steps, **more)
-            results.append(result)
+            found = _unless_it_fails(phase, name, key, objective, simulations, None, *steps, **more)
+            if found is None:
+                break
+            results.append(found)
     except NotSimulableError as reason:
         say(f"No simulations. {reason}")
     some = train if held_out is None else held_out
@@ -171,8 +173,10 @@ def amortize(
         key, left = keys[6], {"init_params": posterior.params, "freeze": ("model", guide.prefix)}
         number = max(num_steps // GLOBAL_STEPS, 1)
         steps = number, max(number * size // rows.num_rows, 1)
-        result = phase("The globals, on all rows", key, loss, data, None, *steps, **left)
-        posterior = Posterior(guide, result, natural_steps=posterior.natural_steps)
+        name = "The globals, on all rows"
+        found = _unless_it_fails(phase, name, key, loss, data, None, *steps, **left)
+        if found is not None:
+            posterior = Posterior(guide, found, natural_steps=posterior.natural_steps)
     if posterior.natural_steps:
         say(f"Rows take up to {posterior.natural_steps} natural-gradient steps after the network.")
     if unjudged:
@@ -209,6 +213,20 @@ def _phase(
     epochs, seconds = len(result.history["loss"]), time.perf_counter() - start
     say(f"{name}: {epochs} epochs, {seconds:.0f} s{end}.")
     return result
+
+
+def _unless_it_fails(
+    phase: Callable[..., FitResult], name: str, *args: Any, **more: Any
+) -> FitResult | None:
+    """Return what a phase comes to; None, with a warning, if it can take no step."""
+    try:
+        return phase(name, *args, **more)
+    except FloatingPointError as error:
+        warnings.warn(
+            f"This phase of amortize failed, and what came before it is kept. {name}: {error}",
+            stacklevel=3,
+        )
+        return None
 
 
 def _nothing(*_: Any) -> None:

@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
+import pytest
 from helpers import SMALL
 
-from numpyro_vae import AutoAmortizedNormal, amortize
+from numpyro_vae import AutoAmortizedNormal, amortization, amortize, fit
 from numpyro_vae.choices import choose_optimizer, choose_optimizers
 from numpyro_vae.inference.rows import Rows
 
@@ -47,6 +48,27 @@ def test_the_posterior_of_the_globals_is_that_of_all_rows():
     # The best of guides in which latents and their mean are independent has 0.92 of it.
     assert 0.7 * variance < draws.var() < 1.3 * variance
     assert abs(draws.mean() - X.mean()) < 0.5 * variance**0.5
+
+
+@pytest.mark.parametrize(
+    ("num_simulation_steps", "name"), [(20, ".*forward KL.*"), (0, "The globals, on all rows")]
+)
+def test_a_phase_that_fails_loses_nothing_before_it(monkeypatch, num_simulation_steps, name):
+    found = []
+
+    def fail_second(*args, **kwargs):
+        found.append(None if len(found) == 1 else fit(*args, **kwargs))
+        if found[-1] is None:
+            raise FloatingPointError("No step could be taken")
+        return found[-1]
+
+    monkeypatch.setattr(amortization, "fit", fail_second)
+    guide, steps = AutoAmortizedNormal(with_global, SMALL), {"num_steps": 20, "natural_steps": 0}
+    steps |= {"num_simulation_steps": num_simulation_steps}
+    with pytest.warns(UserWarning, match=f"(?i)what came before it is kept. {name}: No step"):
+        posterior = amortize(with_global, KEY, X, guide=guide, **steps, **QUIET)
+    network = (params["auto$params"] for params in (posterior.params, found[0].params))
+    jax.tree.map(np.testing.assert_array_equal, *network)
 
 
 def test_only_models_with_global_latents_have_two_rates():
