@@ -18,8 +18,8 @@ import os
 import sys
 import traceback
 from collections.abc import Collection, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 from compare import COMPARISONS
@@ -155,16 +155,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     enabled = frozenset(FEATURES if options.features is None else options.features.split(","))
     enabled -= set(options.without.split(","))
     comparisons, found, failed = options.comparisons.split(","), [], set()
-    pool = ProcessPoolExecutor(
-        options.workers,
-        multiprocessing.get_context("spawn"),
-        initializer=prepare,
-        max_tasks_per_child=AT_ONCE,
-    )
-    with pool:
-        jobs = [pool.submit(examine, seed, enabled, comparisons) for seed in seeds]
-        for number, (seed, job) in enumerate(zip(seeds, jobs, strict=True), 1):
-            mine = job.result()
+    # Not that of concurrent.futures, which waits forever once a process has done its share.
+    new_processes = multiprocessing.get_context("spawn")
+    with new_processes.Pool(options.workers, prepare, maxtasksperchild=AT_ONCE) as pool:
+        examined = pool.imap(partial(examine, enabled=enabled, comparisons=comparisons), seeds)
+        for number, (seed, mine) in enumerate(zip(seeds, examined, strict=True), 1):
             found += mine
             failed |= {seed} if mine else set()
             for failure in mine:
