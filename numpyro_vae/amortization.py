@@ -2,48 +2,27 @@
 
 from __future__ import annotations
 
-import time
-import warnings
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any
 
 import jax
-import numpy as np
 from jaxtyping import Array
-from numpyro.infer import SVI
 from numpyro.infer.elbo import ELBO
 
-from numpyro_vae.choices import (
-    choose_guide,
-    choose_loss,
-    choose_optimizers,
-    choose_posterior,
-    choose_refining,
-    find_globals,
-    judge_posterior,
-    optimizers,
-    why_unjudged,
-)
+from numpyro_vae.choices import choose_guide, choose_loss, choose_optimizers, optimizers
 from numpyro_vae.data.arguments import require_count
-from numpyro_vae.data.arrays import count_rows, is_in_memory, take_rows
+from numpyro_vae.data.arrays import is_in_memory
 from numpyro_vae.data.stores import in_memory
 from numpyro_vae.guides.base import AmortizedGuide
 from numpyro_vae.inference.natural import able, why_unable
 from numpyro_vae.inference.rows import Rows
-from numpyro_vae.model.simulate import NotSimulableError
 from numpyro_vae.numpyro_internals import HANDLERS
+from numpyro_vae.phases import Phases, Split
 from numpyro_vae.posterior import Posterior
-from numpyro_vae.training.fit import FitResult, fit
-from numpyro_vae.training.simulations import Simulations
 
 __all__ = ["amortize"]
 
-HELD_OUT = 0.1, 1000  # the share of the rows that are held out, and the most of them
-CHECKS, CHECKED = ("importance", "collapse"), 256  # and how many rows held out they look at
 NATURAL_STEPS = 8  # of each row at most; it ends earlier where it gains little
-GLOBAL_STEPS = 4  # of the steps of the first phase, one in so many is taken for the globals alone
-TABLE, EPOCHS = 40_000, 8  # simulated rows at once, and passes over them
 
 
 def amortize(
@@ -124,123 +103,28 @@ def amortize(
             f"data is a {type(data).__name__}, expected an array, or a tuple or dict of arrays. "
             "Batches from an iterable are for fit."
         )
-    kwargs, say = dict(static_kwargs or {}), print if progress_bar else _nothing
-    known = {"batch_axes": batch_axes, "static_kwargs": kwargs}
-    guide = choose_guide(model, data, plate=plate, **known) if guide is None else guide
+    static = dict(static_kwargs or {})
+    if guide is None:
+        known = {"batch_axes": batch_axes, "static_kwargs": static}
+        guide = choose_guide(model, data, plate=plate, **known)
     if not isinstance(guide, AmortizedGuide):
         raise TypeError(
             f"guide is {guide!r}, expected an amortized guide such as AutoAmortizedNormal(model)."
         )
-    rows = Rows.read(guide, kwargs, data, batch_axes)
+    rows = Rows.read(guide, static, data, batch_axes)
     make_optimizer = make_optimizer or choose_optimizers(guide, rows)
-    steps_of_rows = _steps(guide, rows, kwargs, natural_steps)
-    say(_choices(guide, rows))
-    cuts = not (rows.data.is_whole or rows.subsamples)
-    train, held_out, keys = data, validation, jax.random.split(rng_key, 7)
-    if validation is None and cuts:
-        train, held_out = _hold_out(data, batch_axes, rows.num_rows, keys[0])
-    left = count_rows(train, batch_axes) if cuts else rows.num_rows
-    size = left if rows.data.is_whole else min(batch_size or 128, left)
-    batch_size = size if cuts else batch_size
-    options = {"batch_axes": batch_axes, "batch_size": batch_size, "progress_bar": progress_bar}
-    phase = partial(_phase, model, guide, make_optimizer, kwargs, options, say)
-    steps = num_steps, max(num_steps * size // rows.num_rows, 1)
     loss = loss or choose_loss(guide)
-    result = phase("The ELBO of the data", keys[1], loss, train, held_out, *steps)
-    results = [result]
-    try:
-        for name, objective, number in choose_refining(guide, num_simulation_steps, to_data, rows):
-            key = keys[1 + len(results)]
-            table = max(min(TABLE, number * size // EPOCHS), size)
-            simulations = Simulations(table, like=train, redraw_every=EPOCHS, to_data=to_data)
-            more = {"init_params": results[-1].params, "freeze": ("model", "globals")}
-            steps = number, max(number * size // table, 1)
-            found = _unless_it_fails(phase, name, key, objective, simulations, None, *steps, **more)
-            if found is None:
-                break
-            results.append(found)
-    except NotSimulableError as reason:
-        say(f"No simulations. {reason}")
-    some = train if held_out is None else held_out
-    some = take_rows(some, batch_axes, slice(CHECKED)) if cuts else some
-    unjudged = why_unjudged(guide)
-    results = results if cuts and not unjudged else results[-1:]
-    judge = None if unjudged else partial(judge_posterior, keys[4], some)
-    posterior, undone = choose_posterior(guide, results, steps_of_rows, judge)
-    if undone:
-        say(f"Phases undone, as rows held out had better verdicts before: the last {undone}.")
-    if train is not data and any(map(find_globals(guide, rows), posterior.params)):
-        key, left = keys[6], {"init_params": posterior.params, "freeze": ("model", guide.prefix)}
-        number = max(num_steps // GLOBAL_STEPS, 1)
-        steps = number, max(number * size // rows.num_rows, 1)
-        name = "The globals, on all rows"
-        found = _unless_it_fails(phase, name, key, loss, data, None, *steps, **left)
-        if found is not None:
-            posterior = Posterior(guide, found, natural_steps=posterior.natural_steps)
-    if posterior.natural_steps:
-        say(f"Rows take up to {posterior.natural_steps} natural-gradient steps after the network.")
-    if unjudged:
-        say(f"No checks. {unjudged}.")
-    elif progress_bar:
-        say(posterior.check(keys[5], some, CHECKS, progress_bar=False))
+    steps_of_rows = _steps(guide, rows, static, natural_steps)
+    keys = jax.random.split(rng_key, 7)
+    split = Split.of(rows, data, validation, batch_axes, batch_size, keys[0])
+    phases = Phases(model, guide, rows, split, make_optimizer, static, progress_bar)
+    phases.say(_choices(guide, rows))
+    first = phases.on_data(keys[1], loss, num_steps)
+    others = phases.on_simulations(keys[2:4], first, num_simulation_steps, to_data)
+    posterior = phases.choose(keys[4], [first, *others], steps_of_rows)
+    posterior = phases.globals_on_all_rows(keys[6], loss, posterior, num_steps)
+    phases.tell(keys[5], posterior)
     return posterior
-
-
-def _phase(
-    model: Callable[..., Any],
-    guide: AmortizedGuide,
-    make_optimizer: Callable[[int], Any],
-    static_kwargs: dict[str, Any],
-    options: dict[str, Any],
-    say: Callable[..., None],
-    name: str,
-    rng_key: Array,
-    loss: ELBO,
-    data: Any,
-    validation: Any,
-    num_steps: int,
-    num_epochs: int,
-    **more: Any,
-) -> FitResult:
-    """Train until rows held out improve no more, and say how long it took and where it ended."""
-    start = time.perf_counter()
-    svi = SVI(model, guide, make_optimizer(num_steps), loss, **static_kwargs)
-    patience = None if validation is None else max(10, num_epochs // 5)
-    more |= options | {"validation": validation, "patience": patience}
-    result = fit(svi, rng_key, data, num_epochs=num_epochs, **more)
-    losses = result.history.get("validation_loss")
-    end = "" if losses is None else f", held-out loss {np.nanmin(losses):.3f} nats"
-    epochs, seconds = len(result.history["loss"]), time.perf_counter() - start
-    say(f"{name}: {epochs} epochs, {seconds:.0f} s{end}.")
-    return result
-
-
-def _unless_it_fails(
-    phase: Callable[..., FitResult], name: str, *args: Any, **more: Any
-) -> FitResult | None:
-    """Return what a phase comes to; None, with a warning, if it can take no step."""
-    try:
-        return phase(name, *args, **more)
-    except FloatingPointError as error:
-        warnings.warn(
-            f"This phase of amortize failed, and what came before it is kept. {name}: {error}",
-            stacklevel=3,
-        )
-        return None
-
-
-def _nothing(*_: Any) -> None:
-    """Say nothing."""
-
-
-def _hold_out(data: Any, batch_axes: Any, number: int, rng_key: Array) -> tuple[Any, Any]:
-    """Return rows to train on, and others to validate with."""
-    share, most = HELD_OUT
-    order = np.asarray(jax.random.permutation(rng_key, number))
-    kept = number - min(int(share * number), most)
-    if kept == number:
-        return data, None
-    return tuple(take_rows(data, batch_axes, rows) for rows in (order[:kept], order[kept:]))
 
 
 def _steps(

@@ -23,9 +23,9 @@ from numpyro_vae import (
     AutoAmortizedNormal,
     ConvNet,
     ResidualMLP,
-    amortization,
     amortize,
     data_sets,
+    phases,
 )
 from numpyro_vae.choices import (
     choose_guide,
@@ -214,7 +214,7 @@ def pair(x, factor=1.0):
 
 @pytest.mark.parametrize("reason", NO_STEPS)
 def test_steps_that_rows_cannot_take_are_refused_before_training(reason, monkeypatch):
-    monkeypatch.delattr(amortization, "fit")
+    monkeypatch.delattr(phases, "fit")
     guide = NO_STEPS[reason]()
     with pytest.raises(ValueError, match=f"natural_steps.*{reason}.*leave natural_steps out"):
         amortize(guide.model, KEY, X, guide=guide, natural_steps=8, **QUIET)

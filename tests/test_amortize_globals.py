@@ -8,7 +8,7 @@ import numpyro.distributions as dist
 import pytest
 from helpers import SMALL
 
-from numpyro_vae import AutoAmortizedNormal, amortization, amortize, fit
+from numpyro_vae import AutoAmortizedNormal, amortize, fit, phases
 from numpyro_vae.choices import choose_optimizer, choose_optimizers
 from numpyro_vae.inference.rows import Rows
 
@@ -62,7 +62,7 @@ def test_a_phase_that_fails_loses_nothing_before_it(monkeypatch, num_simulation_
             raise FloatingPointError("No step could be taken")
         return found[-1]
 
-    monkeypatch.setattr(amortization, "fit", fail_second)
+    monkeypatch.setattr(phases, "fit", fail_second)
     guide, steps = AutoAmortizedNormal(with_global, SMALL), {"num_steps": 20, "natural_steps": 0}
     steps |= {"num_simulation_steps": num_simulation_steps}
     with pytest.warns(UserWarning, match=f"(?i)what came before it is kept. {name}: No step"):

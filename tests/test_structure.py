@@ -34,6 +34,7 @@ FOLDERS = (
     "posterior",
     "comparison",
     "choices",
+    "phases",
     "amortization",
     "plots",
 )
