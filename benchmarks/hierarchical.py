@@ -1,6 +1,6 @@
 """A hierarchical Normal of any number of groups of any size, beside its exact posterior.
 
-    python benchmarks/hierarchical.py [--num-steps 12000]
+    python benchmarks/hierarchical.py [--num-steps 12000] [--batch-size 64]
 
 A data set has 3 to 30 groups of 2 to 40 rows; `mu`, `tau` and `sigma` are of the whole, `theta` is
 of a group. A guide learns from simulations by `ForwardKL`, and reads new data sets in one pass.
@@ -78,15 +78,16 @@ def simulate(count: int, seed: int) -> tuple[Data, dict[str, np.ndarray]]:
     return {"y": found["y"], "sizes": sizes}, found
 
 
-def train(num_steps: int) -> tuple[SVI, FitResult]:
+def train(num_steps: int, batch_size: int = BATCH) -> tuple[SVI, FitResult]:
     """Learn from data sets that the model makes."""
     guide = AutoAmortizedFlow(sets, num_layers=4, hidden_sizes=(64,))
     schedule = optax.cosine_decay_schedule(3e-3, num_steps)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
     svi = SVI(sets, guide, optimizer, ForwardKL())
     num_epochs = max(1, num_steps // 400)
-    simulations = Simulations(BATCH * (num_steps // num_epochs), like=simulate(1024, seed=0)[0])
-    options = {"num_epochs": num_epochs, "batch_size": BATCH, "progress_bar": False}
+    count = batch_size * (num_steps // num_epochs)
+    simulations = Simulations(count, like=simulate(1024, seed=0)[0])
+    options = {"num_epochs": num_epochs, "batch_size": batch_size, "progress_bar": False}
     return svi, fit(svi, jax.random.key(0), simulations, **options)
 
 
@@ -296,6 +297,7 @@ def tell_checks(posterior: Posterior, data: Data, num_samples: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--num-steps", type=int, default=12_000)
+    parser.add_argument("--batch-size", type=int, default=BATCH, help="data sets in a step")
     parser.add_argument("--num-sets", type=int, default=50)
     parser.add_argument("--num-samples", type=int, default=2_000)
     parser.add_argument("--num-simulations", type=int, default=500, help="of the calibration")
@@ -305,7 +307,7 @@ def main() -> None:
         options.num_steps, options.num_sets, options.num_samples = 2, 2, 100
         options.num_simulations = 4
     start = time.perf_counter()
-    svi, result = train(options.num_steps)
+    svi, result = train(options.num_steps, options.batch_size)
     print(f"{options.num_steps} steps in {time.perf_counter() - start:.0f} s", flush=True)
     posterior = Posterior(svi.guide, result)
     data, _ = simulate(options.num_sets, seed=5)

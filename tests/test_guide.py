@@ -221,6 +221,20 @@ def test_a_global_guide_written_by_hand():
     np.testing.assert_allclose(draws["mu"], result.params["mu_loc"], atol=0.1)
 
 
+def test_a_joint_guide_of_global_sites_of_which_the_model_holds_a_part_is_refused():
+    def model(x):
+        with numpyro.plate("columns", 4, subsample_size=2, dim=-1):
+            shift = numpyro.sample("shift", dist.Normal(0.0, 1.0))
+        with numpyro.plate("data", len(x), dim=-1):
+            z = numpyro.sample("z", dist.Normal(shift.sum(), 1.0))
+            numpyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    guide = AutoAmortizedNormal(model, SMALL, plate="data", global_guide=AutoMultivariateNormal)
+    message = "'shift' lies in plate 'columns', which subsamples 2 of 4.*AutoMultivariateNormal"
+    with pytest.raises(ValueError, match=message):
+        run(model, guide, X)
+
+
 @pytest.mark.slow
 def test_predictive_and_new_data_of_any_size():
     guide = AutoAmortizedNormal(normal_model, SMALL)

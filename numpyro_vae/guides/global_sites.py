@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 from numpyro import handlers
-from numpyro.infer.autoguide import AutoGuide
+from numpyro.infer.autoguide import AutoContinuous, AutoGuide
 from numpyro.primitives import Messenger
 
 from numpyro_vae.model.densities import log_prob_of, trace_rows
@@ -108,7 +108,8 @@ class GlobalGuide:
         prefix: of the local guide's parameters.
 
     Raises:
-        ValueError: if its parameters would have the names of the local guide's.
+        ValueError: if its parameters would have the names of the local guide's, or it is a joint
+            one of sites of which the model holds a part.
     """
 
     def __init__(
@@ -118,6 +119,8 @@ class GlobalGuide:
         model = self._held = hold_rows({}, model)
         self.is_scaled = bool(set(plan.globals) & set(plan.scaled))
         self.guide = make(_global_model(model, plan))
+        if isinstance(self.guide, AutoContinuous):
+            self._require_whole(plan)
         if getattr(self.guide, "reads_observations", False):
             self.guide = make(handlers.block(model, hide=[site.name for site in plan.local]))
             if self.guide.prefix == prefix:
@@ -126,6 +129,18 @@ class GlobalGuide:
                     f"prefix {prefix!r}, so that one would use the parameters of the other. Give "
                     "one of them another, as in partial(AutoAmortizedNormal, prefix='second')."
                 )
+
+    def _require_whole(self, plan: GuidePlan) -> None:
+        """Refuse a joint guide, whose vector has all rows, where a plate holds but some of them."""
+        for name in self.names:
+            for plate in map(plan.sites.plates.__getitem__, plan.sites.sites[name].plates):
+                if plate.length < plate.size:
+                    raise ValueError(
+                        f"Global site {name!r} lies in plate {plate.name!r}, which subsamples "
+                        f"{plate.length} of {plate.size} rows, and global_guide= is "
+                        f"{type(self.guide).__name__}, which draws all of them jointly. Leave "
+                        f"global_guide= out, or remove the subsample_size of plate {plate.name!r}."
+                    )
 
     @contextmanager
     def _holding(self, rows: Rows) -> Generator[None]:
