@@ -122,9 +122,7 @@ class Posterior:
         Returns:
             By site name, ``(num_data, *datum_shape)``.
         """
-        rows = self._runner.read(data)
-        found = self._runner.per_batch(compiled.encode, rows)
-        return {name: draws.SiteEncoding(*parts) for name, parts in found.items()}
+        return draws.encode_sites(self._runner, data)
 
     def sample(
         self,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,8 +21,10 @@ from numpyro_vae.checks.base import (
     slices_of,
 )
 from numpyro_vae.inference.encoded import EncodedBatch
+from numpyro_vae.inference.faults import Faults, in_words
 from numpyro_vae.inference.psis import (
     UNTRUSTWORTHY,
+    NoWeightsError,
     khat_of_tail,
     khat_threshold,
     require_draws,
@@ -31,6 +33,7 @@ from numpyro_vae.inference.psis import (
 )
 from numpyro_vae.inference.quantities import weigh
 from numpyro_vae.inference.rounding import rounding_errors
+from numpyro_vae.model.supports import explain
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -44,6 +47,8 @@ VERDICTS = ("fine", "reweight", "borderline", "not to be trusted")
 VERDICT_COLOURS = (COLOURS[0], "#56B4E9", *COLOURS[1:])
 MAX_DIVERGENCE = 0.1  # nats up to which draws are as good as those of the posterior itself
 MAX_ROUNDING = 0.1  # nats of rounding error, above which the bounds are not what they seem
+OUTSIDE = "outside_"  # before the name of a site, of which rows have values outside its support
+POSSIBLE = "are their data possible under the model?"
 ADVICE = "call numpyro.enable_x64() at the start of the program"
 
 
@@ -94,19 +99,28 @@ class Importance(RowwiseCheck):
         return xr.Dataset({name: ([subject.plate], x) for name, x in found.items()}, attrs=attrs)
 
     def of_all(self, subject: Subject, dataset: xr.Dataset) -> xr.Dataset:
-        """Return the rounding error of each row's weights, if it was measured.
+        """Return the rounding error of each row's weights, if it was measured, and faulty rows.
+
+        These are rows with values outside the support of a site, by site that has some.
 
         Raises:
             ValueError: if no row has finite weights.
         """
         runner, rows, key = subject.runner, subject.rows, subject.rng_key
-        if all(np.isnan(values).all() for values in slices_of(dataset["elbo"])):
+        bad = np.concatenate([np.isnan(values) for values in slices_of(dataset["elbo"])])
+        faults = _faults(subject, np.flatnonzero(bad))
+        if bad.all():
             number = min(LOOKED, rows.num_chosen)
             sums = _sums_of_all(subject.part(0, number, number), self.num_samples)
-            require_finite(np.asarray(sums.num_bad), np.asarray(sums.reference), np.arange(number))
+            found = np.asarray(sums.num_bad), np.asarray(sums.reference), np.arange(number)
+            try:
+                require_finite(*found)
+            except NoWeightsError as error:
+                raise NoWeightsError(" ".join([str(error), *faults.sentences()])) from None
         errors = rounding_errors(runner, rows, key, dataset["log_evidence"])
         known = {} if errors is None else {"rounding_error": ([subject.plate], errors)}
-        return xr.Dataset(known)
+        attrs = {"not_finite": rows.data.not_finite} if bad.any() else {}
+        return xr.Dataset(known | _outside(subject, faults), attrs=attrs)
 
     def find(self, dataset: xr.Dataset) -> Findings:
         """Yield how many rows are not fine, and whether rounding errors are large."""
@@ -121,13 +135,19 @@ class Importance(RowwiseCheck):
                 f"rounding errors of up to {float(dataset['rounding_error'].max()):.2g} nats"
             )
             yield Finding(self.name, False, text, ADVICE)
-        nowhere = np.flatnonzero(np.isnan(dataset["elbo"].values))
-        if nowhere.size:
+        nowhere = np.isnan(dataset["elbo"].values)
+        for name in (str(x) for x in dataset.data_vars if str(x).startswith(OUTSIDE)):
+            yield _found_outside(self.name, dataset[name])
+            nowhere &= ~dataset[name].values
+        if nowhere.any():
             text = (
-                f"{nowhere.size:,} rows have log weights that are not finite, the first is row "
-                f"{nowhere[0]}: the model gives some of their draws no density, or an infinite one"
+                f"{nowhere.sum():,} rows have log weights that are not finite, the first is row "
+                f"{nowhere.argmax()}: the model gives some of their draws no density, or an "
+                "infinite one"
             )
-            yield Finding(self.name, False, text, "are their data possible under the model?")
+            inputs = dataset.attrs.get("not_finite")
+            advice = f"look at their data: {inputs}" if inputs else POSSIBLE
+            yield Finding(self.name, False, text, advice)
 
     def draw(self, dataset: xr.Dataset, ax: Axes) -> None:
         """Draw the k-hat of every row, sorted, coloured and counted by its verdict.
@@ -146,6 +166,40 @@ class Importance(RowwiseCheck):
             ax.axhline(threshold, color="grey", linestyle="--", linewidth=0.8, zorder=0)
         ax.set(xlabel="row, sorted", ylabel="Pareto k-hat", title="Can each posterior be trusted?")
         ax.legend(frameon=False, markerscale=2)
+
+
+def _faults(subject: Subject, numbers: np.ndarray) -> Faults:
+    """Return what is known of rows whose log weights are not finite."""
+    faults = Faults(subject.rows)
+    if numbers.size:
+        subject.runner.watched(faults).per_batch(_nothing, subject.rows.choose(numbers))
+    return faults
+
+
+def _nothing(batch: EncodedBatch) -> dict[str, Array]:
+    return {}
+
+
+def _outside(subject: Subject, faults: Faults) -> dict[str, Any]:
+    """Return by site which rows have values outside its support, with what is to be said."""
+    found: dict[str, Any] = {}
+    for name in faults.outside:
+        numbers, outside, one = faults.outside_of(name)
+        column = np.isin(np.arange(subject.rows.num_rows), numbers)
+        known = {"distribution": outside.distribution, "support": outside.support}
+        known |= {} if one is None else {"found": one}
+        found[OUTSIDE + name] = ([subject.plate], column, known)
+    return found
+
+
+def _found_outside(check: str, column: xr.DataArray) -> Finding:
+    """Return what is to be said of a site, given which rows have values outside its support."""
+    numbers, attrs = np.flatnonzero(column.values), column.attrs
+    (plate,) = map(str, column.dims)
+    where = in_words(numbers, column.size, plate, attrs.get("found"))
+    name = str(column.name).removeprefix(OUTSIDE)
+    text, advice = explain(name, attrs["distribution"], attrs["support"], f" in {where}")
+    return Finding(check, False, f"the {text}", advice[0].lower() + advice[1:])
 
 
 def verdicts(dataset: xr.Dataset) -> np.ndarray:

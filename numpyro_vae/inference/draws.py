@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array
 
 from numpyro_vae.inference import quantities
+from numpyro_vae.inference.faults import Faults
 from numpyro_vae.inference.functions import Quantity
 from numpyro_vae.inference.rows import Rows
 from numpyro_vae.inference.runner import Runner
@@ -22,11 +23,26 @@ class SiteEncoding(NamedTuple):
     scale: np.ndarray
 
 
+def encode_sites(runner: Runner, data: Any) -> dict[str, SiteEncoding]:
+    """Return location and scale of local sites; see `Posterior.encode`."""
+    rows = runner.read(data)
+    faults = Faults(rows)
+    found = runner.watched(faults).per_batch(quantities.encode, rows)
+    found = {name: SiteEncoding(*parts) for name, parts in found.items()}
+    faults.look_at_draws(rows, (x[None] for parts in found.values() for x in parts))
+    faults.warn()
+    return found
+
+
 def sample_sites(
     runner: Runner, rng_key: Array, data: Any, num_samples: int, var_names: Iterable[str] | None
 ) -> dict[str, np.ndarray]:
     """Return draws of latent sites; see `Posterior.sample`."""
-    return draw_sites(runner, runner.read(data), rng_key, num_samples, var_names)
+    rows = runner.read(data)
+    faults = Faults(rows)
+    found = draw_sites(runner.watched(faults), rows, rng_key, num_samples, var_names)
+    faults.warn()
+    return found
 
 
 def draw_sites(
@@ -39,6 +55,8 @@ def draw_sites(
     kept = tuple(name for name in local if name in names)
     draw = partial(runner.per_draw, quantities.sample, names=kept, num_samples=num_samples)
     draws = draw(rows, rng_key, globals_) if kept else {}
+    if runner.faults is not None:
+        runner.faults.look_at_draws(rows, draws.values())
     for name, value in draws.items():
         axis = runner.guide.sites.sites[name].axis(runner.guide.plate)
         draws[name] = np.moveaxis(value, 1, 1 + axis)
@@ -58,8 +76,12 @@ def site_probabilities(
             'discrete site with infer={"enumerate": "parallel"}.'
         )
     globals_ = runner.draw_globals(rng_key, rows, num_samples)
-    sizes = {"num_samples": num_samples, "particles": particles}
-    return runner.per_batch(quantities.classify, rows, rng_key, globals_, **sizes)
+    sizes, faults = {"num_samples": num_samples, "particles": particles}, Faults(rows)
+    run = runner.watched(faults).per_batch
+    found = run(quantities.classify, rows, rng_key, globals_, **sizes)
+    faults.look_at_draws(rows, (x[None] for x in found.values()))
+    faults.warn()
+    return found
 
 
 def densities(
@@ -73,7 +95,13 @@ def densities(
     rows = runner.read(data)
     runner.require_density()
     globals_ = runner.draw_globals(rng_key, rows, num_samples)
-    return runner.per_draw(quantity, rows, rng_key, globals_, num_samples=num_samples, **static)
+    faults = Faults(rows)
+    run = runner.watched(faults).per_draw
+    found = run(quantity, rows, rng_key, globals_, num_samples=num_samples, **static)
+    for values in found.values():
+        faults.look_at_densities(rows, values)
+    faults.warn()
+    return found
 
 
 def choose_names(var_names: Iterable[str] | None, known: Iterable[str]) -> list[str]:

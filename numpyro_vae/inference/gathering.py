@@ -14,6 +14,7 @@ from jaxtyping import Array
 
 from numpyro_vae.inference import quantities
 from numpyro_vae.inference.derived import derive_whole, derived_sites
+from numpyro_vae.inference.faults import Faults
 from numpyro_vae.inference.global_weights import draw_whole
 from numpyro_vae.inference.marginal import redraw
 from numpyro_vae.inference.predictable import names_of, undrawn_sites, warn_of_undrawn
@@ -45,6 +46,7 @@ class Gathering:
         globals_: draws of the global sites.
         densities: the log-densities of each of them, where they are all that is drawn.
         derived: how the deterministic sites are computed that are wanted.
+        faults: what is wrong with rows that were computed.
     """
 
     runner: Runner
@@ -59,6 +61,7 @@ class Gathering:
     globals_: dict[str, Any]
     densities: Variables
     derived: Derived
+    faults: Faults
 
     @classmethod
     def plan(
@@ -92,7 +95,7 @@ class Gathering:
             of_globals=tuple(name for name in derived.of_globals if name in wanted),
         )
         sizes = (num_samples, num_particles, marginal, groups, frozenset(names))
-        return cls(runner, rows, rng_key, *sizes, draw, globals_, densities, derived)
+        return cls(runner, rows, rng_key, *sizes, draw, globals_, densities, derived, Faults(rows))
 
     @cached_property
     def observes(self) -> dict[str, str]:
@@ -116,8 +119,8 @@ class Gathering:
 
     def _run(self, quantity: Callable[..., Any], rows: Rows, **options: Any) -> Any:
         key, number = self.rng_key, self.num_samples
-        per_draw = self.runner.per_draw
-        return per_draw(quantity, rows, key, self.globals_, num_samples=number, **options)
+        run = self.runner.watched(self.faults).per_draw
+        return run(quantity, rows, key, self.globals_, num_samples=number, **options)
 
     def _draws(self, rows: Rows) -> Groups:
         """Return the groups that are drawn of rows; of the prior where nothing is observed."""
@@ -130,15 +133,18 @@ class Gathering:
                 draw, options = quantities.imagine, names_of(self.runner)
             by_row = tuple(self.derived.by_row.items())
             found |= self._run(draw, rows, **options, derived=by_row, observed=True)
+            self.faults.look_at(rows, found)
         if self.marginal and predicted in groups:
             found[predicted] = self._run(quantities.replicate, rows, observed=True)
         return found
 
     def _log_likelihood(self, rows: Rows) -> np.ndarray:
-        if not self.runner.guide.local_sites:
-            return self._run(quantities.likelihood, rows)["log_evidence"]
-        particles = self.num_particles
-        return self._run(quantities.evidence, rows, particles=particles)["log_evidence"]
+        quantity, options = quantities.likelihood, {}
+        if self.runner.guide.local_sites:
+            quantity, options = quantities.evidence, {"particles": self.num_particles}
+        found = self._run(quantity, rows, **options)["log_evidence"]
+        self.faults.look_at_densities(rows, found)
+        return found
 
     def _constant_data(self, rows: Rows) -> Variables:
         """Return the model's batched arguments by name, rows in front, but those it observes."""

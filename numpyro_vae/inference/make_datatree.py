@@ -79,10 +79,13 @@ def make_datatree(
     )
     coords = with_labels(coords, gathering, data)
     if store is not None:
-        return write_datatree(gathering, coords, store)
-    found = gathering.of_rows(rows)
-    gathering.warn_of_undrawn(found)
-    return _tree(gathering, found, gathering.complete(found), coords)
+        tree = write_datatree(gathering, coords, store)
+    else:
+        found = gathering.of_rows(rows)
+        gathering.warn_of_undrawn(found)
+        tree = _tree(gathering, found, gathering.complete(found), coords)
+    gathering.faults.warn()
+    return tree
 
 
 def _tree(

@@ -19,6 +19,11 @@ def size_of(shapes: Any) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
 
 
+def largest_of_row(by_row: Any) -> int:
+    """Return how many values a row has of the largest array."""
+    return max((leaf[0].size for leaf in jax.tree.leaves(by_row)), default=1)
+
+
 def available_memory() -> int | None:
     """Return the bytes of memory that can be had without swapping; None if it is not known.
 

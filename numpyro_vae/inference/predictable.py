@@ -14,6 +14,7 @@ from jaxtyping import Array
 from numpyro_vae.inference import quantities
 from numpyro_vae.inference.derived import derived_sites
 from numpyro_vae.inference.encoded import DrawKeys, EncodedBatch
+from numpyro_vae.inference.faults import Faults
 from numpyro_vae.inference.rows import Rows
 from numpyro_vae.inference.runner import Runner
 from numpyro_vae.model.redraw import explain_undrawn, undrawn
@@ -37,11 +38,15 @@ def predict(
     """
     globals_ = runner.draw_globals(rng_key, rows, num_samples)
     derived = tuple(derived_sites(runner, rows).by_row.items())
-    draw = partial(runner.per_draw, quantities.predict)
+    faults = Faults(rows)
+    run = runner.watched(faults).per_draw
+    draw = partial(run, quantities.predict)
     if rows.is_unobserved:
-        draw = partial(runner.per_draw, quantities.imagine, **names_of(runner))
+        draw = partial(run, quantities.imagine, **names_of(runner))
     options = {"num_samples": num_samples, "derived": derived, "observed": True}
     by_group = draw(rows, rng_key, globals_, **options)
+    faults.look_at(rows, by_group)
+    faults.warn()
     found = {name: by_group["posterior"][name] for name, _ in derived}
     found |= by_group["posterior_predictive"]
     require_predicted(runner, rows, found, names)

@@ -75,11 +75,15 @@ def _values(
 
 def predict(
     batch: EncodedBatch, rng_key: Array, globals_: dict, *, num_samples: int, derived: Axes
-) -> dict:
-    """Return by ArviZ group draws of observed and deterministic sites, as `finish` does."""
+) -> dict[str, Any]:
+    """Return by ArviZ group draws of observed and deterministic sites, as `finish` does.
+
+    Beside them is ``unknown``, which draws of the latents are not numbers.
+    """
     keys = _draw_keys(batch, rng_key, num_samples)
     packed = batch.draw(rng_key, num_samples, globals_)
-    return _predictions(batch, packed, globals_, keys, derived)
+    found = _predictions(batch, packed, globals_, keys, derived)
+    return {**found, "unknown": jnp.isnan(packed).any(-1)}
 
 
 def _predictions(
@@ -172,13 +176,13 @@ def draws(
     num_samples: int,
     groups: Names,
     derived: Axes,
-) -> dict[str, dict]:
-    """Return by ArviZ group what is drawn, all ``(num_samples, batch, ...)``."""
+) -> dict[str, Any]:
+    """Return by ArviZ group what is drawn, all ``(num_samples, batch, ...)``, and as `predict`."""
     packed = jnp.moveaxis(batch.draw(rng_key, num_samples, globals_), 0, 1)
-    found = finish(batch, packed, rng_key, globals_, groups=groups, derived=derived)
+    found: dict[str, Any] = finish(batch, packed, rng_key, globals_, groups=groups, derived=derived)
     if batch.guide.has_density and "sample_stats" in groups:
         found["sample_stats"] = weigh(batch, rng_key, globals_, num_samples=num_samples)
-    return found
+    return {**found, "unknown": jnp.isnan(packed).any(-1).T}
 
 
 def replicate(batch: EncodedBatch, rng_key: Array, globals_: dict, *, num_samples: int) -> dict:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -13,12 +14,12 @@ import numpy as np
 from jaxtyping import Array
 
 from numpyro_vae.data.arguments import require_key, require_whole
-from numpyro_vae.data.arrays import ArrayData
 from numpyro_vae.data.batch import Batch
 from numpyro_vae.data.devices import ONE_DEVICE, Devices
 from numpyro_vae.guides.abstract import AbstractGuide
 from numpyro_vae.inference.compiled import Compiled
 from numpyro_vae.inference.encoded import EncodedBatch, Trained
+from numpyro_vae.inference.faults import Faults
 from numpyro_vae.inference.functions import (
     Quantity,
     draws_of_globals,
@@ -26,12 +27,13 @@ from numpyro_vae.inference.functions import (
     globals_key,
     of_batch,
     of_rows,
+    require_sizes,
 )
-from numpyro_vae.inference.memory import require_memory, size_of
+from numpyro_vae.inference.memory import largest_of_row, require_memory, size_of
 from numpyro_vae.inference.natural import Stepped, require_rows, take_steps
+from numpyro_vae.inference.outside import Watched
 from numpyro_vae.inference.rows import Rows, room, rounded, write
 from numpyro_vae.model.captured import signature
-from numpyro_vae.model.data_sets import DataSets
 from numpyro_vae.numpyro_internals import HANDLERS
 
 ROWS = 256  # rows at once
@@ -71,6 +73,13 @@ class Runner:
         self.num_data, self.natural_steps = num_data, natural_steps
         self.sizes: dict[str, tuple[int, int]] = {}  # of the data sets that it was trained on
         self._has_features: bool | None = None
+        self.faults: Faults | None = None  # of the rows, where they are to be told
+
+    def watched(self, faults: Faults) -> Runner:
+        """Return the same, telling of observed values that are outside their support."""
+        other = copy(self)
+        other.faults = faults
+        return other
 
     @property
     def local_names(self) -> tuple[str, ...]:
@@ -91,8 +100,7 @@ class Runner:
         self.guide.renew()
         read = partial(Rows.read, self.guide, self.static_kwargs, data, devices=self.devices)
         rows = read(self.batch_axes)
-        if self.sizes and isinstance(rows.data, ArrayData):
-            self._require_sizes(rows.data)
+        require_sizes(self.guide.model, self.sizes, rows.data, self.static_kwargs)
         if not rows.data.is_whole:
             with HANDLERS:
                 first = partial(rows.batch, jnp.arange(1))
@@ -106,13 +114,6 @@ class Runner:
                 "without, and draw latents from their prior."
             )
         return rows
-
-    def _require_sizes(self, data: ArrayData) -> None:
-        """Raise if data sets have sizes that a guide of them was not trained on."""
-        model, (args, kwargs) = self.guide.model, data.whole()
-        if isinstance(model, DataSets):
-            with HANDLERS:
-                model.require_seen(self.sizes, args, {**kwargs, **self.static_kwargs})
 
     def draw_globals(self, rng_key: Array, rows: Rows, num_samples: int) -> dict[str, Array]:
         """Draw the global sites, one set for all rows.
@@ -187,6 +188,7 @@ class Runner:
         Raises:
             MemoryError: if the results do not fit in memory; nothing is computed then.
         """
+        quantity = quantity if self.faults is None else Watched(quantity, row_axis)
         compiled, trained = self._compiled_quantity(of_batch, quantity, static), self.trained(rows)
         stepped = self.steps(rows)
         for_all = stepped is None or rows.data.is_whole
@@ -196,13 +198,14 @@ class Runner:
             steps = stepped if for_all else _cut(stepped, rows, batch)
             return (trained, batch, steps, *mine, *args)
 
-        values = max(num_draws * self.width(), _largest(by_row))
+        values = max(num_draws * self.width(), largest_of_row(by_row))
         batch_size = batch_size or _batch_size(values)
         batches = rows.num_batches(batch_size) * times
         if batches > 1:
             first = next(rows.batches(batch_size))
             require_memory(batches * size_of(compiled.shapes(*given(first))))
-        return rows.collect(lambda batch: compiled(*given(batch)), batch_size, row_axis)
+        found = rows.collect(lambda batch: compiled(*given(batch)), batch_size, row_axis)
+        return found if self.faults is None else self.faults.take(rows, *found)
 
     def per_draw(
         self,
@@ -387,11 +390,6 @@ def _batch_size(values: int) -> int:
     So parts of the data, which are powers of two as well, are whole batches.
     """
     return 1 << (int(np.clip(DRAWS // max(values, 1), 1, ROWS)).bit_length() - 1)
-
-
-def _largest(by_row: Any) -> int:
-    """Return how many values a row has of the largest array."""
-    return max((leaf[0].size for leaf in jax.tree.leaves(by_row)), default=1)
 
 
 def _cut(by_row: Any, rows: Rows, batch: Batch) -> Any:

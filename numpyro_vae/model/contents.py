@@ -155,6 +155,7 @@ def values_of(trace: dict[str, Any]) -> Values:
         {name: jax.tree.leaves(fn.support) for name, fn in latent.items()},
         {name: jax.tree.leaves(msg["value"]) for name, msg in _of_type(trace, "mutable")},
         _densities(dict(sites)),
+        {name: jax.tree.leaves(msg["fn"].support) for name, msg in observed.items()},
         {name: msg["value"] for name, msg in _of_type(trace, "deterministic")},
     )
 

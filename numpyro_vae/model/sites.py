@@ -106,6 +106,7 @@ class Reads:
         states: by the name of a network's state, what a run of the model makes it of; nothing if
             the run leaves it as it was.
         densities: by any site of a model with enumerated ones, what its log-density is made of.
+        bounds: by observed site, what its support is made of.
         deterministic: by deterministic site, what its value is computed from.
     """
 
@@ -114,6 +115,7 @@ class Reads:
     supports: dict[str, Any] = field(default_factory=dict)
     states: dict[str, Any] = field(default_factory=dict)
     densities: dict[str, Any] = field(default_factory=dict)
+    bounds: dict[str, Any] = field(default_factory=dict)
     deterministic: dict[str, Any] = field(default_factory=dict)
 
 

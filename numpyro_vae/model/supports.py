@@ -14,10 +14,20 @@ from numpyro_vae.model.stacked import StackedConstraint, peeled
 from numpyro_vae.model.trace import event_shape_of, is_real, mask_of
 from numpyro_vae.numpyro_internals import checked_support
 
+# By the name of a support: what it holds, and what may be done about other values.
+SUPPORTS = {
+    "Boolean": ("0 or 1", "Binarize them, as with x > 0.5"),
+    "IntegerNonnegative": ("whole numbers from 0 on", "Round counts, and remove negative ones"),
+    "IntegerInterval": ("whole numbers within bounds", "Correct the numbers or the bounds"),
+    "Positive": ("numbers above 0", "Correct them"),
+    "Nonnegative": ("numbers from 0 on", "Correct them"),
+    "UnitInterval": ("numbers from 0 to 1", "Rescale them, as with x / 255"),
+}
+
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=("values", "bounds"),
+    data_fields=("values", "bounds", "found"),
     meta_fields=("distribution", "support"),
 )
 @dataclass(frozen=True)
@@ -29,12 +39,32 @@ class Outside:
         bounds: what the support is made of, where it is made of values.
         distribution: the name of the site's distribution.
         support: the name of its support.
+        found: by row one of these values, where rows are told apart.
     """
 
     values: Any  # unchecked, as JAX puts what it likes into the place of arrays
     bounds: Any
     distribution: str
     support: str
+    found: Any = None
+
+
+def explain(name: str, distribution: str, support: str, where: str) -> tuple[str, str]:
+    """Return what is wrong with values outside the support of their site, and what may be done.
+
+    Args:
+        name: of the site.
+        distribution: the name of its distribution.
+        support: the name of its support.
+        where: in which rows, and what was found there.
+    """
+    expected, remedy = SUPPORTS.get(support, (f"{support} values", "Correct them"))
+    return (
+        f"observed site {name!r} has values outside the support of its {distribution}{where}: "
+        f"expected {expected}, as all else has a density of 0",
+        f"{remedy}, observe them under another distribution, or pass it validate_args=False to "
+        "have them taken as they are",
+    )
 
 
 def outside_support(msg: dict[str, Any]) -> Outside | None:

@@ -26,21 +26,11 @@ from numpyro_vae.guides.reading import DATA, read_guide
 from numpyro_vae.model.provenance import LOOKED_UP
 from numpyro_vae.model.reading import ModelReader, Reading
 from numpyro_vae.model.sites import ModelSites
-from numpyro_vae.model.supports import Outside
+from numpyro_vae.model.supports import Outside, explain
 from numpyro_vae.numpyro_internals import enumerates
 from numpyro_vae.objectives import ForwardKL
 from numpyro_vae.objectives.base import AbstractObjective
 from numpyro_vae.training.step import Trainer
-
-# By the name of a support: what it holds, and what may be done about other values.
-SUPPORTS = {
-    "Boolean": ("0 or 1", "Binarize them, as with x > 0.5"),
-    "IntegerNonnegative": ("whole numbers from 0 on", "Round counts, and remove negative ones"),
-    "IntegerInterval": ("whole numbers within bounds", "Correct the numbers or the bounds"),
-    "Positive": ("numbers above 0", "Correct them"),
-    "Nonnegative": ("numbers from 0 on", "Correct them"),
-    "UnitInterval": ("numbers from 0 to 1", "Rescale them, as with x / 255"),
-}
 
 
 def check_svi(svi: Any) -> None:
@@ -217,15 +207,11 @@ def check_supports(trainer: Trainer, batch: Batch) -> None:
 
 
 def _message(name: str, outside: Outside, plate: str, rows: np.ndarray | None) -> str:
-    expected, remedy = SUPPORTS.get(outside.support, (f"{outside.support} values", "Correct them"))
     where = ""
     if rows is not None:
         where = f" in {len(rows)} rows of plate {plate!r}, the first of them row {rows[0]}"
-    return (
-        f"The observed site {name!r} has values outside the support of its {outside.distribution}"
-        f"{where}: expected {expected}, as all else has a density of 0. {remedy}, observe them "
-        "under another distribution, or pass it validate_args=False to have them taken as they are."
-    )
+    found, remedy = explain(name, outside.distribution, outside.support, where)
+    return f"The {found}. {remedy}."
 
 
 def _outside(
