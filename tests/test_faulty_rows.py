@@ -9,6 +9,7 @@ import numpyro
 import numpyro.distributions as dist
 import pytest
 from numpyro import handlers
+from numpyro.infer.util import log_density
 
 from numpyro_vae import AutoAmortizedNormal, Posterior
 from numpyro_vae.checks import Importance, open_report
@@ -193,6 +194,67 @@ def test_values_of_any_support_are_told(case):
     make, x, message = TOLD[case]
     with pytest.warns(UserWarning, match=message):
         posterior_of(observing(make), x).sample(KEY, x, 2)
+
+
+def normal(x):
+    with numpyro.plate("data", len(x)):
+        z = numpyro.sample("z", dist.Normal(0.0, 1.0))
+        numpyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+
+@pytest.mark.parametrize("reads", [True, False])
+def test_a_missing_datum_costs_no_other_row(reads):
+    """Whether or not the encoder reads it, and so has draws that are not numbers."""
+    inputs = {} if reads else {"inputs": lambda x: jnp.zeros((len(x), 1))}
+    posterior, holed = posterior_of(normal, EXPOSURE, **inputs), put(EXPOSURE, np.nan)
+    others = np.arange(SIZE) != BAD
+    message = r"its Normal in 1 of 12 .*rows \[3\]; found nan\): expected numbers that are finite"
+    for call in (METHODS["sample"], METHODS["log_weights"]):
+        good = call(posterior, EXPOSURE)
+        with pytest.warns(UserWarning, match=f"{message}.*leave them out with handlers.mask"):
+            found = call(posterior, holed)
+        np.testing.assert_array_equal(found[others], good[others])
+    report = posterior.check(KEY, holed, FEW, progress_bar=False)
+    assert report.verdict[BAD] == 3
+    assert "found nan): expected numbers that are finite" in str(report)
+    known = posterior.check(KEY, EXPOSURE, FEW, progress_bar=False).dataset["khat"]
+    np.testing.assert_array_equal(report.dataset["khat"][others], known[others])
+    found = posterior.repair(KEY, holed, [0, BAD], method="importance", num_samples=100)
+    assert found.remaining.tolist() == [BAD]
+
+
+def test_a_missing_datum_under_a_mask_has_the_density_that_numpyro_gives_it():
+    def model(x):
+        with numpyro.plate("data", len(x)), handlers.mask(mask=~jnp.isnan(x)):
+            z = numpyro.sample("z", dist.Normal(0.0, 1.0).mask(True))
+            numpyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    holed = put(EXPOSURE, np.nan)
+    posterior = posterior_of(model, EXPOSURE, inputs=jnp.nan_to_num)
+    draws = posterior.sample(KEY, holed, 3)["z"]
+    found = posterior.log_weights(KEY, holed, 3)
+    assert np.isfinite(found).all()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # NumPyro's own, of the value that the mask leaves out
+        joint = [log_density(model, (holed,), {}, {"z": z})[0] for z in draws]
+    loc, scale = posterior.encode(holed)["z"]
+    log_q = np.array(dist.Normal(loc, scale).log_prob(draws))
+    log_q[:, BAD] = 0.0  # as the model masks the latent, too
+    np.testing.assert_allclose(found.sum(1), joint - log_q.sum(1), rtol=1e-5)
+
+
+def test_what_is_observed_of_no_row_must_be_finite():
+    def model(x, total):
+        mu = numpyro.sample("mu", dist.Normal(0.0, 1.0))
+        numpyro.sample("total", dist.Normal(mu, 1.0), obs=total)
+        with numpyro.plate("data", len(x)):
+            z = numpyro.sample("z", dist.Normal(mu, 1.0))
+            numpyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    posterior = posterior_of(model, EXPOSURE, np.float32(1.0), batch_axes=(0, None))
+    posterior.sample(KEY, (EXPOSURE, np.float32(1.0)), 2)
+    with pytest.raises(ValueError, match=r"the model observes them at \['total'\]"):
+        posterior.sample(KEY, (put(EXPOSURE, np.nan), np.float32(np.nan)), 2)
 
 
 SERVED = {

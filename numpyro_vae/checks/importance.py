@@ -196,9 +196,9 @@ def _found_outside(check: str, column: xr.DataArray) -> Finding:
     """Return what is to be said of a site, given which rows have values outside its support."""
     numbers, attrs = np.flatnonzero(column.values), column.attrs
     (plate,) = map(str, column.dims)
-    where = in_words(numbers, column.size, plate, attrs.get("found"))
-    name = str(column.name).removeprefix(OUTSIDE)
-    text, advice = explain(name, attrs["distribution"], attrs["support"], f" in {where}")
+    found, name = attrs.get("found"), str(column.name).removeprefix(OUTSIDE)
+    where = f" in {in_words(numbers, column.size, plate, found)}"
+    text, advice = explain(name, attrs["distribution"], attrs["support"], where, found)
     return Finding(check, False, f"the {text}", advice[0].lower() + advice[1:])
 
 

@@ -77,7 +77,7 @@ class Faults:
         for name in self.outside:
             numbers, outside, one = self.outside_of(name)
             where = f" in {in_words(numbers, total, plate, one)}"
-            found, remedy = explain(name, outside.distribution, outside.support, where)
+            found, remedy = explain(name, outside.distribution, outside.support, where, one)
             told.append(f"The {found}. {remedy}.{of_all(numbers, total)}")
             explained.update(numbers.tolist())
         if unknown := sorted(self.unknown - explained):

@@ -235,7 +235,7 @@ def observed_arguments(runner: Runner, rows: Rows) -> dict[str, str]:
         name: site
         for name, value in batched_arguments(runner.guide.model, rows.data).items()
         for site, seen in observed.items()
-        if np.array_equal(value, seen)
+        if np.array_equal(value, seen, equal_nan=True)
     }
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,7 +10,6 @@ import jax.numpy as jnp
 
 from numpyro_vae.data.arrays import ArrayData
 from numpyro_vae.guides.abstract import AbstractGuide
-from numpyro_vae.model.missing import require_finite_observations
 from numpyro_vae.model.reading import ModelReader
 from numpyro_vae.model.sites import ModelSites
 from numpyro_vae.numpyro_internals import HANDLERS
@@ -88,16 +86,3 @@ def warn_of_batch_statistics(sites: ModelSites) -> None:
             UserWarning,
             stacklevel=2,
         )
-
-
-def require_finite(
-    reader: ModelReader,
-    static_kwargs: dict[str, Any],
-    plate: str,
-    declares: Callable[[int], bool],
-    data: ArrayData,
-) -> None:
-    """Raise ValueError if a model observes what is not finite in rows that were read."""
-    number = data.num_data
-    held = {} if declares(number) else {plate: (number, jnp.arange(number))}
-    require_finite_observations(reader, data, static_kwargs, held)

@@ -26,7 +26,6 @@ from numpyro_vae.inference.memory import Kept
 from numpyro_vae.inference.plate_rows import (
     declares_rows,
     held_rows,
-    require_finite,
     require_same_events,
     warn_of_batch_statistics,
 )
@@ -120,8 +119,7 @@ class Rows:
             return read(data=in_memory(data))
         if guide.not_amortized:
             return read(data=in_memory(data))
-        known = (guide.reader, static_kwargs, rows.plate, rows.declares)
-        stored = StoredRows(store, rows.data, partial(require_finite, *known))
+        stored = StoredRows(store, rows.data)
         return replace(rows, num_rows=store.num_rows, subsamples=False, stored=stored)
 
     @classmethod
@@ -142,9 +140,10 @@ class Rows:
             require_same_events(guide, sites)
             if not arrays.is_whole:
                 warn_of_batch_statistics(sites)
-            require_finite_observations(guide.reader, arrays, static_kwargs, held)
         guide.read_model(args, kwargs, held)
         name = guide.plate.name
+        of_rows = [site.name for x in (name, *guide.segments) for site in sites.observed(x)]
+        require_finite_observations(guide.reader, arrays, static_kwargs, held, of_rows)
         plate = sites.plates.get(name)
         num_rows = arrays.num_data if plate is None or not arrays.is_whole else plate.size
         if plate is None or plate.size != num_rows:

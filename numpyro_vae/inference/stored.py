@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -20,19 +20,13 @@ class StoredRows:
     Attributes:
         store: the data.
         like: some of the rows.
-        require_finite: raises if the model observes what is not finite.
     """
 
     store: Store
     like: ArrayData
-    require_finite: Callable[[ArrayData], None]
 
     def read(self, rows: np.ndarray) -> ArrayData:
-        """Return rows by their numbers, on the device.
-
-        Raises:
-            ValueError: if the model observes a value that is not finite.
-        """
+        """Return rows by their numbers, on the device."""
         first, last = int(np.min(rows)), int(np.max(rows))
         name = f"{self.store.name}[{first}:{last + 1}]"
         found = ArrayData.read(self.store.take(rows), self.store.batch_axes, name)
@@ -40,9 +34,7 @@ class StoredRows:
         rest = iter(array for array, axis in cut if axis is not None)
         pairs = zip(self.like.arrays, self.like.layout.axes, strict=True)
         arrays = tuple(array if axis is None else next(rest) for array, axis in pairs)
-        data = replace(self.like, arrays=arrays, num_data=len(rows), not_finite=found.not_finite)
-        self.require_finite(data)
-        return data
+        return replace(self.like, arrays=arrays, num_data=len(rows), not_finite=found.not_finite)
 
     def blocks(self) -> Iterator[ArrayData]:
         """Yield all rows in order, as many at once as are read at once."""

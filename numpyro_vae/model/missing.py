@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import jax.numpy as jnp
@@ -9,11 +10,16 @@ import numpy as np
 
 from numpyro_vae.data.arrays import ArrayData
 from numpyro_vae.model.reading import ModelReader
+from numpyro_vae.model.supports import MISSING
 from numpyro_vae.model.trace import Rows
 
 
 def require_finite_observations(
-    reader: ModelReader, data: ArrayData, static_kwargs: dict[str, Any], rows: Rows
+    reader: ModelReader,
+    data: ArrayData,
+    static_kwargs: dict[str, Any],
+    rows: Rows,
+    besides: Collection[str] = (),
 ) -> None:
     """Raise if a value that is not finite gets into an observed site.
 
@@ -25,6 +31,7 @@ def require_finite_observations(
         data: its arguments.
         static_kwargs: its keyword arguments that never change.
         rows: by plate, the size and the rows that it is to hold.
+        besides: sites that may have such values.
 
     Raises:
         ValueError: naming the data and the site.
@@ -33,11 +40,7 @@ def require_finite_observations(
         return
     args, kwargs = data.whole()
     values = reader.read_all(args, {**kwargs, **static_kwargs}, rows).values
-    bad = [name for name, value in values.items() if not np.asarray(jnp.isfinite(value)).all()]
+    looked = {name: value for name, value in values.items() if name not in besides}
+    bad = [name for name, value in looked.items() if not np.asarray(jnp.isfinite(value)).all()]
     if bad:
-        raise ValueError(
-            f"{data.not_finite}, and the model observes them at {bad}. Remove them; or, if "
-            "they stand for what is missing, let the model fill them in, as in "
-            "obs=jnp.where(mask, x, 0.0) with mask = ~jnp.isnan(x), and leave them out with "
-            "handlers.mask(mask=mask)."
-        )
+        raise ValueError(f"{data.not_finite}, and the model observes them at {bad}. {MISSING}.")

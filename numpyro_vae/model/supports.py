@@ -8,10 +8,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 
 from numpyro_vae.model.stacked import StackedConstraint, peeled
-from numpyro_vae.model.trace import event_shape_of, is_real, mask_of
+from numpyro_vae.model.trace import event_shape_of, mask_of
 from numpyro_vae.numpyro_internals import checked_support
 
 # By the name of a support: what it holds, and what may be done about other values.
@@ -19,10 +20,17 @@ SUPPORTS = {
     "Boolean": ("0 or 1", "Binarize them, as with x > 0.5"),
     "IntegerNonnegative": ("whole numbers from 0 on", "Round counts, and remove negative ones"),
     "IntegerInterval": ("whole numbers within bounds", "Correct the numbers or the bounds"),
+    "Real": ("numbers that are finite", ""),
     "Positive": ("numbers above 0", "Correct them"),
     "Nonnegative": ("numbers from 0 on", "Correct them"),
     "UnitInterval": ("numbers from 0 to 1", "Rescale them, as with x / 255"),
 }
+
+MISSING = (
+    "Remove them; or, if they stand for what is missing, let the model fill them in, as in "
+    "obs=jnp.where(mask, x, 0.0) with mask = ~jnp.isnan(x), and leave them out with "
+    "handlers.mask(mask=mask)"
+)
 
 
 @partial(
@@ -49,21 +57,28 @@ class Outside:
     found: Any = None
 
 
-def explain(name: str, distribution: str, support: str, where: str) -> tuple[str, str]:
+def explain(
+    name: str, distribution: str, support: str, where: str, found: float | None = None
+) -> tuple[str, str]:
     """Return what is wrong with values outside the support of their site, and what may be done.
 
     Args:
         name: of the site.
         distribution: the name of its distribution.
         support: the name of its support.
-        where: in which rows, and what was found there.
+        where: in which rows.
+        found: one of the values, if it is known.
     """
     expected, remedy = SUPPORTS.get(support, (f"{support} values", "Correct them"))
-    return (
+    text = (
         f"observed site {name!r} has values outside the support of its {distribution}{where}: "
-        f"expected {expected}, as all else has a density of 0",
+        f"expected {expected}, as all else has a density of 0"
+    )
+    if support == "Real" or (found is not None and np.isnan(found)):
+        return text, MISSING
+    return text, (
         f"{remedy}, observe them under another distribution, or pass it validate_args=False to "
-        "have them taken as they are",
+        "have them taken as they are"
     )
 
 
@@ -75,7 +90,7 @@ def outside_support(msg: dict[str, Any]) -> Outside | None:
     """
     fn = msg["fn"]
     checked = checked_support(fn)
-    if checked is None or is_real(checked[1]) or not jnp.size(msg["value"]):
+    if checked is None or not jnp.size(msg["value"]):
         return None
     base, support = checked
     bounds = jax.tree.leaves(support)
