@@ -347,7 +347,8 @@ class Posterior:
             num_samples: draws to return.
 
         Raises:
-            ValueError: if there are no global latents, or the method is unknown.
+            ValueError: if there are no global latents, the method is unknown, or the model gives
+                some row no density, whatever they are.
         """
         return repair_globals(self._runner, rng_key, data, method, num_samples)
 

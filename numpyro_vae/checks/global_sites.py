@@ -13,10 +13,11 @@ from scipy.stats import norm
 from numpyro_vae.checks.base import AbstractCheck, Finding, Findings, NotApplicableError, Subject
 from numpyro_vae.guides.base import AmortizedGuide
 from numpyro_vae.guides.global_sites import NoDensityError
+from numpyro_vae.inference.draws import told
 from numpyro_vae.inference.gathering import site_dims
 from numpyro_vae.inference.global_weights import Change, GlobalWeights, weigh_globals
 from numpyro_vae.inference.marginal import MAX_NOISE
-from numpyro_vae.inference.psis import khat_threshold, require_draws
+from numpyro_vae.inference.psis import NoWeightsError, khat_threshold, require_draws
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -74,13 +75,15 @@ class Globals(AbstractCheck):
         """Return k-hat and effective draws of the weights, and the change of each site's moments.
 
         Raises:
-            NotApplicableError: if there are no global latents, their guide has no density, or the
-                rows are not those of the fit.
+            NotApplicableError: if there are no global latents, their guide has no density, the rows
+                are not those of the fit, or the model gives some row no density at any draw.
         """
         _require_globals(subject)
+        given = subject.runner, subject.rows
         try:
-            found = weigh_globals(subject.runner, subject.rows, subject.rng_key, self.num_samples)
-        except NoDensityError as reason:
+            with told(*given):
+                found = weigh_globals(*given, subject.rng_key, self.num_samples)
+        except (NoDensityError, NoWeightsError) as reason:
             raise NotApplicableError(str(reason)) from None
         threshold = khat_threshold(self.num_samples)
         attrs = {"globals_num_samples": self.num_samples, "globals_khat_threshold": threshold}

@@ -20,11 +20,11 @@ from numpyro_vae.checks.base import (
     require_variable,
     slices_of,
 )
+from numpyro_vae.inference.draws import faults_of, told
 from numpyro_vae.inference.encoded import EncodedBatch
 from numpyro_vae.inference.faults import Faults, in_words
 from numpyro_vae.inference.psis import (
     UNTRUSTWORTHY,
-    NoWeightsError,
     khat_of_tail,
     khat_threshold,
     require_draws,
@@ -108,15 +108,13 @@ class Importance(RowwiseCheck):
         """
         runner, rows, key = subject.runner, subject.rows, subject.rng_key
         bad = np.concatenate([np.isnan(values) for values in slices_of(dataset["elbo"])])
-        faults = _faults(subject, np.flatnonzero(bad))
         if bad.all():
             number = min(LOOKED, rows.num_chosen)
             sums = _sums_of_all(subject.part(0, number, number), self.num_samples)
-            found = np.asarray(sums.num_bad), np.asarray(sums.reference), np.arange(number)
-            try:
-                require_finite(*found)
-            except NoWeightsError as error:
-                raise NoWeightsError(" ".join([str(error), *faults.sentences()])) from None
+            with told(runner, rows):
+                found = np.asarray(sums.num_bad), np.asarray(sums.reference)
+                require_finite(*found, np.arange(number))
+        faults = faults_of(runner, rows, np.flatnonzero(bad))
         errors = rounding_errors(runner, rows, key, dataset["log_evidence"])
         known = {} if errors is None else {"rounding_error": ([subject.plate], errors)}
         attrs = {"not_finite": rows.data.not_finite} if bad.any() else {}
@@ -166,18 +164,6 @@ class Importance(RowwiseCheck):
             ax.axhline(threshold, color="grey", linestyle="--", linewidth=0.8, zorder=0)
         ax.set(xlabel="row, sorted", ylabel="Pareto k-hat", title="Can each posterior be trusted?")
         ax.legend(frameon=False, markerscale=2)
-
-
-def _faults(subject: Subject, numbers: np.ndarray) -> Faults:
-    """Return what is known of rows whose log weights are not finite."""
-    faults = Faults(subject.rows)
-    if numbers.size:
-        subject.runner.watched(faults).per_batch(_nothing, subject.rows.choose(numbers))
-    return faults
-
-
-def _nothing(batch: EncodedBatch) -> dict[str, Array]:
-    return {}
 
 
 def _outside(subject: Subject, faults: Faults) -> dict[str, Any]:

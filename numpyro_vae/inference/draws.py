@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ from jaxtyping import Array
 from numpyro_vae.inference import quantities
 from numpyro_vae.inference.faults import Faults
 from numpyro_vae.inference.functions import Quantity
+from numpyro_vae.inference.psis import NoWeightsError
 from numpyro_vae.inference.rows import Rows
 from numpyro_vae.inference.runner import Runner
 
@@ -102,6 +104,25 @@ def densities(
         faults.look_at_densities(rows, values)
     faults.warn()
     return found
+
+
+def faults_of(runner: Runner, rows: Rows, numbers: np.ndarray | None = None) -> Faults:
+    """Return which rows, by default all chosen ones, have values outside the support of a site."""
+    faults = Faults(rows)
+    some = rows if numbers is None else rows.choose(numbers)
+    if some.num_chosen:
+        runner.watched(faults).per_batch(quantities.nothing, some)
+    return faults
+
+
+@contextmanager
+def told(runner: Runner, rows: Rows) -> Iterator[None]:
+    """Let an error of weights that are not finite say which rows have impossible data."""
+    try:
+        yield
+    except NoWeightsError as error:
+        sentences = faults_of(runner, rows).sentences()
+        raise NoWeightsError(" ".join([str(error), *sentences])) from None
 
 
 def choose_names(var_names: Iterable[str] | None, known: Iterable[str]) -> list[str]:

@@ -149,7 +149,7 @@ class Gathering:
     def _constant_data(self, rows: Rows) -> Variables:
         """Return the model's batched arguments by name, rows in front, but those it observes."""
         is_all = rows.stored is None and rows.num_chosen == rows.num_rows
-        data = rows.data if is_all else rows.cut(rows.chosen).data
+        data = rows.by_row or (rows.data if is_all else rows.cut(rows.chosen).data)
         found = batched_arguments(self.runner.guide.model, data)
         return {name: value for name, value in found.items() if name not in self.observes}
 
@@ -233,7 +233,7 @@ def observed_arguments(runner: Runner, rows: Rows) -> dict[str, str]:
     observed = runner.per_batch(quantities.observed, rows)
     return {
         name: site
-        for name, value in batched_arguments(runner.guide.model, rows.data).items()
+        for name, value in batched_arguments(runner.guide.model, rows.by_row or rows.data).items()
         for site, seen in observed.items()
         if np.array_equal(value, seen, equal_nan=True)
     }

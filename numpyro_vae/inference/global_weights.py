@@ -24,7 +24,7 @@ from numpyro_vae.inference.marginal import (
     precise_log_density,
     require_density,
 )
-from numpyro_vae.inference.psis import smooth
+from numpyro_vae.inference.psis import require_some_density, smooth
 from numpyro_vae.inference.quantities import weigh
 from numpyro_vae.inference.rows import Rows
 from numpyro_vae.inference.runner import Runner
@@ -79,11 +79,7 @@ class GlobalWeights:
             ValueError: if none of them has a finite weight.
         """
         log_weights = density.values - log_q
-        if not np.isfinite(log_weights).any():
-            raise ValueError(
-                "No draw of the global sites has a finite importance weight: for each of them the "
-                "model gives some row no density. Are all data possible under the model?"
-            )
+        require_some_density(log_weights)
         replicates = np.column_stack([log_weights, log_weights[:, None] + density.errors.T])
         smoothed, khat = smooth(replicates)
         found = {name: np.asarray(value, float) for name, value in draws.items()}

@@ -101,7 +101,8 @@ def log_density(
         values = values + by_row.astype(float).sum(1)
         errors += rng.choice([-1.0, 1.0], (REPLICATES, error.shape[1])) @ error.T
     scale = global_scale(runner, rows)
-    return LogDensity(np.nan_to_num(values / scale, nan=-np.inf), errors / scale, particles)
+    known = np.where(np.isfinite(values), values / scale, -np.inf)
+    return LogDensity(known, errors / scale, particles)
 
 
 def precise_log_density(
@@ -122,7 +123,8 @@ def precise_log_density(
     particles = PARTICLES[0]
     while True:
         found = log_density(runner, rows, rng_key, globals_, particles)
-        spread = np.std(found.values - log_q, where=np.isfinite(found.values))
+        there = np.isfinite(found.values)
+        spread = np.std((found.values - log_q)[there]) if there.any() else np.inf
         is_precise = found.noise <= max(MAX_NOISE, SHARE * spread)
         if is_precise or not can_double(rows, particles):
             return found

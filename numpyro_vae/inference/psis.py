@@ -119,6 +119,15 @@ def require_finite(num_bad: np.ndarray, highest: np.ndarray, numbers: np.ndarray
     )
 
 
+def require_some_density(log_weights: np.ndarray) -> None:
+    """Raise NoWeightsError if no draw of the global sites has a finite weight."""
+    if not np.isfinite(log_weights).any():
+        raise NoWeightsError(
+            "No draw of the global sites has a finite importance weight: for each of them the "
+            "model gives some row no density. Are all data possible under the model?"
+        )
+
+
 def tail_length(num_samples: int) -> int:
     """Return how many of the largest weights are the tail, as ``arviz_stats`` has it."""
     return math.floor(3 * math.sqrt(num_samples) if num_samples > 225 else num_samples / 5)

@@ -42,6 +42,11 @@ def _scale(fn: Any) -> Array:
     return fn.scale if hasattr(fn, "scale") else jnp.sqrt(fn.variance)
 
 
+def nothing(batch: EncodedBatch) -> dict[str, Array]:
+    """Return nothing, where only what is told of rows is wanted."""
+    return {}
+
+
 def observed(batch: EncodedBatch) -> dict[str, Array]:
     """Return the observed sites of the data, rows in front."""
     run = batch.encoding.run

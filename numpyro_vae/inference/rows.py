@@ -56,6 +56,7 @@ class Rows:
         stored: reads the rows, if they are not in memory.
         part_of: as many rows as batches are cut for, where these are the last ones of a part.
         kept: what several quantities of the rows are computed from.
+        by_row: the data as they are cut into rows, if a guide needs them whole all the same.
     """
 
     data: ArrayData
@@ -72,6 +73,7 @@ class Rows:
     stored: StoredRows | None = None
     part_of: int | None = None
     kept: Kept = field(default_factory=Kept, repr=False, compare=False)
+    by_row: ArrayData | None = None
 
     @classmethod
     def read(

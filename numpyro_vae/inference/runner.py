@@ -105,7 +105,7 @@ class Runner:
             with HANDLERS:
                 first = partial(rows.batch, jnp.arange(1))
                 whole = self.guide.needs_all_rows(self.params, first, self.static_kwargs)
-            rows = read(None) if whole else rows
+            rows = replace(read(None), by_row=rows.data) if whole else rows
         require_rows(self.guide, self.natural_steps)
         if rows.is_unobserved and not of_prior:
             raise ValueError(

@@ -12,7 +12,7 @@ from scipy.special import logsumexp
 from scipy.stats import multivariate_t
 
 from numpyro_vae.inference.marginal import LogDensity
-from numpyro_vae.inference.psis import khat_threshold, smooth
+from numpyro_vae.inference.psis import khat_threshold, require_some_density, smooth
 
 DEGREES = 8.0  # of freedom of a proposal: heavier tails than those of most posteriors
 NUM_PROPOSALS = 1000  # of a round
@@ -88,7 +88,9 @@ class Weighted:
     @classmethod
     def of(cls, points: np.ndarray, density: LogDensity, log_q: np.ndarray) -> Weighted:
         """Weigh points by the log-density that they were drawn by."""
-        smoothed, khat = smooth((density.values - log_q)[:, None])
+        log_weights = density.values - log_q
+        require_some_density(log_weights)
+        smoothed, khat = smooth(log_weights[:, None])
         return cls(points, density, smoothed[:, 0], float(khat[0]))
 
     @property

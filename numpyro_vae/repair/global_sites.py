@@ -13,6 +13,7 @@ from jaxtyping import Array
 
 from numpyro_vae.data.arguments import require_whole
 from numpyro_vae.guides.global_sites import NoDensityError
+from numpyro_vae.inference.draws import told
 from numpyro_vae.inference.global_space import flatten, unflatten_all
 from numpyro_vae.inference.global_weights import weigh_globals
 from numpyro_vae.inference.make_datatree import make_datatree
@@ -122,7 +123,8 @@ def repair_globals(
         )
     density_key, adapt_key, chain_key = jax.random.split(rng_key, 3)
     rng = np.random.default_rng(np.asarray(jax.random.key_data(adapt_key)))
-    target, first = _start(runner, rows, density_key, rng)
+    with told(runner, rows):
+        target, first = _start(runner, rows, density_key, rng)
     target, found = _adapt(target, first, rng)
     if method == "importance" or (method == "auto" and found.passes):
         return _by_weights(target, found, rng, num_samples)

@@ -255,6 +255,22 @@ def test_every_guide_of_the_whole(make):
     assert posterior.check(KEY, X, "globals", **QUIET).dataset["globals_khat"].notnull().all()
 
 
+def test_the_covariates_of_rows_drawn_jointly_are_constant_data():
+    def model(x, offset):
+        with numpyro.plate("data", len(x)):
+            z = numpyro.sample("z", dist.Normal(offset, 1.0))
+            numpyro.sample("x", dist.Normal(z, NOISE), obs=x)
+
+    loc, scale_tril = jnp.zeros(len(X)), jnp.eye(len(X))
+    params = {"auto_loc": loc, "auto_scale_tril": scale_tril}
+    posterior = Posterior(AutoMultivariateNormal(model), params)
+    tree = posterior.to_datatree(KEY, (X, 3 * X), 5)
+    assert set(tree.constant_data) == {"offset"}
+    assert tree.constant_data["offset"].dims == ("data",)
+    np.testing.assert_array_equal(tree.constant_data["offset"], 3 * X)
+    assert set(tree.observed_data) == {"x"}
+
+
 def test_a_guide_that_turns_the_model_around():
     """The mean given the rows' latents: it can only be had as a whole."""
 
