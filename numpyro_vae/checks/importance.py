@@ -134,9 +134,10 @@ class Importance(RowwiseCheck):
             )
             yield Finding(self.name, False, text, ADVICE)
         nowhere = np.isnan(dataset["elbo"].values)
-        for name in (str(x) for x in dataset.data_vars if str(x).startswith(OUTSIDE)):
-            yield _found_outside(self.name, dataset[name])
-            nowhere &= ~dataset[name].values
+        for name, column in dataset.data_vars.items():
+            if str(name).startswith(OUTSIDE) and "support" in column.attrs:
+                yield _found_outside(self.name, column)
+                nowhere &= ~column.values
         if nowhere.any():
             text = (
                 f"{nowhere.sum():,} rows have log weights that are not finite, the first is row "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -116,7 +116,7 @@ def faults_of(runner: Runner, rows: Rows, numbers: np.ndarray | None = None) -> 
 
 
 @contextmanager
-def told(runner: Runner, rows: Rows) -> Iterator[None]:
+def told(runner: Runner, rows: Rows) -> Generator[None]:
     """Let an error of weights that are not finite say which rows have impossible data."""
     try:
         yield
