@@ -145,6 +145,12 @@ class ModelSites:
         """Return the sites inside the plate that the objective sums over."""
         return [s for s in self.sites.values() if s.is_enumerated and plate in s.plates]
 
+    def is_stacked(self, name: str) -> bool:
+        """Return whether ``scan`` has put axes of steps in front of those of a site's plates."""
+        site = self.sites[name]
+        outermost = max((-self.plates[plate].dim for plate in site.plates), default=0)
+        return len(site.batch_shape) > outermost
+
     def local(self, plate: str) -> list[Site]:
         """Return the latent sites inside the plate."""
         return [site for site in self.latent() if plate in site.plates]

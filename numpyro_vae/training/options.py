@@ -97,6 +97,14 @@ def check_objective(svi: SVI, sites: ModelSites) -> None:
             f"The model's sites {enumerated} are to be enumerated, which "
             f"{type(svi.loss).__name__} does not do. Train with numpyro.infer.TraceEnum_ELBO()."
         )
+    stacked = [name for name in enumerated if sites.is_stacked(name)]
+    if stacked and enumerates(svi.loss):
+        raise ValueError(
+            f"The sites {stacked} are to be enumerated inside a scan, where "
+            f"{type(svi.loss).__name__} does not sum over them but returns another number. Train "
+            "the guide with ForwardKL on Simulations, or sum over the steps in the model, by the "
+            "forward algorithm in a numpyro.factor. Weights, checks and repair do sum over them."
+        )
 
 
 def settled_epoch(loss: ELBO, state: SVIState, num_steps: int, num_epochs: int) -> int:

@@ -10,13 +10,22 @@ import numpyro.distributions as dist
 import optax
 import pytest
 from flax import nnx
+from numpyro.contrib.control_flow import scan
 from numpyro.contrib.funsor import config_enumerate
 from numpyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO, init_to_median
 from numpyro.infer.autoguide import AutoNormal
 from scipy import stats
 from scipy.special import logsumexp
 
-from numpyro_vae import MLP, AutoAmortizedNormal, Importance, Posterior, fit
+from numpyro_vae import (
+    MLP,
+    AutoAmortizedNormal,
+    ForwardKL,
+    Importance,
+    Posterior,
+    Simulations,
+    fit,
+)
 
 NUM_DATA, NOISE = 200, 0.5
 WEIGHTS, CENTRES = np.array([0.2, 0.3, 0.5]), np.array([-2.0, 0.0, 1.5])
@@ -270,3 +279,39 @@ def test_the_validation_loss_is_that_of_all_rows():
         np.testing.assert_allclose(found, exact[:rows].mean(), rtol=1e-5)
     expected = [exact[:100].mean(), exact[100:180].mean(), exact[180:].mean()]
     np.testing.assert_allclose(of_batches.losses, expected, rtol=1e-5)
+
+
+KEY = jax.random.key(1)
+STAYS = np.array([[0.8, 0.2], [0.3, 0.7]])
+
+
+def chain(x):
+    with numpyro.plate("data", len(x)):
+        a = numpyro.sample("a", dist.Normal(0.0, 1.0))
+
+    def step(k, x):
+        with numpyro.plate("data", len(x)):
+            k = numpyro.sample("k", dist.Categorical(jnp.array(STAYS)[k]), infer=ENUMERATE)
+            numpyro.sample("x", dist.Normal(a + 2.0 * k, 1.0), obs=x)
+        return k, None
+
+    scan(step, jnp.zeros(len(x), int), x.T)
+
+
+def test_a_chain_of_classes_is_weighed_but_not_trained_as_numpyro_sums_it():
+    """By TraceEnum_ELBO the model below has a loss of 53.8 at a point where it should have 45.6."""
+    x = np.random.default_rng(0).normal(size=(6, 4)).astype(np.float32)
+    guide = AutoAmortizedNormal(chain, SMALL)
+    svi = SVI(chain, guide, optax.adam(1e-2), TraceEnum_ELBO())
+    with pytest.raises(ValueError, match=r"\['k'\] are to be enumerated inside a scan.*ForwardKL"):
+        fit(svi, jax.random.key(0), x, num_epochs=1, progress_bar=False)
+    svi = SVI(chain, guide, optax.adam(1e-2), ForwardKL())
+    result = fit(svi, jax.random.key(0), Simulations(64, like=x), num_epochs=1, progress_bar=False)
+    posterior = Posterior(guide, result)
+    a, (loc, scale) = posterior.sample(KEY, x, 5)["a"], posterior.encode(x)["a"]
+    forward = np.stack([np.ones_like(a), np.zeros_like(a)], -1)
+    for column in x.T:
+        likelihood = stats.norm(a[..., None] + np.array([0.0, 2.0]), 1.0).pdf(column[:, None])
+        forward = forward @ STAYS * likelihood
+    expected = np.log(forward.sum(-1)) + stats.norm.logpdf(a) - stats.norm.logpdf(a, loc, scale)
+    np.testing.assert_allclose(posterior.log_weights(KEY, x, 5), expected, atol=1e-4)
