@@ -17,7 +17,7 @@ from numpyro_vae.data.ragged import Segments
 from numpyro_vae.model.enumeration import Enumeration
 from numpyro_vae.model.run import Run
 from numpyro_vae.model.trace import is_enumerated
-from numpyro_vae.numpyro_internals import declared_scale, was_observed
+from numpyro_vae.numpyro_internals import declared_scale, is_switched_off, was_observed
 
 Model = Callable[..., Any]
 
@@ -163,8 +163,11 @@ def _scaled(site: dict) -> Array:
 def _unmasked(fn: Any) -> Any:
     """Return a distribution without its mask, which does not keep a value from being summed over.
 
-    So does `numpyro.infer.TraceEnum_ELBO`; all values would have probability 1.
+    So does `numpyro.infer.TraceEnum_ELBO`; all values would have probability 1. So they have where
+    the site is switched off as a whole, and scored elsewhere.
     """
+    if is_switched_off(fn):
+        return fn
     batch_shape = fn.batch_shape
     while isinstance(fn, dist.MaskedDistribution | dist.ExpandedDistribution):
         fn = fn.base_dist

@@ -97,6 +97,13 @@ def check_objective(svi: SVI, sites: ModelSites) -> None:
             f"The model's sites {enumerated} are to be enumerated, which "
             f"{type(svi.loss).__name__} does not do. Train with numpyro.infer.TraceEnum_ELBO()."
         )
+    off = [name for name in enumerated if sites.sites[name].is_improper]
+    if off and enumerates(svi.loss):
+        raise ValueError(
+            f"The sites {off} are to be enumerated, and switched off by a mask of False. "
+            f"{type(svi.loss).__name__} ignores that, so that what scores them elsewhere would "
+            "count twice. Leave out the mask, and their log_prob where else it is added."
+        )
     stacked = [name for name in enumerated if sites.is_stacked(name)]
     if stacked and enumerates(svi.loss):
         raise ValueError(

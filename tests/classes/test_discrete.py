@@ -32,6 +32,7 @@ WEIGHTS, CENTRES = np.array([0.2, 0.3, 0.5]), np.array([-2.0, 0.0, 1.5])
 SPREAD = np.sqrt(1 + NOISE**2)
 SMALL = partial(MLP, hidden_sizes=(32,), activation=nnx.tanh)
 ENUMERATE = {"enumerate": "parallel"}
+KEY = jax.random.key(1)
 
 
 def mixture(x, infer=ENUMERATE):
@@ -281,7 +282,6 @@ def test_the_validation_loss_is_that_of_all_rows():
     np.testing.assert_allclose(of_batches.losses, expected, rtol=1e-5)
 
 
-KEY = jax.random.key(1)
 STAYS = np.array([[0.8, 0.2], [0.3, 0.7]])
 
 
@@ -315,3 +315,30 @@ def test_a_chain_of_classes_is_weighed_but_not_trained_as_numpyro_sums_it():
         forward = forward @ STAYS * likelihood
     expected = np.log(forward.sum(-1)) + stats.norm.logpdf(a) - stats.norm.logpdf(a, loc, scale)
     np.testing.assert_allclose(posterior.log_weights(KEY, x, 5), expected, atol=1e-4)
+
+
+def imputed(x, seen):
+    """As NumPyro's tutorial on discrete imputation has it, which is right under NUTS."""
+    with numpyro.plate("data", len(x)):
+        prior = dist.Categorical(jnp.array(WEIGHTS))
+        k = numpyro.sample("k", prior.mask(False), infer=ENUMERATE)
+        known = jnp.where((seen >= 0) & (k != seen), -jnp.inf, prior.log_prob(k))
+        numpyro.factor("known", known)
+        z = numpyro.sample("z", dist.Normal(jnp.array(CENTRES)[k], 1.0))
+        numpyro.sample("x", dist.Normal(z, NOISE), obs=x)
+
+
+def test_a_class_that_is_switched_off_is_scored_where_the_model_scores_it():
+    x, seen = X[:6], np.array([-1, 0, 1, -1, 2, -1])
+    svi = inference(imputed, 1)
+    with pytest.raises(ValueError, match=r"\['k'\] are to be enumerated, and switched off"):
+        fit(svi, jax.random.key(0), (x, seen), num_epochs=1, progress_bar=False)
+    guide = AutoAmortizedNormal(imputed, SMALL, inputs=lambda x, seen: x)
+    svi = SVI(imputed, guide, optax.adam(1e-2), TraceEnum_ELBO())
+    posterior = Posterior(guide, svi.get_params(svi.init(KEY, x, seen)))
+    z, (loc, scale) = posterior.sample(KEY, (x, seen), 5)["z"], posterior.encode((x, seen))["z"]
+    joint = np.log(WEIGHTS) + stats.norm(CENTRES, 1.0).logpdf(z[..., None])
+    joint = np.where((seen[:, None] >= 0) & (seen[:, None] != np.arange(3)), -np.inf, joint)
+    expected = logsumexp(joint, axis=-1) + stats.norm.logpdf(x, z, NOISE)
+    expected -= stats.norm.logpdf(z, loc, scale)
+    np.testing.assert_allclose(posterior.log_weights(KEY, (x, seen), 5), expected, atol=1e-4)
