@@ -135,3 +135,21 @@ def test_without_observations_latents_come_from_their_prior():
     np.testing.assert_allclose(found["y"].std(0), np.sqrt(0.25 + (0.1 * Y) ** 2), rtol=0.1)
     tree = posterior.to_datatree(KEY, (Y,), 4, groups=("posterior", "posterior_predictive"))
     assert tree.posterior_predictive["y"].shape == (1, 4, 3)
+
+
+def series(x, future=0):
+    with numpyro.plate("data", len(x)):
+        z = numpyro.sample("z", dist.Normal(0.0, 1.0))
+        for step in range(x.shape[1] + future):
+            seen = x[:, step] if step < x.shape[1] else None
+            z = numpyro.sample(f"x{step}", dist.Normal(0.9 * z, 0.2), obs=seen)
+
+
+def test_latents_of_a_forecast_change_no_weight():
+    """They are drawn from the model, with a density that is their proposal's too."""
+    x = np.random.default_rng(0).normal(size=(5, 3)).astype(np.float32)
+    svi = make_svi(series)
+    params = svi.get_params(svi.init(KEY, x))
+    known = Posterior(svi.guide, params).log_weights(KEY, x, 4)
+    ahead = Posterior(svi.guide, params, static_kwargs={"future": 2})
+    np.testing.assert_allclose(ahead.log_weights(KEY, x, 4), known, rtol=1e-6)

@@ -16,7 +16,7 @@ from numpyro.primitives import Messenger
 from numpyro_vae.data.batch import Batch
 from numpyro_vae.data.shapes import explained
 from numpyro_vae.guides.abstract import AbstractEncoding, AbstractGuide
-from numpyro_vae.model.densities import level_densities, trace_rows
+from numpyro_vae.model.densities import level_densities, trace_rows, without_drawn
 from numpyro_vae.model.enumeration import Enumeration
 from numpyro_vae.model.plates import all_rows
 from numpyro_vae.model.redraw import redraw
@@ -185,7 +185,8 @@ class EncodedBatch:
 
         def one(combination: Array) -> tuple[Array, list[Array], Array]:
             discrete = enumeration.everywhere(combination, len(self.indices))
-            trace = self.trace(values | globals_ | discrete, rng_key)
+            given = values | globals_ | discrete
+            trace = without_drawn(self.trace(given, rng_key), given)
             rest, tables, factor = level_densities(trace, run, enumeration, observed=observed)
             if factor is not None:
                 return rest / scale, tables, factor / scale

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +16,7 @@ from numpyro.primitives import Messenger
 from numpyro_vae.data.ragged import Segments
 from numpyro_vae.model.enumeration import Enumeration
 from numpyro_vae.model.run import Run
-from numpyro_vae.model.trace import is_enumerated
+from numpyro_vae.model.trace import is_enumerated, is_point
 from numpyro_vae.numpyro_internals import declared_scale, is_switched_off, was_observed
 
 Model = Callable[..., Any]
@@ -43,6 +43,23 @@ def trace_rows(
     model = handlers.substitute(model, data=values)
     with handlers.block(), rows, handlers.seed(rng_seed=rng_key):
         return handlers.trace(model).get_trace(*args, **kwargs)
+
+
+def without_drawn(trace: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a trace without the latents that have just been drawn from the model.
+
+    A guide does not know those that the model has in this call alone, such as a forecast. Drawn
+    from the model, they have its density as their proposal too, and in a weight the two cancel.
+
+    Args:
+        trace: of the model.
+        given: values of the other latents, by name.
+    """
+    return {
+        name: site
+        for name, site in trace.items()
+        if name in given or site.get("is_observed", True) or is_point(site["fn"])
+    }
 
 
 class Densities(NamedTuple):
