@@ -7,6 +7,8 @@ import numpyro
 import numpyro.distributions as dist
 import pytest
 from helpers import make_svi
+from numpyro import handlers
+from numpyro.contrib.control_flow import scan
 from numpyro.infer import Predictive
 
 from numpyro_vae import Posterior, fit
@@ -153,3 +155,27 @@ def test_latents_of_a_forecast_change_no_weight():
     known = Posterior(svi.guide, params).log_weights(KEY, x, 4)
     ahead = Posterior(svi.guide, params, static_kwargs={"future": 2})
     np.testing.assert_allclose(ahead.log_weights(KEY, x, 4), known, rtol=1e-6)
+
+
+def walk(x, future=0):
+    def step(z, _):
+        with numpyro.plate("data", len(x)):
+            z = numpyro.sample("x", dist.Normal(0.9 * z, 0.2))
+        return z, None
+
+    with numpyro.plate("data", len(x)):
+        z = numpyro.sample("z", dist.Normal(0.0, 1.0))
+    with handlers.condition(data={"x": x.T}):
+        scan(step, z, None, length=x.shape[1] + future)
+
+
+@pytest.mark.filterwarnings(  # of NumPyro's scan, about its own replay
+    "ignore:shape requires ndarray or scalar arguments, got <class 'dict'>:DeprecationWarning"
+)
+def test_a_forecast_that_takes_the_observations_away_is_said():
+    x = np.random.default_rng(0).normal(size=(5, 3)).astype(np.float32)
+    svi = make_svi(walk)
+    result = fit(svi, KEY, x, num_epochs=1, progress_bar=False)
+    ahead = Posterior(svi.guide, result, static_kwargs={"future": 2})
+    with pytest.warns(UserWarning, match=r"'x' is observed, of shape \(3,\).*of shape \(5,\)"):
+        assert ahead.predict(KEY, x, 4)["x"].shape == (4, 5, 5)

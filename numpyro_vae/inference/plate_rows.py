@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from numpyro_vae.data.arrays import ArrayData
 from numpyro_vae.guides.abstract import AbstractGuide
 from numpyro_vae.model.reading import ModelReader
-from numpyro_vae.model.sites import ModelSites
+from numpyro_vae.model.sites import ModelSites, Plate
 from numpyro_vae.numpyro_internals import HANDLERS
 
 
@@ -86,3 +86,19 @@ def warn_of_batch_statistics(sites: ModelSites) -> None:
             UserWarning,
             stacklevel=2,
         )
+
+
+def warn_of_forecast(guide: AbstractGuide, sites: ModelSites, plate: Plate) -> None:
+    """Warn if a site has lost its observations because it has other steps than these."""
+    for known in guide.sites.observed(plate.name):
+        now = sites.sites.get(known.name)
+        steps = known.datum_shape(guide.plate)
+        if now and plate.name in now.plates and now.datum_shape(plate) != steps:
+            warnings.warn(
+                f"Site {known.name!r} is observed, of shape {steps} for each datum, where the guide"
+                f" was made, and not in this call, of shape {now.datum_shape(plate)}: a scan is "
+                "observed at all its steps or at none. So latents are drawn from their prior. For a"
+                " forecast pass what sample draws, given the data alone, to "
+                "numpyro.infer.Predictive.",
+                stacklevel=2,
+            )

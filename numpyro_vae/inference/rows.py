@@ -28,6 +28,7 @@ from numpyro_vae.inference.plate_rows import (
     held_rows,
     require_same_events,
     warn_of_batch_statistics,
+    warn_of_forecast,
 )
 from numpyro_vae.inference.stored import SOME, StoredRows
 from numpyro_vae.model.missing import require_finite_observations
@@ -158,6 +159,8 @@ class Rows:
         check_observed(sites, plate, guide.segments)
         subsamples = plate.length < plate.size
         unobserved = guide.is_unobserved(sites)
+        if unobserved:
+            warn_of_forecast(guide, sites, plate)
         declares = cache(partial(declares_rows, guide.reader, arrays, static_kwargs, name))
         known = (arrays, name, plate.size, subsamples, unobserved, held, declares)
         return cls(*known, None, args, kwargs, devices)
