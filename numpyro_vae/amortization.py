@@ -79,7 +79,7 @@ def amortize(
         TypeError: if the guide is not amortized, or the optimizer is none.
 
     Example:
-        >>> import numpyro, numpyro.distributions as dist
+        >>> import numpy as np, numpyro, numpyro.distributions as dist
         >>> def model(x):
         ...     with numpyro.plate("data", len(x)):
         ...         z = numpyro.sample("z", dist.Normal(0.0, 1.0))

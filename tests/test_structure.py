@@ -393,9 +393,7 @@ def test_scripts_compile(path):
 
 def test_no_file_is_too_long():
     folders = ("numpyro_vae", "tests", "examples", "benchmarks", "docs")
-    long = []
-    for path in (path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))):
-        lines = len(path.read_text(encoding="utf-8").splitlines())
-        if lines > MAX_LINES:
-            long.append(f"{relative(path)} ({lines})")
+    paths = (path for folder in folders for path in sorted((ROOT / folder).rglob("*.py")))
+    lengths = {relative(x): len(x.read_text(encoding="utf-8").splitlines()) for x in paths}
+    long = [f"{name} ({lines})" for name, lines in lengths.items() if lines > MAX_LINES]
     assert not long, f"more than {MAX_LINES} lines; each wants to be two files: {', '.join(long)}"
