@@ -109,7 +109,7 @@ def compare(found: dict[str, np.ndarray]) -> None:
 
 def draw(found: dict[str, np.ndarray], path: Path) -> None:
     """Each school's effect with 80% intervals, and the spread of the schools."""
-    figure = Figure(figsize=(11, 4), layout="constrained")
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=[2, 1])
     places = np.arange(8)
     left.errorbar(places - 0.3, EFFECT[0], ERROR[0], fmt="k.", alpha=0.4, label="measured")
