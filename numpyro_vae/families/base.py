@@ -102,10 +102,13 @@ class AbstractFamily(ABC):
         is_factorized: whether the distribution is the product of its marginals, and each of these
             depends on its own entries ``[..., i]`` of ``raw`` alone. The guide then declares every
             site with its own distribution; otherwise it draws the latents jointly.
+        maps_bounded: whether latents between two bounds are mapped once more, so that a uniform
+            one is standard Normal to the head; see `Bounded`.
     """
 
     has_density: ClassVar[bool] = True
     is_factorized: ClassVar[bool] = False
+    maps_bounded: ClassVar[bool] = False
 
     @abstractmethod
     def head(self, num_features: int, size: int, *, rngs: nnx.Rngs) -> AbstractHead:

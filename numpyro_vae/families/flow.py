@@ -6,6 +6,7 @@ import functools
 import itertools
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -288,6 +289,9 @@ class Flow(AbstractFamily):
     Normal's, or much heavier, so that importance weights have no heavy tail, and their k-hat is
     low, where the guide is near the posterior; if that is Normal, it costs 0.001 nats.
 
+    A latent between two bounds is the logit of :math:`\Phi(z)`, so that a uniform one is standard
+    Normal; the tails of its logit are no Normal's, which splines do not mend.
+
     A draw and the density of any value take one pass. It starts near the diagonal Normal with this
     ``loc`` and ``scale``. A single latent value has the bend alone.
 
@@ -306,6 +310,7 @@ class Flow(AbstractFamily):
         (4,)
     """
 
+    maps_bounded: ClassVar[bool] = True
     num_layers: int = 4
     hidden_sizes: tuple[int, ...] = (32,)
     parameterization: AbstractParameterization = LogScale()

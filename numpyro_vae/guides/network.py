@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import numpyro
 from flax import nnx
 from jaxtyping import Array
@@ -17,6 +18,7 @@ from numpyro.primitives import mutable
 from numpyro_vae.data.ragged import Segments
 from numpyro_vae.encoders.adapters import as_module
 from numpyro_vae.families import AbstractFamily
+from numpyro_vae.families.bounded import Bounded
 from numpyro_vae.guides.blocks import Block, Context, features_of, key_of
 from numpyro_vae.model.sites import Plate, Site
 
@@ -243,8 +245,11 @@ class Network:
             sizes = [size // math.prod(steps[:depth]) for size, depth in reads.values()]
             context = Context(num_features, sum(sizes), rngs=rngs)
             num_features = context.size
-        size = sum(_size_of_step(site, self.plate, len(steps)) for site in sites)
-        head = self.family.head(num_features, size, rngs=rngs)
+        sizes = [_size_of_step(site, self.plate, len(steps)) for site in sites]
+        head = self.family.head(num_features, sum(sizes), rngs=rngs)
+        bounded = np.repeat([site.is_bounded for site in sites], sizes)
+        if self.family.maps_bounded and bounded.any():
+            head = Bounded(head, bounded)
         depths = {name: depth for name, (_, depth) in reads.items()}
         return Block(sites, self.plate, steps, depths, head, context)
 

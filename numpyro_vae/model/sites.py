@@ -35,6 +35,7 @@ class Site:
     ``is_improper`` one nothing can be drawn, and of an ``is_censored`` one what is drawn is not
     censored as its values are. ``inner_plates`` are those of a model of one data set,
     whose axes lead the event, see `numpyro_vae.model.data_sets`.
+    Values of an ``is_bounded`` one lie between two bounds, each by itself.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Site:
     is_broadcast: bool = False
     is_censored: bool = False
     inner_plates: tuple[str, ...] = ()
+    is_bounded: bool = False
 
     @property
     def size(self) -> int:

@@ -11,11 +11,12 @@ import numpyro.distributions as dist
 from jaxtyping import Array
 from numpyro import handlers
 from numpyro.distributions import biject_to, constraints
+from numpyro.distributions.transforms import SigmoidTransform
 from numpyro.primitives import Messenger
 
 from numpyro_vae.model.provenance import named_values
 from numpyro_vae.model.sites import ModelSites, Plate, Site
-from numpyro_vae.model.stacked import Stacked
+from numpyro_vae.model.stacked import Stacked, StackedConstraint, peeled
 from numpyro_vae.numpyro_internals import (
     draw_improper,
     is_improper,
@@ -165,6 +166,7 @@ def sites_of_trace(trace: dict) -> ModelSites:
             _is_broadcast(msg),
             is_censored(msg["fn"]),
             msg["fn"].plates if isinstance(msg["fn"], Stacked) else (),
+            _is_bounded(msg["fn"]),
         )
     return ModelSites(sites, plates, deterministic)
 
@@ -225,6 +227,19 @@ def is_point(fn: Any) -> bool:
 
 def _is_discrete(fn: Any) -> bool:
     return fn.support is None or fn.support.is_discrete
+
+
+def _is_bounded(fn: Any) -> bool:
+    """Return whether NumPyro maps single values to the support by a sigmoid."""
+    if _is_discrete(fn):
+        return False
+    support, _ = peeled(fn.support)
+    try:
+        transform = biject_to(support.base if isinstance(support, StackedConstraint) else support)
+    except NotImplementedError:
+        return False
+    first, *_ = getattr(transform, "parts", [transform])
+    return isinstance(first, SigmoidTransform)
 
 
 def is_enumerated(msg: dict) -> bool:

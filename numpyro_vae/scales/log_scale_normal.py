@@ -113,7 +113,7 @@ class LogScaleNormal(dist.Normal):
     def log_cdf(self, value: ArrayLike) -> Array:
         """Log probability of a draw below ``value``, accurate far into the lower tail."""
         z = _standardize(value - self.loc, self.log_scale)
-        return _log_ndtr(_at_least_float32(z)).astype(z.dtype)
+        return log_normal_cdf(_at_least_float32(z)).astype(z.dtype)
 
     def icdf(self, q: ArrayLike) -> Array:
         """The value below which a draw falls with probability ``q``, for ``0 < q < 1``."""
@@ -197,16 +197,16 @@ def _known_noise_jvp(
 
 
 @jax.custom_jvp
-def _log_ndtr(z: Array) -> Array:
+def log_normal_cdf(z: Array) -> Array:
     """JAX's ``log_ndtr``, whose own derivative is 1 instead of ``-z`` far in the lower tail."""
     return log_ndtr(z)
 
 
-@_log_ndtr.defjvp
-def _log_ndtr_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+@log_normal_cdf.defjvp
+def log_normal_cdf_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
     # The inverse Mills ratio: phi(z) / Phi(z), or its asymptotic series where phi(z) is tiny.
     (z,) = primals
-    log_cdf = _log_ndtr(z)
+    log_cdf = log_normal_cdf(z)
     edge = -10.0 if z.dtype == jnp.float32 else -100.0
     x, far = jnp.maximum(z, edge), jnp.minimum(z, edge)
     near_ratio = jnp.exp(-0.5 * jnp.square(x) - _HALF_LOG_TWO_PI - log_ndtr(x))
