@@ -21,6 +21,7 @@ from numpyro_vae.inference.predictable import names_of, undrawn_sites, warn_of_u
 from numpyro_vae.inference.rows import Rows
 from numpyro_vae.inference.runner import Runner
 from numpyro_vae.model.deterministic import Derived
+from numpyro_vae.model.simulate import equal_to
 from numpyro_vae.model.sites import ModelSites
 
 OF_OBSERVATIONS = ("log_likelihood", "sample_stats", "observed_data")
@@ -230,12 +231,12 @@ def observed_arguments(runner: Runner, rows: Rows) -> dict[str, str]:
     if rows.stored is not None:
         spread = np.linspace(0, rows.num_rows - 1, 256).round().astype(int)
         rows = rows.cut(np.unique(spread))
-    observed = runner.per_batch(quantities.observed, rows)
+    given = batched_arguments(runner.guide.model, rows.by_row or rows.data)
+    names, arrays = list(given), list(given.values())
     return {
-        name: site
-        for name, value in batched_arguments(runner.guide.model, rows.by_row or rows.data).items()
-        for site, seen in observed.items()
-        if np.array_equal(value, seen, equal_nan=True)
+        names[number]: site
+        for site, seen in runner.per_batch(quantities.observed, rows).items()
+        for number in equal_to(seen, arrays, equal_nan=True)
     }
 
 

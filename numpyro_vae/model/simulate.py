@@ -221,10 +221,26 @@ def places(
         axes: their datum axes.
         value: what is observed, rows in front.
     """
-    for number, (array, axis) in enumerate(zip(arrays, axes, strict=True)):
-        by_row = np.moveaxis(np.asarray(array), axis or 0, 0) if array.ndim else np.asarray(array)
-        if by_row.shape == value.shape and np.array_equal(by_row, value):
-            yield number, axis
+    rows = [
+        np.moveaxis(np.asarray(array), axis or 0, 0) if array.ndim else np.asarray(array)
+        for array, axis in zip(arrays, axes, strict=True)
+    ]
+    yield from ((number, axes[number]) for number in equal_to(value, rows))
+
+
+def equal_to(value: np.ndarray, arrays: Sequence[Any], *, equal_nan: bool = False) -> list[int]:
+    """Return which arrays have the values of another: those of its dtype, if there are any.
+
+    Example:
+        >>> equal_to(np.array([1, 0]), [np.array([True, False]), np.array([1, 0]), np.zeros(2)])
+        [1]
+    """
+    found = [
+        number
+        for number, array in enumerate(arrays)
+        if np.array_equal(array, value, equal_nan=equal_nan)
+    ]
+    return [number for number in found if arrays[number].dtype == value.dtype] or found
 
 
 class simulated(Messenger):  # noqa: N801 - handlers are lower case, as in numpyro.handlers
