@@ -10,6 +10,7 @@ import numpyro
 import numpyro.distributions as dist
 import optax
 import pytest
+from flax import nnx
 from numpyro.contrib.funsor import config_enumerate
 from numpyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO
 
@@ -137,3 +138,59 @@ def test_a_model_made_twice_is_no_other_one(recwarn):
     train(makes[0], guide=AutoAmortizedNormal(makes[1]))
     train(config_enumerate(narrower), guide=AutoAmortizedNormal(narrower))
     assert not [found for found in recwarn if "guide was made for" in str(found.message)]
+
+
+WHOLE = np.arange(30) % 3
+
+
+def categories(x):
+    with numpyro.plate("data", len(x)):
+        z = numpyro.sample("z", dist.Normal(0.0, 1.0))
+        logits = z[:, None] * np.arange(3.0, dtype=np.float32)
+        numpyro.sample("x", dist.Categorical(logits=logits), obs=x)
+
+
+def indexed(x, group):
+    level = numpyro.sample("level", dist.Normal(0.0, 1.0).expand([3]).to_event(1))
+    with numpyro.plate("data", len(x)):
+        z = numpyro.sample("z", dist.Normal(level[group], 1.0))
+        numpyro.sample("x", dist.Poisson(jax.numpy.exp(z)), obs=x)
+
+
+class LooksUp(nnx.Module):
+    def __init__(self, datum_shape, *, rngs):
+        self.table = nnx.Embed(3, 4, rngs=rngs)
+        self.num_features = 4
+
+    def __call__(self, x):
+        return self.table(x)
+
+
+def counts(x):
+    with numpyro.plate("data", len(x)):
+        z = numpyro.sample("z", dist.Normal(0.0, 1.0))
+        numpyro.sample("x", dist.Binomial(2, logits=z), obs=x)
+
+
+WHERE = {
+    "'x'": (categories, {}, ["x"]),
+    "'group'": (indexed, {}, ["x", "group"]),
+    "0": (counts, {"guide": AutoAmortizedNormal(counts, LooksUp)}, None),
+}
+
+
+@pytest.mark.parametrize("argument", WHERE)
+def test_floats_that_look_something_up_are_named(argument):
+    fn, options, names = WHERE[argument]
+    whole = WHOLE if names is None else dict.fromkeys(names, WHOLE)
+    floats = jax.tree.map(lambda x: x.astype(np.float32), whole)
+    text = rf"needs whole numbers.* where argument {argument} has values of type float32: pass int"
+    with pytest.raises(TypeError, match=text):
+        train(fn, floats, **options)
+    trained = train(fn, whole, **options)
+    with pytest.raises(TypeError, match=text):
+        trained.log_weights(KEY, floats, 2)
+
+
+def test_counts_as_floats_are_served():
+    assert train(counts, WHOLE.astype(np.float32)).log_weights(KEY, WHOLE, 2).shape == (2, 30)

@@ -51,6 +51,7 @@ ORDER = {
         "arrays",
         "stores",
         "batch",
+        "whole_numbers",
     ),
     "scales": ("parameterization", "log_scale_normal"),
     "layers": ("convolution", "splines"),

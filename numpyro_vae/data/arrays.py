@@ -103,6 +103,17 @@ class Layout:
         axes, arrays = iter(self.axes), [leaf for leaf in self.static if _is_slot(leaf)]
         return tuple(next(axes) if leaf is None else None for leaf in arrays)
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of each array, the position or name of its argument, and where in it the array is."""
+        places = jax.tree.unflatten(self.treedef, range(len(self.static)))
+        paths = [path[1:] for path, _ in jax.tree.leaves_with_path(places)]
+        return tuple(
+            jax.tree_util.keystr(path[:1]).strip("[]") + jax.tree_util.keystr(path[1:])
+            for path, leaf in zip(paths, self.static, strict=True)
+            if leaf is None
+        )
+
     def rows(self, arrays: Sequence[Array], indices: Array) -> tuple[tuple, dict[str, Any]]:
         """Return the model's arguments with just the given rows of each batched array."""
         return self.whole(self.take(arrays, indices))
