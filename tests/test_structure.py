@@ -57,6 +57,7 @@ ORDER = {
     "layers": ("convolution", "splines"),
     "model": (
         "captured",
+        "signatures",
         "covariates",
         "provenance",
         "sites",

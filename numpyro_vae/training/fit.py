@@ -22,6 +22,7 @@ from numpyro_vae.data.sparse import as_rows
 from numpyro_vae.data.stores import is_stored
 from numpyro_vae.model.data_sets import DataSets
 from numpyro_vae.model.missing import require_finite_observations
+from numpyro_vae.model.signatures import in_form
 from numpyro_vae.numpyro_internals import HANDLERS, param_transforms, set_param_transforms
 from numpyro_vae.training.callbacks import (
     Callback,
@@ -376,10 +377,13 @@ def _validator(
 def _read_validation(
     trainer: Trainer, source: Source, validation: Any, batch_axes: Any
 ) -> ArrayData:
+    args, _ = source.data.whole()
+    validation = in_form(validation, trainer.svi.model, by_position=bool(args))
     data = trainer.read(validation, batch_axes, "validation")
     if data.layout != source.data.layout:
+        found, expected = ([*x.layout.names] for x in (data, source.data))
         raise ValueError(
-            f"validation has the structure {data.layout}, the data {source.data.layout}. Pass "
-            "validation data in the form of the training data."
+            f"validation has arrays at the arguments {found}, the data at {expected}, or other "
+            "values beside them. Pass validation data in the form of the training data."
         )
     return data
