@@ -194,3 +194,35 @@ def test_floats_that_look_something_up_are_named(argument):
 
 def test_counts_as_floats_are_served():
     assert train(counts, WHOLE.astype(np.float32)).log_weights(KEY, WHOLE, 2).shape == (2, 30)
+
+
+def test_values_under_a_mask_are_no_numbers(posterior):
+    masked = np.ma.masked_array(X, mask=np.arange(30)[:, None] == [3, 4])
+    for call in (partial(posterior.sample, KEY, masked, 3), partial(train, model, masked)):
+        with pytest.raises(ValueError, match=r"masked array, and the 2 values.*filled\(np\.nan\)"):
+            call()
+    np.testing.assert_array_equal(
+        posterior.sample(KEY, np.ma.masked_array(X), 3)["z"], posterior.sample(KEY, X, 3)["z"]
+    )
+
+
+TRACED = {
+    "jit": lambda call: jax.jit(lambda x: call(KEY, x, 3))(X),
+    "grad": lambda call: jax.grad(lambda x: call(KEY, x, 3).sum())(X),
+    "vmap": lambda call: jax.vmap(lambda key: call(key, X, 3))(jax.random.split(KEY, 2)),
+}
+
+
+@pytest.mark.parametrize("transform", TRACED)
+def test_methods_inside_of_what_jax_transforms(as_for_users, posterior, transform):
+    for call in (posterior.sample, posterior.log_weights):
+        with pytest.raises(TypeError, match=r"(data|rng_key) is traced by .*outside of such"):
+            TRACED[transform](call)
+
+
+def test_one_site_may_be_named_alone(posterior):
+    assert set(posterior.sample(KEY, X, 2, var_names="mu")) == {"mu"}
+    assert set(posterior.predict(KEY, X, 2, var_names="x")) == {"x"}
+    assert set(posterior.to_datatree(KEY, X, 2, var_names="mu")["posterior"].data_vars) == {"mu"}
+    with pytest.raises(ValueError, match=r"no sites \['nu'\] here"):
+        posterior.sample(KEY, X, 2, var_names="nu")

@@ -151,13 +151,21 @@ def told(runner: Runner, rows: Rows) -> Generator[None]:
         raise NoWeightsError(" ".join([str(error), *sentences])) from None
 
 
+def listed(var_names: Iterable[str] | None) -> list[str] | None:
+    """Return names as a list, also one that is given alone; None stays."""
+    if var_names is None:
+        return None
+    return [var_names] if isinstance(var_names, str) else list(var_names)
+
+
 def choose_names(var_names: Iterable[str] | None, known: Iterable[str]) -> list[str]:
     """Return the names of the sites wanted, by default all that are known.
 
     Raises:
         ValueError: if a site does not exist.
     """
-    names = list(known if var_names is None else var_names)
+    given = listed(var_names)
+    names = list(known) if given is None else given
     missing = sorted(set(names) - set(known))
     if missing:
         raise ValueError(f"There are no sites {missing} here, choose from {sorted(known)}.")
