@@ -105,7 +105,7 @@ def fit(
     freeze: Freeze = (),
     checkpoint: str | os.PathLike[str] | Checkpoints | None = None,
     mesh: Mesh | None = None,
-    callbacks: Iterable[Callback] = (),
+    callbacks: Callback | Iterable[Callback] = (),
     progress_bar: bool = True,
 ) -> FitResult:
     """Train a guide, and the parameters of its model, on minibatches.
@@ -148,8 +148,8 @@ def fit(
             those of one device, but for the order of sums. Where the devices belong to several
             processes, ``data`` and ``validation`` are each one's own part; see the page on
             devices.
-        callbacks: each is called after every epoch with its number, the SVI state and the losses,
-            and may stop training; see `numpyro_vae.training.callbacks.Callback`.
+        callbacks: one or several; each is called after every epoch with its number, the SVI state
+            and the losses, and may stop training; see `numpyro_vae.training.callbacks.Callback`.
         progress_bar: whether to show one, updated once an epoch.
 
     Raises:
@@ -177,6 +177,7 @@ def fit(
     check_stopping(patience, validation)
     check_start(init_state, init_params)
     freeze = freeze if isinstance(freeze, str) else tuple(freeze)
+    watching: Any = (callbacks,) if callable(callbacks) else callbacks
     with HANDLERS:  # what runs the model
         trainer, devices = trainer_of(svi, freeze), Devices.of(mesh)
         plate = plate or getattr(svi.guide, "plate_name", None)
@@ -205,7 +206,7 @@ def fit(
         own = own if progress.stopping is None else (*own, progress.stopping)
         run = partial(source.run, rng_key=order_key)
         after = None if checkpoint is None else folder.after_epoch
-        reason = _train(progress, run, score, (bar, *own, *callbacks), num_epochs, after)
+        reason = _train(progress, run, score, (bar, *own, *watching), num_epochs, after)
         if reason is StopReason.INTERRUPTED:
             bar.write("Interrupted: returning the state after the last complete epoch.")
     losses, history = progress.history()
