@@ -178,7 +178,7 @@ class Posterior:
             ValueError: if ``num_samples`` is below 1 or a site does not exist.
         """
         rows = self._runner.read(data, of_prior=True)
-        names = None if var_names is None else list(var_names)
+        names = draws.listed(var_names)
         found = predict(self._runner, rows, rng_key, num_samples, names)
         return {name: found[name] for name in draws.choose_names(names, found)}
 

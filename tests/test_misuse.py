@@ -10,6 +10,7 @@ import numpyro
 import numpyro.distributions as dist
 import optax
 import pytest
+from flax import nnx
 from numpyro.contrib.funsor import config_enumerate
 from numpyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO
 
@@ -137,3 +138,91 @@ def test_a_model_made_twice_is_no_other_one(recwarn):
     train(makes[0], guide=AutoAmortizedNormal(makes[1]))
     train(config_enumerate(narrower), guide=AutoAmortizedNormal(narrower))
     assert not [found for found in recwarn if "guide was made for" in str(found.message)]
+
+
+WHOLE = np.arange(30) % 3
+
+
+def categories(x):
+    with numpyro.plate("data", len(x)):
+        z = numpyro.sample("z", dist.Normal(0.0, 1.0))
+        logits = z[:, None] * np.arange(3.0, dtype=np.float32)
+        numpyro.sample("x", dist.Categorical(logits=logits), obs=x)
+
+
+def indexed(x, group):
+    level = numpyro.sample("level", dist.Normal(0.0, 1.0).expand([3]).to_event(1))
+    with numpyro.plate("data", len(x)):
+        z = numpyro.sample("z", dist.Normal(level[group], 1.0))
+        numpyro.sample("x", dist.Poisson(jax.numpy.exp(z)), obs=x)
+
+
+class LooksUp(nnx.Module):
+    def __init__(self, datum_shape, *, rngs):
+        self.table = nnx.Embed(3, 4, rngs=rngs)
+        self.num_features = 4
+
+    def __call__(self, x):
+        return self.table(x)
+
+
+def counts(x):
+    with numpyro.plate("data", len(x)):
+        z = numpyro.sample("z", dist.Normal(0.0, 1.0))
+        numpyro.sample("x", dist.Binomial(2, logits=z), obs=x)
+
+
+WHERE = {
+    "'x'": (categories, {}, ["x"]),
+    "'group'": (indexed, {}, ["x", "group"]),
+    "0": (counts, {"guide": AutoAmortizedNormal(counts, LooksUp)}, None),
+}
+
+
+@pytest.mark.parametrize("argument", WHERE)
+def test_floats_that_look_something_up_are_named(argument):
+    fn, options, names = WHERE[argument]
+    whole = WHOLE if names is None else dict.fromkeys(names, WHOLE)
+    floats = jax.tree.map(lambda x: x.astype(np.float32), whole)
+    text = rf"needs whole numbers.* where argument {argument} has values of type float32: pass int"
+    with pytest.raises(TypeError, match=text):
+        train(fn, floats, **options)
+    trained = train(fn, whole, **options)
+    with pytest.raises(TypeError, match=text):
+        trained.log_weights(KEY, floats, 2)
+
+
+def test_counts_as_floats_are_served():
+    assert train(counts, WHOLE.astype(np.float32)).log_weights(KEY, WHOLE, 2).shape == (2, 30)
+
+
+def test_values_under_a_mask_are_no_numbers(posterior):
+    masked = np.ma.masked_array(X, mask=np.arange(30)[:, None] == [3, 4])
+    for call in (partial(posterior.sample, KEY, masked, 3), partial(train, model, masked)):
+        with pytest.raises(ValueError, match=r"masked array, and the 2 values.*filled\(np\.nan\)"):
+            call()
+    np.testing.assert_array_equal(
+        posterior.sample(KEY, np.ma.masked_array(X), 3)["z"], posterior.sample(KEY, X, 3)["z"]
+    )
+
+
+TRACED = {
+    "jit": lambda call: jax.jit(lambda x: call(KEY, x, 3))(X),
+    "grad": lambda call: jax.grad(lambda x: call(KEY, x, 3).sum())(X),
+    "vmap": lambda call: jax.vmap(lambda key: call(key, X, 3))(jax.random.split(KEY, 2)),
+}
+
+
+@pytest.mark.parametrize("transform", TRACED)
+def test_methods_inside_of_what_jax_transforms(as_for_users, posterior, transform):
+    for call in (posterior.sample, posterior.log_weights):
+        with pytest.raises(TypeError, match=r"(data|rng_key) is traced by .*outside of such"):
+            TRACED[transform](call)
+
+
+def test_one_site_may_be_named_alone(posterior):
+    assert set(posterior.sample(KEY, X, 2, var_names="mu")) == {"mu"}
+    assert set(posterior.predict(KEY, X, 2, var_names="x")) == {"x"}
+    assert set(posterior.to_datatree(KEY, X, 2, var_names="mu")["posterior"].data_vars) == {"mu"}
+    with pytest.raises(ValueError, match=r"no sites \['nu'\] here"):
+        posterior.sample(KEY, X, 2, var_names="nu")

@@ -7,6 +7,21 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
+
+
+def require_known(value: Any, name: str) -> None:
+    """Raise if a value is not known yet, as inside of functions that JAX transforms.
+
+    Raises:
+        TypeError: if it is a tracer.
+    """
+    if isinstance(value, Tracer):
+        raise TypeError(
+            f"{name} is traced by jax.jit, vmap, grad or the like, and has no values yet. Training "
+            "and the methods of a posterior compile themselves, and return NumPy arrays: call them "
+            "outside of such functions; see Posterior.export for programs that JAX can call."
+        )
 
 
 def require_key(rng_key: Any) -> None:
@@ -15,6 +30,7 @@ def require_key(rng_key: Any) -> None:
     Raises:
         TypeError: if it is something else, such as a seed, or the data in the key's place.
     """
+    require_known(rng_key, "rng_key")
     if is_typed_key(rng_key) and rng_key.shape == ():
         return
     found = f"the {type(rng_key).__name__} {rng_key!r}"

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from numpyro_vae.data.arguments import is_typed_key
+from numpyro_vae.data.arguments import is_typed_key, require_known
 from numpyro_vae.data.devices import ONE_DEVICE, Devices
 from numpyro_vae.data.sparse import as_rows
 
@@ -102,6 +102,17 @@ class Layout:
         """The datum axis of each array among the arguments, constants among them."""
         axes, arrays = iter(self.axes), [leaf for leaf in self.static if _is_slot(leaf)]
         return tuple(next(axes) if leaf is None else None for leaf in arrays)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of each array, the position or name of its argument, and where in it the array is."""
+        places = jax.tree.unflatten(self.treedef, range(len(self.static)))
+        paths = [path[1:] for path, _ in jax.tree.leaves_with_path(places)]
+        return tuple(
+            jax.tree_util.keystr(path[:1]).strip("[]") + jax.tree_util.keystr(path[1:])
+            for path, leaf in zip(paths, self.static, strict=True)
+            if leaf is None
+        )
 
     def rows(self, arrays: Sequence[Array], indices: Array) -> tuple[tuple, dict[str, Any]]:
         """Return the model's arguments with just the given rows of each batched array."""
@@ -334,8 +345,15 @@ def _num_data(leaves: list, axes: list, paths: list[str], name: str) -> int:
 
 def _to_device(leaf: Any, axis: int | None, path: str) -> Array:
     """Return the leaf as a JAX array, refusing values that are not the same there."""
+    require_known(leaf, path)
     if isinstance(leaf, jax.Array):
         return leaf
+    if isinstance(leaf, np.ma.MaskedArray) and np.ma.is_masked(leaf):
+        raise ValueError(
+            f"{path} is a masked array, and the {np.ma.count_masked(leaf)} values under its mask "
+            "would be read as numbers. Pass NaN for them, as with .filled(np.nan), or the mask as "
+            "an argument of the model; see the page on models for missing data."
+        )
     leaf = np.asarray(leaf)
     if not (leaf.dtype == bool or jnp.issubdtype(leaf.dtype, np.number)):
         raise TypeError(

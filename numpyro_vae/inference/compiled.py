@@ -10,6 +10,7 @@ from typing import Any
 import jax
 from jax.interpreters import partial_eval
 
+from numpyro_vae.data.whole_numbers import telling_of_floats
 from numpyro_vae.numpyro_internals import HANDLERS
 
 LEVEL = "xla_backend_optimization_level"
@@ -38,7 +39,7 @@ class Compiled:
     """
 
     def __init__(self, fn: Callable[..., Any]):
-        self._fn = jax.jit(fn, compiler_options=options())
+        self._fn = jax.jit(telling_of_floats(fn), compiler_options=options())
 
     def __call__(self, *args: Any) -> Any:
         """Call the function with arrays, or pytrees of them."""

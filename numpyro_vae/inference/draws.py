@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array
 
 from numpyro_vae.inference import quantities
-from numpyro_vae.inference.faults import Faults
+from numpyro_vae.inference.faults import Faults, is_finite
 from numpyro_vae.inference.functions import Quantity
 from numpyro_vae.inference.psis import NoWeightsError
 from numpyro_vae.inference.rows import Rows
@@ -47,6 +47,29 @@ def sample_sites(
     return found
 
 
+def look_at_whole(
+    faults: Faults, runner: Runner, rows: Rows, rng_key: Array, draws: dict[str, Any]
+) -> None:
+    """Look for faults of rows of which nothing is drawn row by row, as all latents are of all rows.
+
+    What a NaN costs is known by the rows' densities. They are not computed where data and draws are
+    finite.
+
+    Args:
+        faults: of the rows.
+        runner: the trained guide.
+        rows: the rows.
+        rng_key: the random key.
+        draws: all latent sites.
+    """
+    known = not rows.data.not_finite and all(is_finite(np.asarray(x)) for x in draws.values())
+    if known or rows.is_unobserved:
+        return
+    number = len(next(iter(draws.values())))
+    run = partial(runner.per_draw, quantities.likelihood, num_samples=number)
+    faults.look_at_densities(rows, run(rows, rng_key, draws)["log_evidence"])
+
+
 def draw_sites(
     runner: Runner, rows: Rows, rng_key: Array, num_samples: int, var_names: Iterable[str] | None
 ) -> dict[str, np.ndarray]:
@@ -57,8 +80,11 @@ def draw_sites(
     kept = tuple(name for name in local if name in names)
     draw = partial(runner.per_draw, quantities.sample, names=kept, num_samples=num_samples)
     draws = draw(rows, rng_key, globals_) if kept else {}
-    if runner.faults is not None:
+    if runner.faults is not None and local:
         runner.faults.look_at_draws(rows, draws.values())
+    elif runner.faults is not None:
+        runner.per_batch(quantities.nothing, rows)
+        look_at_whole(runner.faults, runner, rows, rng_key, globals_)
     for name, value in draws.items():
         axis = runner.guide.sites.sites[name].axis(runner.guide.plate)
         draws[name] = np.moveaxis(value, 1, 1 + axis)
@@ -125,13 +151,21 @@ def told(runner: Runner, rows: Rows) -> Generator[None]:
         raise NoWeightsError(" ".join([str(error), *sentences])) from None
 
 
+def listed(var_names: Iterable[str] | None) -> list[str] | None:
+    """Return names as a list, also one that is given alone; None stays."""
+    if var_names is None:
+        return None
+    return [var_names] if isinstance(var_names, str) else list(var_names)
+
+
 def choose_names(var_names: Iterable[str] | None, known: Iterable[str]) -> list[str]:
     """Return the names of the sites wanted, by default all that are known.
 
     Raises:
         ValueError: if a site does not exist.
     """
-    names = list(known if var_names is None else var_names)
+    given = listed(var_names)
+    names = list(known) if given is None else given
     missing = sorted(set(names) - set(known))
     if missing:
         raise ValueError(f"There are no sites {missing} here, choose from {sorted(known)}.")

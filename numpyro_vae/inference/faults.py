@@ -48,7 +48,7 @@ class Faults:
     def look_at_draws(self, rows: Rows, draws: Iterable[np.ndarray]) -> None:
         """Look for draws ``(num_samples, rows, ...)`` that are not numbers."""
         for values in map(np.asarray, draws):
-            if not _is_finite(values):
+            if not is_finite(values):
                 by_row = np.moveaxis(np.isnan(values), 1, 0).reshape(values.shape[1], -1)
                 self._add(self.unknown, rows, by_row.T)
 
@@ -57,7 +57,7 @@ class Faults:
 
         A draw of no density is none of them, unless no draw of the row has any.
         """
-        if not _is_finite(densities):
+        if not is_finite(densities):
             self._add(self.unknown, rows, np.isnan(densities) | (densities == np.inf))
             self._add(self.impossible, rows, (densities == -np.inf).all(0, keepdims=True))
 
@@ -117,7 +117,7 @@ def of_all(numbers: np.ndarray, total: int) -> str:
     return swapped if len(numbers) == total > 1 else ""
 
 
-def _is_finite(values: np.ndarray) -> bool:
+def is_finite(values: np.ndarray) -> bool:
     """Return whether all values are surely finite, at the cost of adding them up."""
     if not np.issubdtype(values.dtype, np.floating):
         return True

@@ -26,6 +26,7 @@ REPLICATES = 32  # of the Monte Carlo error
 PARTICLES = 16, 512  # local draws of each row and draw: at first, and at most
 EVALUATIONS = 2**23  # of rows' densities for each draw, beyond which particles are not doubled
 MAX_NOISE = 0.1  # nats of Monte Carlo error below which log densities are precise enough,
+MAX_BIAS = 0.25  # nats of a row's log evidence that are taken for its bias
 SHARE = 0.2  # or of the standard deviation of the log weights
 
 Globals = dict[str, Any]  # values by site
@@ -65,7 +66,13 @@ class LogDensity:
 
 
 def log_density(
-    runner: Runner, rows: Rows, rng_key: Array, globals_: Globals, particles: int
+    runner: Runner,
+    rows: Rows,
+    rng_key: Array,
+    globals_: Globals,
+    particles: int,
+    *,
+    of_prior: bool = False,
 ) -> LogDensity:
     r"""Estimate the log joint density of draws of the global sites and all data.
 
@@ -85,6 +92,7 @@ def log_density(
         rng_key: the random key, of which all random numbers are.
         globals_: the draws, a leading axis of them.
         particles: local draws, a multiple of four.
+        of_prior: whether half of them are of the prior given the globals; see `row_evidence`.
 
     Raises:
         NoDensityError: if local sites have no density, or a global one is summed over.
@@ -96,7 +104,8 @@ def log_density(
     rng = np.random.default_rng(np.asarray(jax.random.key_data(rng_key)))
     values = of_globals
     for chunk in chunks(rows):
-        sizes = {"num_draws": particles, "row_axis": 1, "particles": particles}
+        sizes: dict[str, Any] = {"num_draws": particles, "row_axis": 1, "particles": particles}
+        sizes |= {"of_prior": of_prior}
         by_row, error = runner.per_batch(row_densities, chunk, rng_key, globals_, **sizes)
         values = values + by_row.astype(float).sum(1)
         errors += rng.choice([-1.0, 1.0], (REPLICATES, error.shape[1])) @ error.T
@@ -193,7 +202,7 @@ def outside_of(batch: EncodedBatch, rng_key: Array, globals_: Globals) -> Float[
 
 
 def row_densities(
-    batch: EncodedBatch, rng_key: Array, globals_: Globals, *, particles: int
+    batch: EncodedBatch, rng_key: Array, globals_: Globals, *, particles: int, of_prior: bool
 ) -> tuple[Array, Array]:
     """Return each row's log evidence, and its error, ``(draws, batch)``; see `log_density`."""
 
@@ -202,37 +211,79 @@ def row_densities(
         error = (first - second) / 2
         return without_bias(first, second), jnp.where(jnp.isfinite(error), error, 0.0)
 
-    halves = [row_evidence(batch, key, particles // 2) for key in jax.random.split(rng_key)]
+    keys = jax.random.split(rng_key)
+    halves = [row_evidence(batch, key, particles // 2, of_prior=of_prior) for key in keys]
     return batch.over_draws(one, globals_, per_draw=particles)
 
 
 def without_bias(first: Array, second: Array) -> Array:
-    """Return the log of the mean of two estimates, less its bias where both are finite."""
+    """Return the log of the mean of two estimates, less its bias where both are finite.
+
+    Halves that are nats apart say nothing of a bias of order ``1 / particles``, and what they say
+    is bounded: else the density would be largest where the particles miss it.
+    """
     together = jnp.logaddexp(first, second) - jnp.log(2)
     there = jnp.isfinite(first) & jnp.isfinite(second)
-    return jnp.where(there, 2 * together - (first + second) / 2, together)
+    bias = jnp.where(there, together - (first + second) / 2, 0.0)
+    return together + jnp.minimum(bias, MAX_BIAS)
 
 
 def row_evidence(
-    batch: EncodedBatch, rng_key: Array, particles: int
+    batch: EncodedBatch, rng_key: Array, particles: int, *, of_prior: bool = False
 ) -> Callable[[Globals], Float[Array, "batch"]]:
     """Return a function from a draw of the globals to the log mean weight of each row.
 
     It multiplies that by the factor by which the model scales the latents of the row. Its random
     numbers are the same for all draws. Where no head reads global sites, so are the particles.
+
+    Where the globals make the prior narrow, none of the guide's particles may be near it. Half of
+    them may be of the prior itself, all weighed by the mixture of both.
+
+    Args:
+        batch: the rows.
+        rng_key: of all random numbers.
+        particles: how many of each row.
+        of_prior: whether half of them are of the prior, which has to be one that can be drawn from.
     """
     row_keys = jax.vmap(partial(jax.random.fold_in, rng_key))(batch.indices)
     encoding, scale = batch.encoding, batch.row_scale
-    fixed = None if encoding.reads_globals else encoding.sample_evenly(row_keys, particles)
+    of_guide = particles // 2 if of_prior else particles
+    fixed = None if encoding.reads_globals else encoding.sample_evenly(row_keys, of_guide)
 
     def evidence(globals_: Globals) -> Array:
         given = encoding.condition(globals_)
-        packed = given.sample_evenly(row_keys, particles) if fixed is None else fixed
+        packed = given.sample_evenly(row_keys, of_guide) if fixed is None else fixed
         weigh = partial(batch.log_weight, globals_=globals_, rng_key=rng_key)
+        if of_prior:
+            drawn = draw_prior(batch, rng_key, globals_, particles - of_guide)
+            packed = jnp.concatenate([packed, drawn])
+            weigh = partial(_mixture_weight, batch, globals_, rng_key)
         found = logsumexp(jax.vmap(weigh)(packed), axis=0) - jnp.log(particles)
         return found if scale is None else scale * found
 
     return evidence
+
+
+def _mixture_weight(
+    batch: EncodedBatch, globals_: Globals, rng_key: Array, packed: Array
+) -> Float[Array, "batch"]:
+    """Return log weights by the mixture of guide and prior, in equal parts."""
+    joint, prior = (logsumexp(x, axis=0) for x in batch.log_densities(packed, globals_, rng_key))
+    log_q = batch.encoding.condition(globals_).log_prob(packed)
+    return joint - (jnp.logaddexp(log_q, prior) - jnp.log(2))
+
+
+def draw_prior(
+    batch: EncodedBatch, rng_key: Array, globals_: Globals, number: int
+) -> Float[Array, "draws batch size"]:
+    """Draw packed latents of rows from their prior given one draw of the globals."""
+
+    def one(key: Array) -> Array:
+        trace = batch.trace(globals_, key)
+        values = {site.name: trace[site.name]["value"] for site in batch.encoding.sites}
+        return batch.encoding.pack(values)
+
+    return batch.over_draws(one, jax.random.split(rng_key, number))
 
 
 def redraw(

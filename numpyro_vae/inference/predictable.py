@@ -13,6 +13,7 @@ from jaxtyping import Array
 
 from numpyro_vae.inference import quantities
 from numpyro_vae.inference.derived import derived_sites
+from numpyro_vae.inference.draws import look_at_whole
 from numpyro_vae.inference.encoded import DrawKeys, EncodedBatch
 from numpyro_vae.inference.faults import Faults
 from numpyro_vae.inference.rows import Rows
@@ -46,6 +47,8 @@ def predict(
     options = {"num_samples": num_samples, "derived": derived, "observed": True}
     by_group = draw(rows, rng_key, globals_, **options)
     faults.look_at(rows, by_group)
+    if not runner.local_names:
+        look_at_whole(faults, runner, rows, rng_key, globals_)
     faults.warn()
     found = {name: by_group["posterior"][name] for name, _ in derived}
     found |= by_group["posterior_predictive"]

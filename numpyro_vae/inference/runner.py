@@ -22,6 +22,7 @@ from numpyro_vae.inference.encoded import EncodedBatch, Trained
 from numpyro_vae.inference.faults import Faults
 from numpyro_vae.inference.functions import (
     Quantity,
+    as_trained,
     draws_of_globals,
     encoded,
     globals_key,
@@ -98,6 +99,7 @@ class Runner:
             ValueError: if there are no observations, and they will not do.
         """
         self.guide.renew()
+        data = as_trained(self.guide, self.batch_axes, data)
         read = partial(Rows.read, self.guide, self.static_kwargs, data, devices=self.devices)
         rows = read(self.batch_axes)
         require_sizes(self.guide.model, self.sizes, rows.data, self.static_kwargs)

@@ -16,6 +16,7 @@ from numpyro import handlers
 from numpyro.primitives import Messenger
 
 from numpyro_vae.data.arrays import ArrayData, Layout
+from numpyro_vae.data.whole_numbers import floats_told
 from numpyro_vae.model.contents import Reading, Values, reading_of, values_of
 from numpyro_vae.model.mixing import mixed_plates
 from numpyro_vae.model.provenance import Names, sources
@@ -167,6 +168,22 @@ class ModelReader:
         self, args: tuple, kwargs: dict, rows: Rows, rng_key: Array | None, call: Callable
     ) -> Reading:
         layout, sizes, key, arrays, indices = self._arguments(args, kwargs, rows, rng_key)
+
+        def again(arrays: tuple) -> tuple:
+            return self._trace(layout, sizes, key, list(arrays), indices)
+
+        with floats_told(again, arrays, layout):
+            return self._reading(call, layout, sizes, key, arrays, indices)
+
+    def _reading(
+        self,
+        call: Callable,
+        layout: Layout,
+        sizes: tuple[tuple[str, int], ...],
+        key: Array,
+        arrays: list[Any],
+        indices: list[Array],
+    ) -> Reading:
         if _is_hashable(layout):
             try:
                 found = call(partial(self._compiled, layout, sizes), key, arrays, indices)

@@ -19,6 +19,7 @@ from numpyro_vae.model.covariates import WithCovariates
 from numpyro_vae.model.plates import given_rows
 from numpyro_vae.model.provenance import Names
 from numpyro_vae.model.reading import ModelReader
+from numpyro_vae.model.signatures import call_with
 from numpyro_vae.model.sites import ModelSites, Plate, Site
 from numpyro_vae.numpyro_internals import declare_plate
 
@@ -157,7 +158,7 @@ class Run:
             ValueError: if nothing is observed, or ``read`` returns another number of rows.
         """
         if read is not None:
-            found = read(*self.args, **self.kwargs)
+            found = call_with(read, self.reader.model, self.args, self.kwargs)
             found = jax.tree.map(self._select_rows, found, is_leaf=_is_segments)
             return (self.inputs(None), found) if isinstance(read, WithCovariates) else found
         rows = {
@@ -248,7 +249,7 @@ def run_model(
                 f"{sorted(plates)}. Call the model as when the guide was set up."
             )
     found = {
-        name: _ids(read(*args, **kwargs), plates[name], plates[plate])
+        name: _ids(call_with(read, reader.model, args, kwargs), plates[name], plates[plate])
         for name, read in groups.items()
     }
     return Run(plates[plate], reading, whole, found, args, kwargs, reader)

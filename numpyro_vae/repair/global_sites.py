@@ -14,6 +14,7 @@ from jaxtyping import Array
 from numpyro_vae.data.arguments import require_whole
 from numpyro_vae.guides.global_sites import NoDensityError
 from numpyro_vae.inference.draws import told
+from numpyro_vae.inference.encoded import EncodedBatch
 from numpyro_vae.inference.global_space import flatten, unflatten_all
 from numpyro_vae.inference.global_weights import weigh_globals
 from numpyro_vae.inference.make_datatree import make_datatree
@@ -126,6 +127,10 @@ def repair_globals(
     with told(runner, rows):
         target, first = _start(runner, rows, density_key, rng)
     target, found = _adapt(target, first, rng)
+    if method != "nuts" and found.error > MAX_ERROR and target.can_draw_prior:
+        with_prior, better = _adapt(target.with_prior(), found, rng)
+        if better.passes and better.error <= MAX_ERROR:
+            return _by_weights(with_prior, better, rng, num_samples)
     if method == "importance" or (method == "auto" and found.passes):
         return _by_weights(target, found, rng, num_samples)
     return _by_chains(target, found, chain_key, num_samples)
@@ -139,11 +144,13 @@ class _Target:
     rows: Rows
     rng_key: Array
     particles: int
+    of_prior: bool = False
 
     def __call__(self, points: np.ndarray) -> LogDensity:
         """Return the density of points."""
         globals_, log_det = self.runner.once(unflatten_all, self.rows, jnp.asarray(points, float))
-        found = log_density(self.runner, self.rows, self.rng_key, globals_, self.particles)
+        given = (self.runner, self.rows, self.rng_key, globals_, self.particles)
+        found = log_density(*given, of_prior=self.of_prior)
         return replace(found, values=found.values + log_det)
 
     def finer(self, times: float) -> _Target:
@@ -156,6 +163,22 @@ class _Target:
         if times > 2**0.5 and can_double(self.rows, particles):
             particles *= 2
         return replace(self, particles=particles)
+
+    @property
+    def can_draw_prior(self) -> bool:
+        """Whether the rows' latents have a prior that can be drawn from, and all count alike."""
+        found: list[bool] = []
+
+        def look(batch: EncodedBatch) -> None:
+            proper = not any(site.is_improper for site in batch.encoding.sites)
+            found.append(proper and bool(batch.encoding.sites) and batch.row_scale is None)
+
+        self.runner.trace(look, self.rows)
+        return found[0]
+
+    def with_prior(self) -> _Target:
+        """Return the density where half of the particles are of the rows' prior, few at first."""
+        return replace(self, particles=PARTICLES[0], of_prior=True)
 
     def values(self, points: np.ndarray) -> dict[str, np.ndarray]:
         """Return the values of the global sites at points."""

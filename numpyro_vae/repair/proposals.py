@@ -14,6 +14,7 @@ from jax.scipy.special import logsumexp
 from jaxtyping import Array, Float
 
 from numpyro_vae.inference.encoded import EncodedBatch
+from numpyro_vae.inference.marginal import draw_prior
 from numpyro_vae.inference.refine import refine
 
 PROPOSALS = 8000  # draws of a datum, shared by the draws of the global sites that it is held at
@@ -163,7 +164,7 @@ def _weigh(batch: EncodedBatch, proposal: Proposal, rng_key: Array, held: Held) 
         draw_key, prior_key, key = jax.random.split(args[0], 3)
         draws, log_q = proposal(draw_key, args[1], number)
         if of_prior:
-            draws = jnp.concatenate([draws, _from_prior(batch, prior_key, args[1], of_prior)])
+            draws = jnp.concatenate([draws, draw_prior(batch, prior_key, args[1], of_prior)])
 
         def weigh(packed: Array) -> Array:
             log_joint, log_prior = batch.log_densities(packed, args[1], key)
@@ -182,14 +183,3 @@ def _weigh(batch: EncodedBatch, proposal: Proposal, rng_key: Array, held: Held) 
 
 def _is_improper(batch: EncodedBatch) -> bool:
     return any(site.is_improper for site in batch.encoding.sites)
-
-
-def _from_prior(
-    batch: EncodedBatch, rng_key: Array, held: Held, number: int
-) -> Float[Array, "draws batch size"]:
-    def one(key: Array) -> Array:
-        trace = batch.trace(held, key)
-        values = {site.name: trace[site.name]["value"] for site in batch.encoding.sites}
-        return batch.encoding.pack(values)
-
-    return batch.over_draws(one, jax.random.split(rng_key, number))

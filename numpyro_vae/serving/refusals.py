@@ -91,9 +91,10 @@ def choose_artifacts(
     Raises:
         ValueError: if one is unknown, or was asked for and cannot be made.
     """
+    wanted = (wanted,) if isinstance(wanted, str) else wanted
     names = ARTIFACTS if wanted is None else tuple(wanted)
     unknown = sorted(set(names) - set(ARTIFACTS))
-    if isinstance(wanted, str) or unknown or not names:
+    if unknown or not names:
         raise ValueError(
             f"artifacts is {wanted!r}, expected one or more of {ARTIFACTS}. For all that the guide "
             "has, leave it out."

@@ -22,6 +22,7 @@ from numpyro_vae.data.sparse import as_rows
 from numpyro_vae.data.stores import is_stored
 from numpyro_vae.model.data_sets import DataSets
 from numpyro_vae.model.missing import require_finite_observations
+from numpyro_vae.model.signatures import in_form
 from numpyro_vae.numpyro_internals import HANDLERS, param_transforms, set_param_transforms
 from numpyro_vae.training.callbacks import (
     Callback,
@@ -104,7 +105,7 @@ def fit(
     freeze: Freeze = (),
     checkpoint: str | os.PathLike[str] | Checkpoints | None = None,
     mesh: Mesh | None = None,
-    callbacks: Iterable[Callback] = (),
+    callbacks: Callback | Iterable[Callback] = (),
     progress_bar: bool = True,
 ) -> FitResult:
     """Train a guide, and the parameters of its model, on minibatches.
@@ -147,8 +148,8 @@ def fit(
             those of one device, but for the order of sums. Where the devices belong to several
             processes, ``data`` and ``validation`` are each one's own part; see the page on
             devices.
-        callbacks: each is called after every epoch with its number, the SVI state and the losses,
-            and may stop training; see `numpyro_vae.training.callbacks.Callback`.
+        callbacks: one or several; each is called after every epoch with its number, the SVI state
+            and the losses, and may stop training; see `numpyro_vae.training.callbacks.Callback`.
         progress_bar: whether to show one, updated once an epoch.
 
     Raises:
@@ -176,6 +177,7 @@ def fit(
     check_stopping(patience, validation)
     check_start(init_state, init_params)
     freeze = freeze if isinstance(freeze, str) else tuple(freeze)
+    watching: Any = (callbacks,) if callable(callbacks) else callbacks
     with HANDLERS:  # what runs the model
         trainer, devices = trainer_of(svi, freeze), Devices.of(mesh)
         plate = plate or getattr(svi.guide, "plate_name", None)
@@ -204,7 +206,7 @@ def fit(
         own = own if progress.stopping is None else (*own, progress.stopping)
         run = partial(source.run, rng_key=order_key)
         after = None if checkpoint is None else folder.after_epoch
-        reason = _train(progress, run, score, (bar, *own, *callbacks), num_epochs, after)
+        reason = _train(progress, run, score, (bar, *own, *watching), num_epochs, after)
         if reason is StopReason.INTERRUPTED:
             bar.write("Interrupted: returning the state after the last complete epoch.")
     losses, history = progress.history()
@@ -376,10 +378,13 @@ def _validator(
 def _read_validation(
     trainer: Trainer, source: Source, validation: Any, batch_axes: Any
 ) -> ArrayData:
+    args, _ = source.data.whole()
+    validation = in_form(validation, trainer.svi.model, by_position=bool(args))
     data = trainer.read(validation, batch_axes, "validation")
     if data.layout != source.data.layout:
+        found, expected = ([*x.layout.names] for x in (data, source.data))
         raise ValueError(
-            f"validation has the structure {data.layout}, the data {source.data.layout}. Pass "
-            "validation data in the form of the training data."
+            f"validation has arrays at the arguments {found}, the data at {expected}, or other "
+            "values beside them. Pass validation data in the form of the training data."
         )
     return data

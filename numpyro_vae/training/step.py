@@ -22,6 +22,7 @@ from numpyro.infer.svi import SVIState
 
 from numpyro_vae.data.arrays import ArrayData
 from numpyro_vae.data.batch import Batch, Order, each_step, rows_of
+from numpyro_vae.data.whole_numbers import telling_of_floats
 from numpyro_vae.guides.base import AmortizedGuide
 from numpyro_vae.model.captured import captured, signature
 from numpyro_vae.model.contents import Reading
@@ -74,13 +75,13 @@ class Trainer:
     def _compile(self) -> None:
         """Forget what was compiled before."""
         # Of functions made here, as JAX knows a method that it has traced before.
-        self._init_compiled = in_one_thread(jax.jit(partial(self._init)))
+        self._init_compiled = in_one_thread(jax.jit(telling_of_floats(self._init)))
         self._draw_compiled = in_one_thread(jax.jit(partial(self._draw), static_argnums=0))
-        self._step_compiled = in_one_thread(jax.jit(partial(self._step)))
+        self._step_compiled = in_one_thread(jax.jit(telling_of_floats(self._step)))
         self._guarded_compiled = in_one_thread(jax.jit(partial(self._guarded_step)))
         self._scan_compiled = in_one_thread(jax.jit(partial(self._scan)))
         self._scan_batches_compiled = in_one_thread(jax.jit(partial(self._scan_batches)))
-        self._evaluate_compiled = in_one_thread(jax.jit(partial(self._evaluate)))
+        self._evaluate_compiled = in_one_thread(jax.jit(telling_of_floats(self._evaluate)))
 
     def serves(self, svi: SVI, freeze: Freeze) -> bool:
         """Return whether an SVI has the parts that this trainer was made with, as they were."""

@@ -271,6 +271,46 @@ def test_the_covariates_of_rows_drawn_jointly_are_constant_data():
     assert set(tree.observed_data) == {"x"}
 
 
+class TestImpossibleRows:
+    """What draws all rows jointly computes nothing by row, and tells of them all the same."""
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def posterior(cls):
+        def model(x, offset):
+            with numpyro.plate("data", len(x)):
+                z = numpyro.sample("z", dist.Normal(offset, 1.0))
+                numpyro.sample("x", dist.Poisson(jnp.exp(z)), obs=x)
+
+        params = {"auto_loc": jnp.zeros(len(X)), "auto_scale_tril": jnp.eye(len(X))}
+        return Posterior(AutoMultivariateNormal(model), params)
+
+    @pytest.mark.parametrize("method", ["sample", "predict", "to_datatree"])
+    @pytest.mark.parametrize("argument", [0, 1])
+    def test_are_told_once(self, posterior, method, argument):
+        data = [np.arange(15.0) % 4, np.zeros(15)]
+        call = getattr(posterior, method)
+        call(KEY, tuple(data), 3)
+        data[argument][3] = [0.5, np.nan][argument]
+        rows = r"1 of 15 rows of plate 'data' \(rows \[3\]"
+        message = rf"{['outside the support of its Poisson', 'not numbers'][argument]} in {rows}"
+        with pytest.warns(UserWarning, match=message) as told:
+            call(KEY, tuple(data), 3)
+        assert len(told) == 1
+
+    def test_draws_that_are_not_numbers_are_told(self):
+        def guide(x):
+            with numpyro.plate("data", len(x)):
+                z = numpyro.sample("z", dist.Normal(jnp.log(x + 2), 0.45))
+            numpyro.sample("mu", dist.Normal(jnp.nanmean(z), 1.0))
+
+        posterior = Posterior(guide, {}, model=hierarchical_model)
+        low = np.where(np.arange(15) == 3, -5.0, X)
+        for method in (posterior.sample, posterior.predict):
+            with pytest.warns(UserWarning, match=r"not numbers in 1 of 15 .*rows \[3\]"):
+                method(KEY, low, 3)
+
+
 def test_a_guide_that_turns_the_model_around():
     """The mean given the rows' latents: it can only be had as a whole."""
 

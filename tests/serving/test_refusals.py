@@ -36,7 +36,7 @@ def refused(posterior, path, match, error=ValueError, data=FEW, **options):
         ({"platforms": ("cpu", "cpu")}, "each once"),
         ({"artifacts": ("predict",)}, "artifacts is .*predict.* expected one or more of"),
         ({"artifacts": ()}, "artifacts is"),
-        ({"artifacts": "sample"}, "artifacts is 'sample', expected one or more"),
+        ({"artifacts": "novelty"}, "at least 400 rows of reference"),
         ({"artifacts": ("novelty",)}, "at least 400 rows of reference"),
         ({"num_samples": 0}, "num_samples is 0"),
     ],
@@ -48,6 +48,8 @@ def test_wrong_options(few, tmp_path, options, match):
 def test_too_few_rows_for_the_novelty_leave_it_out(few, tmp_path):
     manifest = few.export(tmp_path / "served", FEW, **{**ONE, "artifacts": None})
     assert list(manifest["artifacts"]) == ["encode", "sample", "importance"]
+    one = few.export(tmp_path / "one", FEW, **{**ONE, "artifacts": "sample"})
+    assert list(one["artifacts"]) == ["sample"]
     assert "at least 400 rows" in manifest["left_out"]["novelty"]
     assert manifest["novelty"] is None
 

@@ -50,6 +50,10 @@ def test_a_callback_stops_training():
     jax.tree.map(np.testing.assert_array_equal, result.params, run(num_epochs=2).params)
 
 
+def test_one_callback_may_be_given_alone():
+    assert len(run(callbacks=lambda epoch, *_: epoch == 1).history["loss"]) == 2
+
+
 def test_an_error_in_a_callback_is_the_users():
     def broken(epoch, state, metrics):
         raise RuntimeError("mine")
