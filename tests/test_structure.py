@@ -123,6 +123,7 @@ ORDER = {
         "compiled",
         "psis",
         "divergences",
+        "largest",
         "encoded",
         "steps",
         "natural",
