@@ -11,7 +11,7 @@ from numpyro import handlers
 from numpyro.distributions import constraints
 from numpyro.infer import Trace_ELBO
 
-from numpyro_vae import Posterior, fit
+from numpyro_vae import Importance, Posterior, fit
 
 KEY = jax.random.key(0)
 X = np.random.default_rng(0).normal(0, 1.1, (60, 2)).astype(np.float32)
@@ -172,9 +172,12 @@ def test_parameters_by_row_of_all_rows_or_of_those_that_the_plate_selects():
     for model, batch_size in [(with_scales, 60), (selecting_scales, 15)]:
         svi = make_svi(model, loss=Trace_ELBO(), optimizer=3e-2)
         options = {"batch_size": batch_size, "num_epochs": 150, "progress_bar": False}
-        scale = fit(svi, KEY, x, **options).params["scale"]
+        result = fit(svi, KEY, x, **options)
+        scale = result.params["scale"]
         assert scale.shape == (60,)
         assert np.corrcoef(scale, spread)[0, 1] > 0.9
+        check = Posterior(svi.guide, result).check(KEY, x, Importance(200), progress_bar=False)
+        assert not any("depend on each other" in finding.text for finding in check.findings)
 
 
 def test_a_weight_as_long_as_a_batch_is_none_of_its_rows():
