@@ -185,13 +185,15 @@ class Importance(RowwiseCheck):
 def _among_copies(subject: Subject, elbo: np.ndarray, num_samples: int) -> dict[str, Any]:
     """Return a row whose ELBO is another one among copies of itself, and that ELBO.
 
-    Nothing is returned if it is the same, if the guide is of its rows alone, if a parameter may be
-    by row, or if a network takes statistics of the rows, of which a posterior warns.
+    Nothing is returned if it is the same, if the guide is of its rows alone, if the model's plate
+    is told its rows, which are to be different ones, if a parameter may be by row, or if a network
+    takes statistics of the rows, of which a posterior warns.
     """
     runner, rows, finite = subject.runner, subject.rows, np.flatnonzero(np.isfinite(elbo))
     alone = rows.data.is_whole or rows.num_chosen < 2 or runner.guide.not_amortized
     by_row = any(rows.num_rows in getattr(x, "shape", ()) for x in runner.params.values())
-    if alone or by_row or any(runner.guide.sites.reads.states.values()):
+    is_told = rows.subsamples or bool(rows.held)
+    if alone or by_row or is_told or any(runner.guide.sites.reads.states.values()):
         return {}
     place = finite[len(finite) // 2]
     copies = rows.choose(np.full(min(rows.num_chosen, COPIES), rows.chosen[place]))

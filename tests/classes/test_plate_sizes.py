@@ -180,6 +180,14 @@ def test_parameters_by_row_of_all_rows_or_of_those_that_the_plate_selects():
         assert not any("depend on each other" in finding.text for finding in check.findings)
 
 
+@pytest.mark.parametrize("case", ["constant", "that subsamples"])
+def test_rows_of_a_plate_that_is_told_them_are_not_said_to_depend_on_each_other(case):
+    svi = make_svi(model_of(PLATES[case]), loss=Trace_ELBO())
+    result = fit(svi, KEY, X, batch_size=16, num_epochs=1, progress_bar=False)
+    check = Posterior(svi.guide, result).check(KEY, X, Importance(200), progress_bar=False)
+    assert not any("depend on each other" in finding.text for finding in check.findings)
+
+
 def test_a_weight_as_long_as_a_batch_is_none_of_its_rows():
     def model(x):
         loadings = numpyro.param("loadings", jnp.ones((20, 2)))
