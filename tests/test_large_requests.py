@@ -1,6 +1,7 @@
 """Requests that do not fit the device are cut along draws; those that fit no memory are refused."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
@@ -126,6 +127,27 @@ def test_chunks_of_draws_do_not_show(posterior, monkeypatch):
     monkeypatch.setattr(encoded, "PAIRS", 60)  # ten draws of the rows, which does not divide 101
     np.testing.assert_allclose(posterior.log_weights(KEY, X, 101), weights, rtol=1e-4)
     posterior.guide.compiled.clear()
+
+
+def test_chunks_are_smaller_where_a_density_makes_large_arrays_of_a_row(monkeypatch):
+    def model(x):
+        with numpyro.plate("data", len(x)):
+            z = numpyro.sample("z", dist.Normal(0.0, 1.0))
+            series = jnp.exp(z[:, None] - jnp.arange(1000.0))
+            numpyro.sample("x", dist.Normal(jnp.sort(series).sum(-1), 1.0), obs=x)
+
+    posterior, chunks, lax_map = fitted(model), [], jax.lax.map
+
+    def watched(fn, draws, *, batch_size):
+        chunks.append(batch_size)
+        return lax_map(fn, draws, batch_size=batch_size)
+
+    whole = posterior.log_weights(KEY, X, 101)
+    posterior.guide.compiled.clear()
+    monkeypatch.setattr(encoded, "AT_ONCE", 2**18)  # ten draws of six rows of 1,000 numbers
+    monkeypatch.setattr(jax.lax, "map", watched)
+    np.testing.assert_allclose(posterior.log_weights(KEY, X, 101), whole, rtol=1e-4)
+    assert chunks == [10]
 
 
 # -- what fits no memory --------------------------------------------------------------------------

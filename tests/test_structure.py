@@ -125,6 +125,7 @@ ORDER = {
         "compiled",
         "psis",
         "divergences",
+        "largest",
         "encoded",
         "steps",
         "natural",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import jax
@@ -42,6 +42,8 @@ __all__ = ["Importance"]
 
 CHUNK = 1000  # draws at once, so that any number of them fits in memory
 LOOKED = 256  # rows that an error is about, where no row has finite weights
+COPIES = 256  # of a row, among which it is to have the same ELBO as among the others
+RTOL = 1e-3  # of an ELBO, or of a nat, that may be rounding
 LOWEST = -1e30  # stands for minus infinity, which has no weight, but times which it is NaN
 VERDICTS = ("fine", "reweight", "borderline", "not to be trusted")
 VERDICT_COLOURS = (COLOURS[0], "#56B4E9", *COLOURS[1:])
@@ -49,6 +51,10 @@ MAX_DIVERGENCE = 0.1  # nats up to which draws are as good as those of the poste
 MAX_ROUNDING = 0.1  # nats of rounding error, above which the bounds are not what they seem
 OUTSIDE = "outside_"  # before the name of a site, of which rows have values outside its support
 POSSIBLE = "are their data possible under the model?"
+ALONE = (
+    "verdicts, evidence and repair are of rows that are independent given the globals: write what "
+    "rows share as global latents, or take sets of rows as the data, see data_sets"
+)
 ADVICE = "call numpyro.enable_x64() at the start of the program"
 
 
@@ -101,7 +107,8 @@ class Importance(RowwiseCheck):
     def of_all(self, subject: Subject, dataset: xr.Dataset) -> xr.Dataset:
         """Return the rounding error of each row's weights, if it was measured, and faulty rows.
 
-        These are rows with values outside the support of a site, by site that has some.
+        These are rows with values outside the support of a site, by site that has some. Attributes
+        name a row whose ELBO depends on the other rows, if one was found.
 
         Raises:
             ValueError: if no row has finite weights.
@@ -118,6 +125,7 @@ class Importance(RowwiseCheck):
         errors = rounding_errors(runner, rows, key, dataset["log_evidence"])
         known = {} if errors is None else {"rounding_error": ([subject.plate], errors)}
         attrs = {"not_finite": rows.data.not_finite} if bad.any() else {}
+        attrs |= _among_copies(subject, dataset["elbo"].values, self.num_samples)
         return xr.Dataset(known | _outside(subject, faults), attrs=attrs)
 
     def find(self, dataset: xr.Dataset) -> Findings:
@@ -127,6 +135,13 @@ class Importance(RowwiseCheck):
         text = f"{bad:,} of {verdict.size:,} rows have draws that are not usable as they are"
         advice = "repair them: posterior.repair(rng_key, data, report)" if bad else ""
         yield Finding(self.name, not bad, text, advice)
+        if (row := dataset.attrs.get("depends_on_others")) is not None:
+            text = (
+                f"rows depend on each other beyond the global latents: the ELBO of row {row} is "
+                f"{dataset.attrs['elbo_among_copies']:.4g} among copies of itself, and "
+                f"{float(dataset['elbo'][row]):.4g} among the other rows"
+            )
+            yield Finding(self.name, False, text, ALONE)
         if (coarse := int(_is_coarse(dataset).sum())) > 0:
             text = (
                 f"float32 is too coarse: log weights of {coarse:,} of {verdict.size:,} rows have "
@@ -165,6 +180,28 @@ class Importance(RowwiseCheck):
             ax.axhline(threshold, color="grey", linestyle="--", linewidth=0.8, zorder=0)
         ax.set(xlabel="row, sorted", ylabel="Pareto k-hat", title="Can each posterior be trusted?")
         ax.legend(frameon=False, markerscale=2)
+
+
+def _among_copies(subject: Subject, elbo: np.ndarray, num_samples: int) -> dict[str, Any]:
+    """Return a row whose ELBO is another one among copies of itself, and that ELBO.
+
+    Nothing is returned if it is the same, if the guide is of its rows alone, if the model's plate
+    is told its rows, which are to be different ones, if a parameter may be by row, or if a network
+    takes statistics of the rows, of which a posterior warns.
+    """
+    runner, rows, finite = subject.runner, subject.rows, np.flatnonzero(np.isfinite(elbo))
+    alone = rows.data.is_whole or rows.num_chosen < 2 or runner.guide.not_amortized
+    by_row = any(rows.num_rows in getattr(x, "shape", ()) for x in runner.params.values())
+    is_told = rows.subsamples or bool(rows.held)
+    if alone or by_row or is_told or any(runner.guide.sites.reads.states.values()):
+        return {}
+    place = finite[len(finite) // 2]
+    copies = rows.choose(np.full(min(rows.num_chosen, COPIES), rows.chosen[place]))
+    again = summarize(_sums_of_all(replace(subject, rows=copies), num_samples))["elbo"]
+    found = again[np.argmax(np.abs(again - elbo[place]))]
+    if np.isnan(found) or np.isclose(found, elbo[place], RTOL, RTOL):
+        return {}
+    return {"depends_on_others": int(place), "elbo_among_copies": float(found)}
 
 
 def _outside(subject: Subject, faults: Faults) -> dict[str, Any]:

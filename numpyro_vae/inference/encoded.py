@@ -16,12 +16,14 @@ from numpyro.primitives import Messenger
 from numpyro_vae.data.batch import Batch
 from numpyro_vae.data.shapes import explained
 from numpyro_vae.guides.abstract import AbstractEncoding, AbstractGuide
+from numpyro_vae.inference.largest import measured
 from numpyro_vae.model.densities import level_densities, trace_rows, without_drawn
 from numpyro_vae.model.enumeration import Enumeration
 from numpyro_vae.model.plates import all_rows
 from numpyro_vae.model.redraw import redraw
 
 PAIRS = 8192  # pairs of a row and a draw that pass through the model at once
+AT_ONCE = 2**30  # bytes of the largest array that draws pass through at once
 OF_ROWS = 2**32 - 3  # of no row: what the keys of discrete latents are folded with first
 
 
@@ -125,12 +127,15 @@ class EncodedBatch:
     def over_draws(self, fn: Callable[..., Any], *draws: Any, per_draw: int = 1) -> Any:
         """Map a function over the leading axis of draws, in chunks of at most ``pairs`` pairs.
 
+        They are smaller where an array within the function would take more than ``AT_ONCE`` bytes.
         Chunks are of one size, as the function would be compiled a second time for a smaller one:
         some draws are computed twice instead.
         """
         pairs = len(self.indices) * per_draw * self.enumeration.num_combinations
         number = len(jax.tree.leaves(draws)[0])
-        num_chunks = -(-number // max(1, self.pairs // pairs))
+        first = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), draws)
+        fn, num_bytes = measured(fn, *first)
+        num_chunks = -(-number // max(1, min(self.pairs // pairs, AT_ONCE // num_bytes)))
         size = -(-number // num_chunks)
         if size * num_chunks > number:
             places = jnp.arange(size * num_chunks).clip(max=number - 1)

@@ -95,7 +95,8 @@ def outside_support(msg: dict[str, Any]) -> Outside | None:
     base, support = checked
     bounds = jax.tree.leaves(support)
     support, _ = peeled(support)
-    value = jnp.broadcast_to(msg["value"], fn.batch_shape + event_shape_of(msg))
+    shape = jnp.broadcast_shapes(jnp.shape(msg["value"]), fn.batch_shape + event_shape_of(msg))
+    value = jnp.broadcast_to(msg["value"], shape)
     outside, mask = ~support(value), mask_of(fn)
     if mask is not None:
         outside = outside & mask.reshape(mask.shape + (1,) * (outside.ndim - mask.ndim))

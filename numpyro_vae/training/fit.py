@@ -40,6 +40,7 @@ from numpyro_vae.training.options import (
     check_guide,
     check_names,
     check_objective,
+    check_params,
     check_passes,
     check_start,
     check_state,
@@ -188,6 +189,7 @@ def fit(
         state = devices.put(_start(svi, trainer, source, init_key, init_state, init_params))
         check_supports(trainer, source.first())
         check_guide(trainer, source.first(), source.sites, state)
+        check_params(trainer, source.first())
         warn_of_another_model(svi, source.first())
         if isinstance(source, SimulationSource):
             source.require_frozen()

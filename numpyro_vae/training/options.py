@@ -296,6 +296,46 @@ def check_guide(trainer: Trainer, batch: Batch, sites: ModelSites, state: SVISta
         )
 
 
+def check_params(trainer: Trainer, batch: Batch) -> None:
+    """Raise if parameters of some rows of the model would be taken for those of each batch.
+
+    Raises:
+        ValueError: naming a parameter and the sizes.
+    """
+    size = len(batch.indices)
+    if size == batch.num_data or not (batch.cuts or _has_rows(batch, size)):
+        return
+    shapes = _shapes_of_params(trainer, batch, batch.indices)
+    if not any(size in shape for shape in shapes.values()):
+        return
+    twice = _shapes_of_params(trainer, batch, jnp.concatenate([batch.indices, batch.indices]))
+    for name, shape in shapes.items():
+        if twice[name] != shape:
+            raise ValueError(
+                f"The model's parameter {name!r} has shape {shape}, with a value for each of the "
+                f"{size} rows of a batch, and would be that of each batch in turn, of "
+                f"{batch.num_data} rows. Make it a latent site; or train on all rows at once, with "
+                f"batch_size={batch.num_data}; or, if the model's plate selects rows itself by "
+                "subsample_size=, and so those of a parameter with event_dim=, with another "
+                "batch_size."
+            )
+
+
+def _has_rows(batch: Batch, size: int) -> bool:
+    """Return whether the arrays of a batch that the model takes whole have its rows alone."""
+    pairs = zip(batch.arrays, batch.layout.axes, strict=True)
+    return all(axis is None or array.shape[axis] == size for array, axis in pairs)
+
+
+def _shapes_of_params(trainer: Trainer, batch: Batch, rows: Array) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the model's parameters, without networks, given rows of a batch."""
+    args, kwargs = batch.layout.rows(batch.arrays, rows)
+    held = {batch.plate: (batch.num_data, jnp.arange(len(rows)))} if batch.fills_plate else {}
+    reading = trainer.reader.abstract(args, {**kwargs, **trainer.svi.static_kwargs}, held)
+    values = {name: param.value for name, param in reading.params.items()}
+    return {name: value.shape for name, value in values.items() if hasattr(value, "shape")}
+
+
 def warn_of_another_model(svi: SVI, batch: Batch) -> None:
     """Warn if an amortized guide was made for another model than the one that is trained.
 

@@ -176,3 +176,33 @@ def test_a_point_has_no_weights():
     tree = posterior.to_datatree(jax.random.key(1), x, 10)
     assert set(tree.children) == {"posterior", "posterior_predictive", "observed_data"}
     assert np.ptp(tree.posterior["z"].values, axis=1).max() == 0
+
+
+@pytest.mark.parametrize(
+    ("mean", "depends"),
+    [
+        (lambda z: 2.0 * z, False),
+        (lambda z: z - z.mean(), True),
+        (lambda z: z + jnp.roll(z, 1), True),
+        (jnp.cumsum, True),
+    ],
+    ids=["own", "centred", "next", "running"],
+)
+def test_rows_that_depend_on_each_other_are_reported(mean, depends):
+    """NumPyro's plate says that they do not: what is computed row by row is of no posterior."""
+
+    def model(x):
+        mu = numpyro.sample("mu", dist.Normal(0.0, 1.0))
+        with numpyro.plate("data", len(x)):
+            z = numpyro.sample("z", dist.Normal(mu, 1.0))
+            numpyro.sample("x", dist.Normal(mean(z), 1.0), obs=x)
+
+    x = np.random.default_rng(0).normal(size=20).astype(np.float32)
+    guide = AutoAmortizedNormal(model, partial(MLP, hidden_sizes=(4,)))
+    svi = SVI(model, guide, optax.adam(1e-3), Trace_ELBO())
+    state = svi.init(jax.random.key(0), x)
+    posterior = Posterior(guide, svi.get_params(state))
+    report = posterior.check(jax.random.key(1), x, Importance(200), progress_bar=False)
+    found = [f for f in report.findings if "rows depend on each other" in f.text]
+    assert len(found) == depends
+    assert not any(finding.ok for finding in found)

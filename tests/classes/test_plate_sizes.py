@@ -1,15 +1,17 @@
 """How many rows a plate has is what the data say, whatever number the model wrote into it."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import pytest
 from helpers import make_svi
 from numpyro import handlers
+from numpyro.distributions import constraints
 from numpyro.infer import Trace_ELBO
 
-from numpyro_vae import Posterior, fit
+from numpyro_vae import Importance, Posterior, fit
 
 KEY = jax.random.key(0)
 X = np.random.default_rng(0).normal(0, 1.1, (60, 2)).astype(np.float32)
@@ -110,6 +112,91 @@ def test_what_reads_local_latents_outside_their_plate_is_refused_in_minibatches(
     with pytest.raises(ValueError, match=r"Site 'balance' lies outside plate 'data'.*\['z'\]"):
         fit(svi, KEY, X, batch_size=20, num_epochs=1, progress_bar=False)
     assert fit(svi, KEY, X, batch_size=60, num_epochs=1, progress_bar=False).losses.size == 1
+
+
+def test_what_is_broadcast_outside_the_plate_is_refused_by_name():
+    """NumPyro's density of it is that of all values, and its batch has fewer."""
+
+    def model(x):
+        with numpyro.plate("data", len(x)):
+            z = numpyro.sample("z", dist.Normal(0.0, 1.0))
+        numpyro.sample("x", dist.Normal(z[:, None], 0.5), obs=x)
+
+    with pytest.raises(ValueError, match=r"Site 'x' lies outside plate 'data'.*\['z'\]"):
+        fit(
+            make_svi(model, loss=Trace_ELBO()),
+            KEY,
+            X,
+            batch_size=20,
+            num_epochs=1,
+            progress_bar=False,
+        )
+
+
+# -- parameters by row ----------------------------------------------------------------------------
+
+
+def with_scales(x):
+    with numpyro.plate("data", len(x)):
+        scale = numpyro.param("scale", jnp.ones(len(x)), constraint=constraints.positive)
+        z = numpyro.sample("z", dist.Normal(0.0, 1.0))
+        numpyro.sample("x", dist.Normal(z[:, None], scale[:, None]).to_event(1), obs=x)
+
+
+def selecting_scales(x):
+    with numpyro.plate("data", len(x), subsample_size=20):
+        given = {"constraint": constraints.positive, "event_dim": 0}
+        scale = numpyro.param("scale", jnp.ones(len(x)), **given)
+        z = numpyro.sample("z", dist.Normal(0.0, 0.1))
+        x = numpyro.subsample(x, event_dim=1)
+        numpyro.sample("x", dist.Normal(z[:, None], scale[:, None]).to_event(1), obs=x)
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "options"),
+    [
+        (with_scales, X, {"batch_size": 20}),
+        (with_scales, [X[:20], X[20:40], X[40:]], {"num_data": 60}),
+        (selecting_scales, X, {"batch_size": 20}),
+    ],
+)
+def test_parameters_by_row_are_not_those_of_each_batch_in_turn(model, data, options):
+    svi = make_svi(model, loss=Trace_ELBO())
+    with pytest.raises(ValueError, match=r"parameter 'scale' has shape \(20,\).*batch_size=60"):
+        fit(svi, KEY, data, num_epochs=1, progress_bar=False, **options)
+
+
+def test_parameters_by_row_of_all_rows_or_of_those_that_the_plate_selects():
+    spread = np.linspace(0.3, 3.0, 60)
+    x = np.random.default_rng(0).normal(0.0, spread[:, None], (60, 40)).astype(np.float32)
+    for model, batch_size in [(with_scales, 60), (selecting_scales, 15)]:
+        svi = make_svi(model, loss=Trace_ELBO(), optimizer=3e-2)
+        options = {"batch_size": batch_size, "num_epochs": 150, "progress_bar": False}
+        result = fit(svi, KEY, x, **options)
+        scale = result.params["scale"]
+        assert scale.shape == (60,)
+        assert np.corrcoef(scale, spread)[0, 1] > 0.9
+        check = Posterior(svi.guide, result).check(KEY, x, Importance(200), progress_bar=False)
+        assert not any("depend on each other" in finding.text for finding in check.findings)
+
+
+@pytest.mark.parametrize("case", ["constant", "that subsamples"])
+def test_rows_of_a_plate_that_is_told_them_are_not_said_to_depend_on_each_other(case):
+    svi = make_svi(model_of(PLATES[case]), loss=Trace_ELBO())
+    result = fit(svi, KEY, X, batch_size=16, num_epochs=1, progress_bar=False)
+    check = Posterior(svi.guide, result).check(KEY, X, Importance(200), progress_bar=False)
+    assert not any("depend on each other" in finding.text for finding in check.findings)
+
+
+def test_a_weight_as_long_as_a_batch_is_none_of_its_rows():
+    def model(x):
+        loadings = numpyro.param("loadings", jnp.ones((20, 2)))
+        with numpyro.plate("data", len(x)):
+            z = numpyro.sample("z", dist.Normal(0.0, 1.0).expand([20]).to_event(1))
+            numpyro.sample("x", dist.Normal(z @ loadings, 0.5).to_event(1), obs=x)
+
+    svi = make_svi(model, loss=Trace_ELBO())
+    assert fit(svi, KEY, X, batch_size=20, num_epochs=1, progress_bar=False).losses.size == 3
 
 
 @pytest.mark.slow
