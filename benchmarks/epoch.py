@@ -1,4 +1,4 @@
-"""One training epoch of a VAE: numpyro_vae, the same written by hand in JAX, and with NumPyro's SVI.
+"""One training epoch of a VAE: numpyro_vae, the same by hand in JAX, and with NumPyro's SVI.
 
     python benchmarks/epoch.py [--repeats 7]
 

@@ -125,7 +125,8 @@ class Importance(RowwiseCheck):
         errors = rounding_errors(runner, rows, key, dataset["log_evidence"])
         known = {} if errors is None else {"rounding_error": ([subject.plate], errors)}
         attrs = {"not_finite": rows.data.not_finite} if bad.any() else {}
-        attrs |= _among_copies(subject, dataset["elbo"].values, self.num_samples)
+        elbo, rounding = dataset["elbo"].values, 0.0 if errors is None else errors
+        attrs |= _among_copies(subject, elbo, RTOL + rounding, self.num_samples)
         return xr.Dataset(known | _outside(subject, faults), attrs=attrs)
 
     def find(self, dataset: xr.Dataset) -> Findings:
@@ -182,12 +183,15 @@ class Importance(RowwiseCheck):
         ax.legend(frameon=False, markerscale=2)
 
 
-def _among_copies(subject: Subject, elbo: np.ndarray, num_samples: int) -> dict[str, Any]:
+def _among_copies(
+    subject: Subject, elbo: np.ndarray, room: np.ndarray | float, num_samples: int
+) -> dict[str, Any]:
     """Return a row whose ELBO is another one among copies of itself, and that ELBO.
 
-    Nothing is returned if it is the same, if the guide is of its rows alone, if the model's plate
-    is told its rows, which are to be different ones, if a parameter may be by row, or if a network
-    takes statistics of the rows, of which a posterior warns.
+    ``room`` is what may be rounding, in nats, beside `RTOL` of the ELBO. Nothing is returned if it
+    is the same, if the guide is of its rows alone, if the model's plate is told its rows, which are
+    to be different ones, if a parameter may be by row, or if a network takes statistics of the
+    rows, of which a posterior warns.
     """
     runner, rows, finite = subject.runner, subject.rows, np.flatnonzero(np.isfinite(elbo))
     alone = rows.data.is_whole or rows.num_chosen < 2 or runner.guide.not_amortized
@@ -196,10 +200,11 @@ def _among_copies(subject: Subject, elbo: np.ndarray, num_samples: int) -> dict[
     if alone or by_row or is_told or any(runner.guide.sites.reads.states.values()):
         return {}
     place = finite[len(finite) // 2]
+    atol = np.broadcast_to(room, elbo.shape)[place]
     copies = rows.choose(np.full(min(rows.num_chosen, COPIES), rows.chosen[place]))
     again = summarize(_sums_of_all(replace(subject, rows=copies), num_samples))["elbo"]
     found = again[np.argmax(np.abs(again - elbo[place]))]
-    if np.isnan(found) or np.isclose(found, elbo[place], RTOL, RTOL):
+    if np.isnan(found) or np.isclose(found, elbo[place], RTOL, atol):
         return {}
     return {"depends_on_others": int(place), "elbo_among_copies": float(found)}
 
