@@ -88,10 +88,19 @@ def test_what_is_not_finite_is_not():
     assert choose_guide(ignores, (SHIFT, np.where(SHIFT > 0, np.nan, 0))).inputs is None
 
 
+def test_covariates_are_found_by_position_as_by_name():
+    posterior, rng_key = trained(shifted, {"x": X, "shift": SHIFT}), jax.random.key(1)
+    by_name = posterior.sample(rng_key, {"x": X, "shift": SHIFT}, 5)["z"]
+    np.testing.assert_array_equal(posterior.sample(rng_key, (X, SHIFT), 5)["z"], by_name)
+
+
 def test_a_covariate_that_is_not_given_is_named():
-    posterior = trained(shifted, {"x": X, "shift": SHIFT})
+    def named(x, **given):
+        shifted(x, given["shift"] if "shift" in given else given["moved"])
+
+    posterior = trained(named, {"x": X, "shift": SHIFT})
     with pytest.raises(ValueError, match=r"covariates at \[\"\[1\]\['shift'\]\"\]"):
-        posterior.sample(jax.random.key(1), (X, SHIFT), 5)
+        posterior.sample(jax.random.key(1), {"x": X, "moved": SHIFT}, 5)
 
 
 def test_it_can_be_saved():

@@ -165,7 +165,7 @@ def refusals(svi, mesh) -> list[str]:
         lambda: train(svi, mesh, text if mine else OWN),
         lambda: train(svi, mesh, [bad[:8]], batch_size=None, num_data=32),
         lambda: train(svi, mesh, validation=bad[:11]),
-        lambda: train(svi, mesh, validation={"x": OWN[:11]} if mine else OWN[:11]),
+        lambda: train(svi, mesh, validation=(OWN[:11], OWN[:11]) if mine else OWN[:11]),
     ]
     return list(map(error, runs))
 

@@ -140,7 +140,7 @@ def test_what_one_host_is_given_wrongly_ends_all(hosts):
     first, second = (host["refused"] for host in hosts)
     for message in first:
         assert "The data of the hosts [1] were refused, of 2 hosts" in message
-    for message, match in zip(second, ["NaN", "<U", "NaN", "NaN", "structure"], strict=True):
+    for message, match in zip(second, ["NaN", "<U", "NaN", "NaN", "arguments"], strict=True):
         assert match in message
 
 

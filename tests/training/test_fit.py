@@ -294,7 +294,11 @@ BAD = {
     "beyond float32": (np.full(100, 1e300), {}, "float64.*beyond the range of float32"),
     "no epochs": (X, {"num_epochs": 0}, "num_epochs is 0"),
     "patience alone": (X, {"patience": 3}, "early stopping needs validation"),
-    "validation of another form": (X, {"validation": (X, X)}, "validation has the structure"),
+    "validation of another form": (
+        X,
+        {"validation": (X, X)},
+        r"validation has arrays at the arguments \['0', '1'\], the data at \['0'\]",
+    ),
     "iterable of unknown length": ([X], {"batch_size": None}, "num_data="),
     "exhausted": (iter([]), {"batch_size": None, "num_data": 100}, "yields no batch"),
     "unknown plate": (X, {"plate": "rows"}, "No latent site lies in a plate named 'rows'"),
