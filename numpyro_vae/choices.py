@@ -15,6 +15,7 @@ from jaxtyping import Array
 from numpyro.infer import Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO
 from numpyro.infer.elbo import ELBO
 
+from numpyro_vae.checks.importance import VERDICTS
 from numpyro_vae.data.arrays import is_array
 from numpyro_vae.encoders import RNN, ConvNet, ResidualMLP
 from numpyro_vae.guides.auto import (
@@ -24,6 +25,7 @@ from numpyro_vae.guides.auto import (
     AutoAmortizedNormal,
 )
 from numpyro_vae.guides.base import AmortizedGuide
+from numpyro_vae.inference.psis import NoWeightsError
 from numpyro_vae.inference.rows import Rows
 from numpyro_vae.model.covariates import WithCovariates, arrays_by_path
 from numpyro_vae.model.data_sets import DataSets
@@ -258,8 +260,12 @@ def judge_posterior(rng_key: Array, data: Any, posterior: Posterior) -> tuple[np
 
     Returns:
         The verdicts, from 0, fine, to 3, not to be trusted; and the mean divergence, in nats with
-        two decimals, as less is not worth the steps that it may take.
+        two decimals, as less is not worth the steps that it may take. Without finite weights it is
+        the worst of all.
     """
-    report = posterior.check(rng_key, data, "importance", progress_bar=False)
+    try:
+        report = posterior.check(rng_key, data, "importance", progress_bar=False)
+    except NoWeightsError:
+        return np.array([len(VERDICTS) - 1]), np.inf
     divergence = np.nan_to_num(report.dataset["divergence"].values, nan=np.inf)
     return report.verdict, float(divergence.mean().round(2))

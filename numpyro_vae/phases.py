@@ -23,6 +23,7 @@ from numpyro_vae.choices import (
 )
 from numpyro_vae.data.arrays import count_rows, take_rows
 from numpyro_vae.guides.base import AmortizedGuide
+from numpyro_vae.inference.psis import NoWeightsError
 from numpyro_vae.inference.rows import Rows
 from numpyro_vae.model.simulate import NotSimulableError
 from numpyro_vae.posterior import Posterior
@@ -190,7 +191,10 @@ class Phases:
         if unjudged := why_unjudged(self.guide):
             self.say(f"No checks. {unjudged}.")
         elif self.progress_bar:
-            self.say(posterior.check(rng_key, self.split.some, CHECKS, progress_bar=False))
+            try:
+                self.say(posterior.check(rng_key, self.split.some, CHECKS, progress_bar=False))
+            except NoWeightsError as reason:
+                self.say(f"No verdicts. {reason}")
 
     def _train(
         self,

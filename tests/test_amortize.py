@@ -22,6 +22,7 @@ from numpyro_vae import (
     AutoAmortizedMultivariateNormal,
     AutoAmortizedNormal,
     ConvNet,
+    Posterior,
     ResidualMLP,
     amortize,
     data_sets,
@@ -31,6 +32,7 @@ from numpyro_vae.choices import (
     choose_guide,
     choose_posterior,
     choose_refining,
+    judge_posterior,
     optimizers,
 )
 from numpyro_vae.inference.rows import Rows
@@ -164,6 +166,16 @@ def test_what_is_kept(name):
     posterior, undone = choose_posterior(guide, phases, [0, 8], judge)
     assert (int(posterior.params["phase"]), posterior.natural_steps) == (phase, steps)
     assert undone == 3 - phase
+
+
+def test_a_posterior_without_finite_weights_is_the_worst_of_all(recwarn):
+    guide = AutoAmortizedNormal(model, SMALL)
+    options = {"num_steps": 1, "num_simulation_steps": 0, "natural_steps": 0} | QUIET
+    good = amortize(model, KEY, X, guide=guide, **options)
+    bad = Posterior(guide, jax.tree.map(lambda x: x * np.nan, good.params))
+    verdict, divergence = judge_posterior(KEY, X[:5], bad)
+    assert (verdict == 3).all()
+    assert divergence == np.inf
 
 
 @pytest.mark.slow

@@ -314,10 +314,9 @@ def check_params(trainer: Trainer, batch: Batch) -> None:
             raise ValueError(
                 f"The model's parameter {name!r} has shape {shape}, with a value for each of the "
                 f"{size} rows of a batch, and would be that of each batch in turn, of "
-                f"{batch.num_data} rows. Make it a latent site; or train on all rows at once, with "
-                f"batch_size={batch.num_data}; or, if the model's plate selects rows itself by "
-                "subsample_size=, and so those of a parameter with event_dim=, with another "
-                "batch_size."
+                f"{batch.num_data} rows. Make it a latent site; or, if the model's plate selects "
+                "rows itself by subsample_size=, and so those of a parameter with event_dim=, "
+                "train with another batch_size."
             )
 
 
