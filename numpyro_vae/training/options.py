@@ -291,8 +291,8 @@ def check_guide(trainer: Trainer, batch: Batch, sites: ModelSites, state: SVISta
         raise ValueError(
             f"The guide does not look at the data: its parameters {own} are of the {size} rows of "
             f"a batch, and would be those of each batch in turn, of {batch.num_data} rows. Use an "
-            f"amortized guide; or train on all rows at once, with batch_size={batch.num_data}; or, "
-            "if the model selects rows itself by subsample_size=, with another batch_size."
+            "amortized guide; or train on all rows at once, with batch_axes=None; or, if the model "
+            "selects rows itself by subsample_size=, with another batch_size."
         )
 
 
@@ -314,9 +314,10 @@ def check_params(trainer: Trainer, batch: Batch) -> None:
             raise ValueError(
                 f"The model's parameter {name!r} has shape {shape}, with a value for each of the "
                 f"{size} rows of a batch, and would be that of each batch in turn, of "
-                f"{batch.num_data} rows. Make it a latent site; or, if the model's plate selects "
-                "rows itself by subsample_size=, and so those of a parameter with event_dim=, "
-                "train with another batch_size."
+                f"{batch.num_data} rows. Make it a latent site; or train on all rows at once, "
+                "with batch_axes=None; or, if the model's plate selects rows itself by "
+                "subsample_size=, and so those of a parameter with event_dim=, with another "
+                "batch_size."
             )
 
 

@@ -162,7 +162,7 @@ def selecting_scales(x):
 )
 def test_parameters_by_row_are_not_those_of_each_batch_in_turn(model, data, options):
     svi = make_svi(model, loss=Trace_ELBO())
-    with pytest.raises(ValueError, match=r"parameter 'scale' has shape \(20,\).*Make it a latent site"):
+    with pytest.raises(ValueError, match=r"parameter 'scale' has shape \(20,\).*batch_axes=None"):
         fit(svi, KEY, data, num_epochs=1, progress_bar=False, **options)
 
 
