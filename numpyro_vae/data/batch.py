@@ -95,6 +95,8 @@ class Batch:
 class Permutation:
     """The rows of each step of an epoch, filled up with those of the next permutation.
 
+    All rows at once stay in order, as a guide or a model may have parameters for each of them.
+
     A pytree, so that they are drawn in the program that takes the steps: a call of its own would
     cost a short epoch a twentieth of its time.
 
@@ -115,6 +117,8 @@ class Permutation:
     @jax.jit
     def rows(self) -> Int[Array, "num_steps batch"]:
         """Return the rows of each step."""
+        if self.batch_size == self.num_data:
+            return jnp.arange(self.num_data)[None]
         epoch_key = partial(jax.random.fold_in, self.rng_key)
         order = jax.random.permutation(epoch_key(self.epoch), self.num_data)
         missing = self.num_steps * self.batch_size - self.num_data

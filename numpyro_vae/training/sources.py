@@ -70,6 +70,8 @@ class Source(Protocol):
 class ArraySource:
     """Arrays in memory: every epoch is a fresh permutation, in one compiled scan.
 
+    A batch of all rows has them in order.
+
     Where the batch size does not divide the data, the last batch of an epoch is filled up from
     the next permutation, so that every batch has the same shape and every row the same chance.
 
@@ -103,8 +105,9 @@ class ArraySource:
         self.taking = self._read(plate)
         self.sites, self.plate = self.taking.sites, self.taking.plate.name
         # Not the first ones, as encoders take the scale of the data from them, and rows may be
-        # in the order of their values.
+        # in the order of their values; all are as they are in an epoch.
         chosen = np.random.default_rng(0).choice(data.num_data, self.part, replace=False)
+        chosen = np.sort(chosen) if self.part == data.num_data else chosen
         self._first = self._batch(self.held, chosen, None)
         given = (trainer.reader, data, trainer.svi.static_kwargs, self._first.every(data.num_data))
         devices.together(partial(require_finite_observations, *given))

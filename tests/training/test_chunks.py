@@ -106,6 +106,11 @@ def test_every_row_comes_once_an_epoch(to_store, batch_size):
         assert counts.max() <= 2
 
 
+def test_all_rows_at_once_stay_in_order(to_store):
+    source = source_of(to_store(numbered()), ROWS)
+    np.testing.assert_array_equal(rows_of(seen(source)), np.arange(ROWS))
+
+
 @pytest.mark.slow
 def test_rows_that_fill_the_last_batch_up_are_any_rows(tmp_path):
     source = source_of(to_memmap(numbered(), tmp_path), 50)

@@ -66,6 +66,16 @@ def test_guides_with_parameters_of_each_row_learn_them_from_data_taken_whole():
     assert np.corrcoef(loc, X)[0, 1] > 0.95
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("make", [AutoNormal, lambda model: of_a_batch])
+def test_parameters_of_all_rows_at_once_are_each_those_of_one_row(make):
+    """By default as well, where there are fewer rows than in a batch."""
+    guide = make(model)
+    result = train(model, guide, num_epochs=300)
+    loc = Posterior(guide, result, model=model).encode(X)["z"].loc
+    np.testing.assert_allclose(loc, 0.8 * X, atol=0.35)
+
+
 @pytest.mark.parametrize("filtered", ["error", "default"])
 def test_rows_that_the_model_selects_have_parameters_of_their_own(filtered):
     """Whether or not NumPyro's warning of a plate that is short of rows ends a run."""
