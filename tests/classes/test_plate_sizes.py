@@ -166,7 +166,6 @@ def test_parameters_by_row_are_not_those_of_each_batch_in_turn(model, data, opti
         fit(svi, KEY, data, num_epochs=1, progress_bar=False, **options)
 
 
-@pytest.mark.xfail(strict=True, reason="rows of a full batch are shuffled")
 def test_parameters_by_row_of_all_rows_or_of_those_that_the_plate_selects():
     spread = np.linspace(0.3, 3.0, 60)
     x = np.random.default_rng(0).normal(0.0, spread[:, None], (60, 40)).astype(np.float32)
