@@ -35,6 +35,10 @@ def sample_local(encoding: Encoding, prefix: str) -> Iterator[tuple[str, Array]]
     """
     values: dict[str, Array] = dict(encoding.given)
     read = {name for block in encoding.blocks.values() for name in block.reads}
+    if not encoding.family.is_factorized:
+        names = (site.name for site in encoding.sites)
+        remedy = ", or use AutoAmortizedNormal, whose latents do not depend on each other"
+        encoding.run.require_whole(names, "Local site", remedy)
     sample = _each if encoding.family.is_factorized else partial(_jointly, prefix)
     for name, block in encoding.blocks.items():
         raw = block.raw(encoding.features[name], values)
@@ -48,7 +52,9 @@ def _each(encoding: Encoding, block: Block, raw: Any) -> Iterator[tuple[Site, Ar
     """Sample sites one by one, each from its own distribution."""
     run = encoding.run
     for site, part in block.raw_by_site(raw):
-        by_value = jax.tree.map(lambda rows, site=site: site.unpack(rows, run.plate), part)
+        by_value = jax.tree.map(
+            lambda rows, site=site: run.held(site, site.unpack(rows, run.plate)), part
+        )
         marginals, mask = block.head.marginals(by_value), run.mask(site)
         fn = _masked(marginals, site, run.support(site), mask)
         with run.enter_plates(site.plates), scaled(run.scale(site)):

@@ -33,7 +33,8 @@ class Run:
     Attributes:
         plate: the local plate as it is in this run.
         reading: what the model holds.
-        whole: the same, and all rows of those other plates by which it subsamples observations.
+        whole: the same, and all rows of those other plates by which it subsamples what is in the
+            local plate: the network reads and serves as much as it will without subsampling.
         groups: for other plates that hold the plate's data, which datum each of their rows
             belongs to.
         args: the model's arguments.
@@ -102,33 +103,42 @@ class Run:
         return stack
 
     def same_sites(self, expected: tuple[Site, ...]) -> tuple[Site, ...]:
-        """Return the local sites as they are in this run.
+        """Return the local sites as the network serves them: with all rows of other plates.
 
         Raises:
-            ValueError: if one is missing, its values have another shape than expected, or it lies
-                in another plate, of which the run holds a part.
+            ValueError: if one is missing, or its values have another shape than expected.
         """
-        self.require_whole((x.name for x in expected if x.name in self.sites.sites), "Local site")
         return tuple(self._same_site(site) for site in expected)
 
-    def require_whole(self, names: Iterable[str], whose: str) -> None:
+    def held(self, site: Site, value: Array) -> Array:
+        """Return those entries of a value of a local site that are of rows which this run holds."""
+        for plate in self._cut_plates(site.name):
+            value = jnp.take(value, self.reading.rows(plate), axis=site.axis(plate))
+        return value
+
+    def require_whole(self, names: Iterable[str], whose: str, remedy: str = "") -> None:
         """Raise ValueError if sites lie in other plates of which this run holds a part.
 
         Args:
             names: of the sites.
             whose: what they are, for the message.
+            remedy: another one than to hold all rows.
         """
         for name in names:
-            for plate in map(self.sites.plates.__getitem__, self.sites.sites[name].plates):
-                if plate.length < plate.size and plate.name != self.plate.name:
-                    raise ValueError(
-                        f"{whose} {name!r} lies in plate {plate.name!r}, which subsamples "
-                        f"{plate.length} of {plate.size} rows, and the network is of all of them. "
-                        f"Remove the subsample_size of plate {plate.name!r}."
-                    )
+            for plate in self._cut_plates(name):
+                raise ValueError(
+                    f"{whose} {name!r} lies in plate {plate.name!r}, which subsamples "
+                    f"{plate.length} of {plate.size} rows, and the network is of all of them. "
+                    f"Remove the subsample_size of plate {plate.name!r}{remedy}."
+                )
+
+    def _cut_plates(self, name: str) -> list[Plate]:
+        """Return the plates of a site, other than the local one, of which the run holds a part."""
+        plates = map(self.sites.plates.__getitem__, self.sites.sites[name].plates)
+        return [x for x in plates if x.length < x.size and x.name != self.plate.name]
 
     def _same_site(self, site: Site) -> Site:
-        now = self.sites.sites.get(site.name)
+        now = self.whole.sites.sites.get(site.name)
         plate = self.plate
         if now is None or now.is_observed or plate.name not in now.plates:
             raise ValueError(
@@ -262,8 +272,8 @@ def _with_rows(
 
     It is read again where a handler gives a plate other rows than it has by itself. Those of the
     local plate are asked for first, as the model may not run with another number of them. The
-    second result has all rows of other plates by which the model subsamples what is observed in
-    the local one, so that the encoder reads as much as it will without subsampling.
+    second result has all rows of other plates by which the model subsamples what is in the local
+    one.
     """
     given = given_rows(local)
     reading, rows = reader.read(args, kwargs, given), dict(given)
@@ -285,10 +295,11 @@ def _with_rows(
 
 
 def _cut(sites: ModelSites, local: str) -> set[str]:
-    """Return the plates by whose rows a model takes parts of the local plate's observations."""
+    """Return the plates by whose rows a model takes parts of the local plate's sites."""
     short = {name for name, plate in sites.plates.items() if plate.length < plate.size} - {local}
     reads = (sites.reads.values.get(site.name, ()) for site in sites.observed(local))
-    return short & set().union(*reads)
+    holds = (site.plates for site in sites.latent() if local in site.plates)
+    return short & set().union(*reads, *holds)
 
 
 def _ids(ids: Any, elements: Plate, plate: Plate) -> Array:

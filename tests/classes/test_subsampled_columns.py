@@ -1,5 +1,7 @@
 """Models that subsample another plate than the guide's: one of columns, across its rows."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +13,7 @@ from linear_gaussian import LINEAR
 from numpyro import handlers
 from numpyro.infer import SVI, Trace_ELBO
 
-from numpyro_vae import AutoAmortizedNormal, Posterior, fit
+from numpyro_vae import AutoAmortizedMultivariateNormal, AutoAmortizedNormal, Posterior, fit
 
 NUM_ROWS, NUM_COLUMNS, HELD = 60, 12, 4
 RNG = np.random.default_rng(0)
@@ -69,9 +71,22 @@ def test_the_encoder_reads_all_columns(posterior):
     np.testing.assert_allclose(encoded.scale, (1 + NUM_COLUMNS) ** -0.5, rtol=0.15)
 
 
-def test_latents_in_the_columns_are_refused():
-    guide = AutoAmortizedNormal(within_columns, LINEAR, plate="rows")
-    with pytest.raises(ValueError, match=r"'z' lies in plate 'columns'.*4 of 12.*subsample_size"):
+def test_latents_in_the_columns_are_those_of_the_columns_that_the_model_holds():
+    """Each has a posterior by itself: ``N(x / 2, 1 / 2)``."""
+    guide = AutoAmortizedNormal(within_columns, partial(LINEAR, hidden_sizes=(16,)), plate="rows")
+    optimizer = optax.adam(optax.cosine_decay_schedule(3e-2, 900))
+    svi = SVI(within_columns, guide, optimizer, Trace_ELBO())
+    options = {"batch_size": 20, "num_epochs": 300, "progress_bar": False}
+    result = fit(svi, jax.random.key(0), X, **options)
+    encoded = Posterior(guide, result).encode(X)["z"]
+    np.testing.assert_allclose(encoded.loc, X / 2, atol=0.3)  # of columns units apart
+    np.testing.assert_allclose(encoded.scale.mean(0), 0.5**0.5, rtol=0.1)
+
+
+def test_joint_latents_in_the_columns_are_refused():
+    guide = AutoAmortizedMultivariateNormal(within_columns, LINEAR, plate="rows")
+    message = r"'z' lies in plate 'columns'.*4 of 12.*AutoAmortizedNormal"
+    with pytest.raises(ValueError, match=message):
         handlers.seed(guide, 0)(X)
 
 
