@@ -245,10 +245,17 @@ def _deterministic(
     return [step for name, (possible, step) in ways.items() if possible and choices.has(name)]
 
 
-def _params(choices: Choices, plates: tuple[PlateSpec, ...]) -> list[Step]:
+def _params(
+    choices: Choices, plates: tuple[PlateSpec, ...], read_in: tuple[str, ...]
+) -> list[Step]:
+    """Of the rows of a plate that a step has not all of, where what reads them is in it too.
+
+    A mean over some rows is not that over all, and neither are the model's ELBOs.
+    """
     if not choices.has("param"):
         return []
-    others = tuple(plate.name for plate in plates if plate.name != DATA)
+    whole = (plate for plate in plates if plate.subsample is None or plate.name in read_in)
+    others = tuple(plate.name for plate in whole if plate.name != DATA)
     around = others if others and choices.has("param_plate") else ()
     return [Param("w", around, choices.has("param_positive"))]
 
@@ -262,8 +269,8 @@ def generate(seed: int, enabled: Collection[str] = FEATURES) -> Case:
     local = _locals(choices, plates, globals_)
     latents = [*globals_, *by_group, *local]
     in_order = [*by_group, *local, *globals_] if "globals_last" in choices.used else latents
-    params = _params(choices, plates)
     observed = _all_observed(choices, plates, latents)
+    params = _params(choices, plates, observed[0].plates)
     made = _deterministic(choices, plates, latents, observed)
     made += [*_auxiliary(choices, latents), *_factors(choices, plates, latents)]
     steps = (*params, *in_order, *observed, *made)
