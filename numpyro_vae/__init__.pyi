@@ -53,7 +53,8 @@ from .scales.parameterization import (
     Softplus,
 )
 from .training.checkpoints import Checkpoints
-from .training.fit import FitResult, fit
+from .training.fit import fit
+from .training.result import FitResult
 from .training.simulations import Simulations
 
 __version__: str

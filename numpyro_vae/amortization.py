@@ -12,6 +12,7 @@ from numpyro.infer.elbo import ELBO
 from numpyro_vae.choices import choose_guide, choose_loss, choose_optimizers, optimizers
 from numpyro_vae.data.arguments import require_count
 from numpyro_vae.data.arrays import is_in_memory
+from numpyro_vae.data.labels import column_names, in_order
 from numpyro_vae.data.stores import in_memory
 from numpyro_vae.guides.base import AmortizedGuide
 from numpyro_vae.inference.natural import able, why_unable
@@ -97,7 +98,10 @@ def amortize(
     if batch_size is not None:
         batch_size = require_count("batch_size", batch_size)
     make_optimizer = None if optimizer is None else optimizers(optimizer)
-    data, validation = in_memory(data), in_memory(validation)
+    columns = column_names(data, batch_axes)
+    if validation is not None:
+        validation = in_memory(in_order(validation, batch_axes, columns, "validation data"))
+    data = in_memory(data)
     if not is_in_memory(data):
         raise ValueError(
             f"data is a {type(data).__name__}, expected an array, or a tuple or dict of arrays. "
@@ -117,7 +121,7 @@ def amortize(
     steps_of_rows = _steps(guide, rows, static, natural_steps)
     keys = jax.random.split(rng_key, 7)
     split = Split.of(rows, data, validation, batch_axes, batch_size, keys[0])
-    phases = Phases(model, guide, rows, split, make_optimizer, static, progress_bar)
+    phases = Phases(model, guide, rows, split, make_optimizer, static, columns, progress_bar)
     phases.say(_choices(guide, rows))
     first = phases.on_data(keys[1], loss, num_steps)
     others = phases.on_simulations(keys[2:4], first, num_simulation_steps, to_data)

@@ -35,7 +35,7 @@ from numpyro_vae.model.simulate import NotSimulableError, why_censored
 from numpyro_vae.model.trace import NEEDS_VALUES
 from numpyro_vae.objectives import ForwardKL, ImportanceWeightedELBO
 from numpyro_vae.posterior import Posterior
-from numpyro_vae.training.fit import FitResult
+from numpyro_vae.training.result import FitResult
 
 RATE, GLOBAL_RATE = 2e-3, 1e-2  # the highest, of networks and model, and of the guide of globals
 FLOW, FULL_RANK = 16, 32  # latents of a datum, up to which the family is a flow, or a full Normal

@@ -22,12 +22,14 @@ from numpyro_vae.choices import (
     why_unjudged,
 )
 from numpyro_vae.data.arrays import count_rows, take_rows
+from numpyro_vae.data.labels import ColumnNames
 from numpyro_vae.guides.base import AmortizedGuide
 from numpyro_vae.inference.psis import NoWeightsError
 from numpyro_vae.inference.rows import Rows
 from numpyro_vae.model.simulate import NotSimulableError
 from numpyro_vae.posterior import Posterior
-from numpyro_vae.training.fit import FitResult, fit
+from numpyro_vae.training.fit import fit
+from numpyro_vae.training.result import FitResult
 from numpyro_vae.training.simulations import Simulations
 
 HELD_OUT = 0.1, 1000  # the share of the rows that are held out, and the most of them
@@ -105,6 +107,7 @@ class Phases:
         split: the data, and which of them are held out.
         make_optimizer: from a number of steps.
         static_kwargs: keyword arguments of the model that are the same in every call.
+        columns: the names of the columns of the data.
         progress_bar: whether to show progress, and to say anything.
     """
 
@@ -114,6 +117,7 @@ class Phases:
     split: Split
     make_optimizer: Callable[[int], Any]
     static_kwargs: dict[str, Any]
+    columns: ColumnNames
     progress_bar: bool
 
     def say(self, text: Any) -> None:
@@ -226,7 +230,7 @@ class Phases:
         end = "" if losses is None else f", held-out loss {np.nanmin(losses):.3f} nats"
         epochs, seconds = len(result.history["loss"]), time.perf_counter() - start
         self.say(f"{name}: {epochs} epochs, {seconds:.0f} s{end}.")
-        return result
+        return result._replace(columns=self.columns)
 
     def _train_unless_it_fails(self, name: str, *args: Any, **more: Any) -> FitResult | None:
         """Return what a phase comes to; None, with a warning, if it can take no step."""

@@ -20,6 +20,7 @@ from numpyro_vae.inference import quantities as compiled
 from numpyro_vae.inference.make_datatree import make_datatree
 from numpyro_vae.inference.predictable import predict
 from numpyro_vae.inference.runner import Runner
+from numpyro_vae.inference.seen import Seen
 from numpyro_vae.inference.trained import require_trained, with_state
 from numpyro_vae.repair.global_sites import GlobalRepair, repair_globals
 from numpyro_vae.repair.result import Repair
@@ -106,10 +107,9 @@ class Posterior:
         self.static_kwargs = dict(static_kwargs)
         self.params = with_state(params)
         self.natural_steps = require_count("natural_steps", natural_steps, least=0)
-        known = (self.static_kwargs, batch_axes, getattr(params, "num_data", None))
+        known = (self.static_kwargs, batch_axes, Seen.of(params))
         devices = Devices.of(mesh).own
         self._runner = Runner(trained, self.params, *known, devices, self.natural_steps)
-        self._runner.sizes = dict(getattr(params, "sizes", {}))
 
     save, load, export = save_posterior, classmethod(load_posterior), export_posterior
 

@@ -143,7 +143,7 @@ def _require_globals(subject: Subject) -> None:
     guide, plate = runner.guide, subject.plate
     if not guide.global_names:
         raise NotApplicableError(f"the model has no latent sites outside plate {plate!r}")
-    trained = runner.num_data
+    trained = runner.seen.num_data
     if trained not in (None, rows.num_rows):
         raise NotApplicableError(
             f"the guide of the global latents was trained on {trained:,} rows, and these are "

@@ -21,7 +21,6 @@ from numpyro_vae.checks.stored import (
     with_coords,
 )
 from numpyro_vae.inference.datatree import require_known_dims
-from numpyro_vae.inference.functions import as_trained
 from numpyro_vae.inference.labels import require_length, with_row_labels
 from numpyro_vae.inference.runner import Runner
 
@@ -44,7 +43,7 @@ def run_checks(
     """Run checks; see `Posterior.check`."""
     chosen = choose_checks(checks)
     runner.require_like_scales()
-    data = as_trained(runner.guide, runner.batch_axes, data)
+    data = runner.as_trained(data)
     subject = Subject(runner, runner.read(data), rng_key)
     if checks is None and not runner.guide.local_sites:
         chosen = choose_checks("globals")

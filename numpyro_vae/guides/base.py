@@ -228,11 +228,10 @@ class AmortizedGuide(AutoGuide, AbstractGuide):
 
     def _network(self, run: Run, sites: tuple[Site, ...]) -> Network:
         """Return the network that serves the sites as they are in a run."""
-        named = set(self.condition_on).union(*self.dependencies.values())
-        run.require_whole(named, "Site, which heads read,")
+        read = {site.name: self.dependencies.get(site.name, ()) for site in sites}
+        run.require_whole({*self.condition_on}.union(*read.values()), "Site, which heads read,")
         sizes = {name: run.sites.sites[name].size for name in self.condition_on}
         local = {site.name: site.datum_size(run.plate) for site in sites}
-        read = {name: self.dependencies.get(name, ()) for name in local}
         reads = {name: sizes | {one: local[one] for one in read[name]} for name in local}
         return Network(self.encoder, self.family, sites, run.plate, reads)
 

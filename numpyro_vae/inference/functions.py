@@ -9,42 +9,17 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from numpyro_vae.data.arrays import ArrayData
 from numpyro_vae.data.batch import Batch
 from numpyro_vae.guides.abstract import AbstractGuide
 from numpyro_vae.inference.encoded import EncodedBatch, Trained
 from numpyro_vae.inference.natural import Stepped, take_steps, with_steps
-from numpyro_vae.model.data_sets import DataSets
-from numpyro_vae.model.signatures import in_form
-from numpyro_vae.numpyro_internals import HANDLERS
 
 Quantity = Callable[..., Any]
-
-
-def as_trained(guide: AbstractGuide, batch_axes: Any, data: Any) -> Any:
-    """Return data by position or by name, as the guide was given those of its training."""
-    known = guide.argument_shapes
-    if not known and not isinstance(batch_axes, tuple | dict):
-        return data
-    by_position = not all(name.startswith("'") for name in known)
-    if isinstance(batch_axes, tuple | dict):
-        by_position = isinstance(batch_axes, tuple)
-    return in_form(data, guide.model, by_position=by_position)
 
 
 def globals_key(rng_key: Array) -> Array:
     """Return the key of the draws of the global sites, which is of no row."""
     return jax.random.fold_in(rng_key, 2**32 - 1)
-
-
-def require_sizes(
-    model: Any, sizes: dict[str, tuple[int, int]], data: Any, static_kwargs: dict[str, Any]
-) -> None:
-    """Raise if data sets have sizes that a guide of them was not trained on."""
-    if sizes and isinstance(data, ArrayData) and isinstance(model, DataSets):
-        args, kwargs = data.whole()
-        with HANDLERS:
-            model.require_seen(sizes, args, {**kwargs, **static_kwargs})
 
 
 def draws_of_globals(

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from numpyro_vae.data.arrays import as_arguments, datum_axes
+from numpyro_vae.data.labels import axis_labels
 from numpyro_vae.inference.datatree import tree_name
 from numpyro_vae.inference.gathering import arguments_by_name, rows_first, site_dims
 
@@ -44,7 +45,7 @@ def with_row_labels(
     found: Coords = {}
     paths = jax.tree.leaves_with_path(data)
     for (path, leaf), axis in zip(paths, datum_axes(batch_axes, data), strict=True):
-        index = None if axis is None else _indexes(leaf)[axis]
+        index = None if axis is None else axis_labels(leaf)[axis]
         if index is None or _is_numbering(index):
             continue
         labels = np.asarray(index)
@@ -76,7 +77,7 @@ def with_labels(
     for name, leaf in arguments.items():
         if not isinstance(leaf, Leaf) or leaf.axis is None:
             continue
-        indexes = _indexes(leaf.value)
+        indexes = axis_labels(leaf.value)
         indexes.pop(leaf.axis)
         if all(index is None for index in indexes):
             continue
@@ -101,17 +102,6 @@ def require_length(coords: Mapping[str, Any], plate: str, num_rows: int) -> None
                 f"coords[{name!r}] has {len(coords[name])} values, and the data have {num_rows} "
                 "rows. Give one for each row."
             )
-
-
-def _indexes(leaf: Any) -> list[Any]:
-    """Return the pandas index of each axis, or None where it has none, or one of several levels."""
-    if hasattr(leaf, "iloc"):  # of pandas
-        found = list(leaf.axes)
-    elif hasattr(leaf, "indexes") and hasattr(leaf, "dims"):  # of xarray
-        found = [leaf.indexes.get(dim) for dim in leaf.dims]
-    else:
-        return [None] * len(np.shape(leaf))
-    return [None if index is None or index.nlevels > 1 else index for index in found]
 
 
 def _is_numbering(index: Any) -> bool:

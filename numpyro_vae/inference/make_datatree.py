@@ -18,7 +18,6 @@ from numpyro_vae.inference.datatree import (
     choose_sites,
     tree_name,
 )
-from numpyro_vae.inference.functions import as_trained
 from numpyro_vae.inference.gathering import Gathering, Groups
 from numpyro_vae.inference.labels import require_length, with_labels
 from numpyro_vae.inference.regions import (
@@ -64,7 +63,7 @@ def make_datatree(
             importance; by default both are drawn from the guide.
         store: where to write it, part by part; by default it is made in memory.
     """
-    data = as_trained(runner.guide, runner.batch_axes, data)
+    data = runner.as_trained(data)
     rows = runner.read(data, of_prior=True)
     check_names(runner.guide.sites)
     require_length(coords or {}, rows.plate, rows.num_rows)

@@ -22,18 +22,17 @@ from numpyro_vae.inference.encoded import EncodedBatch, Trained
 from numpyro_vae.inference.faults import Faults
 from numpyro_vae.inference.functions import (
     Quantity,
-    as_trained,
     draws_of_globals,
     encoded,
     globals_key,
     of_batch,
     of_rows,
-    require_sizes,
 )
 from numpyro_vae.inference.memory import largest_of_row, require_memory, size_of
 from numpyro_vae.inference.natural import Stepped, require_rows, take_steps
 from numpyro_vae.inference.outside import Watched
 from numpyro_vae.inference.rows import Rows, room, rounded, write
+from numpyro_vae.inference.seen import Seen
 from numpyro_vae.model.captured import signature
 from numpyro_vae.numpyro_internals import HANDLERS
 
@@ -54,7 +53,7 @@ class Runner:
         params: its parameters and the model's, with the state of networks.
         static_kwargs: keyword arguments of the model that are the same in every call.
         batch_axes: the datum axis of each of the model's arguments.
-        num_data: how many rows the guide was trained on, if that is known.
+        seen: what is known of the data that the guide was trained on.
         devices: those among which the rows of a batch are divided.
         natural_steps: that each row takes after the network, see `take_steps`.
     """
@@ -65,14 +64,13 @@ class Runner:
         params: dict[str, Any],
         static_kwargs: dict[str, Any],
         batch_axes: Any,
-        num_data: int | None = None,
+        seen: Seen | None = None,
         devices: Devices = ONE_DEVICE,
         natural_steps: int = 0,
     ):
         self.guide, self.params, self.devices = guide, devices.put(params), devices
         self.static_kwargs, self.batch_axes = static_kwargs, batch_axes
-        self.num_data, self.natural_steps = num_data, natural_steps
-        self.sizes: dict[str, tuple[int, int]] = {}  # of the data sets that it was trained on
+        self.seen, self.natural_steps = seen or Seen(), natural_steps
         self._has_features: bool | None = None
         self.faults: Faults | None = None  # of the rows, where they are to be told
 
@@ -88,6 +86,10 @@ class Runner:
         discrete = self.guide.sites.enumerated(self.guide.plate.name)
         return tuple(site.name for site in (*self.guide.local_sites, *discrete))
 
+    def as_trained(self, data: Any) -> Any:
+        """Return data in the form of those of the training; see `Seen.as_trained`."""
+        return self.seen.as_trained(self.guide, self.batch_axes, data)
+
     def read(self, data: Any, *, of_prior: bool = False) -> Rows:
         """Return the rows of data; see `Rows.read`.
 
@@ -99,10 +101,10 @@ class Runner:
             ValueError: if there are no observations, and they will not do.
         """
         self.guide.renew()
-        data = as_trained(self.guide, self.batch_axes, data)
-        read = partial(Rows.read, self.guide, self.static_kwargs, data, devices=self.devices)
+        args = self.guide, self.static_kwargs, self.as_trained(data)
+        read = partial(Rows.read, *args, devices=self.devices)
         rows = read(self.batch_axes)
-        require_sizes(self.guide.model, self.sizes, rows.data, self.static_kwargs)
+        self.seen.require_sizes(self.guide.model, rows.data, self.static_kwargs)
         if not rows.data.is_whole:
             with HANDLERS:
                 first = partial(rows.batch, jnp.arange(1))
@@ -142,8 +144,7 @@ class Runner:
         require_whole("num_samples", num_samples)
         with HANDLERS:
             self.guide.set_up_globals(self.params, rows.args, rows.kwargs, rows.held)
-        draw = getattr(self.guide, method)
-        fn = partial(draws_of_globals, draw, self.static_kwargs, num_samples)
+        fn = partial(draws_of_globals, getattr(self.guide, method), self.static_kwargs, num_samples)
         compiled = self._compiled((method, num_samples), fn)
         args = self._of_all(compiled, self.params, rows, globals_key(rng_key))
         if self.guide.global_names:
@@ -378,9 +379,8 @@ class Runner:
 
     def _compiled(self, key: tuple, fn: Callable[..., Any]) -> Compiled:
         """Return a compiled function, the same for all runners with these static arguments."""
-        kwargs = ((name, signature(value)) for name, value in self.static_kwargs.items())
+        key += tuple((name, signature(value)) for name, value in self.static_kwargs.items())
         compiled: dict[Any, Any] = self.guide.compiled
-        key = (*key, *kwargs)
         if key not in compiled:
             compiled.setdefault(key, Compiled(fn))
         return compiled[key]

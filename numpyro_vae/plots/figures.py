@@ -19,7 +19,7 @@ from numpyro_vae.comparison import Comparison
 from numpyro_vae.families import Flow
 from numpyro_vae.model.sites import Site
 from numpyro_vae.posterior import Posterior
-from numpyro_vae.training.fit import FitResult
+from numpyro_vae.training.result import FitResult
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jax.sharding import Mesh
 
+from numpyro_vae.data.labels import ColumnNames
 from numpyro_vae.guides.base import AmortizedGuide
 from numpyro_vae.numpyro_internals import HANDLERS
 from numpyro_vae.saving.arrays import restore, store, upgrade
@@ -60,6 +61,7 @@ def save_posterior(self: Any, path: str | os.PathLike[str]) -> None:  # noqa: D4
         ) from None
     with HANDLERS:
         model = describe_model(self.guide, self.static_kwargs)
+    seen = self._runner.seen
     content = {
         "versions": versions(),
         "guide": describe_guide(self.guide),
@@ -68,7 +70,9 @@ def save_posterior(self: Any, path: str | os.PathLike[str]) -> None:  # noqa: D4
         "batch_axes": pack(self.batch_axes),
         "natural_steps": self.natural_steps,
         "params": params,
-        "sizes": {name: list(size) for name, size in self._runner.sizes.items()},
+        "num_data": seen.num_data,
+        "sizes": {name: list(size) for name, size in seen.sizes.items()},
+        "columns": seen.columns,
     }
     write_folder(Path(path).absolute(), content, arrays)
 
@@ -140,14 +144,17 @@ def load_posterior[P](  # noqa: D417 - a method
     sizes = {name: tuple(size) for name, size in manifest.get("sizes", {}).items()}
     known = {"static_kwargs": kwargs, "batch_axes": batch_axes}
     steps = manifest.get("natural_steps", 0)
-    return cls(guide, Trained(params, sizes), **known, natural_steps=steps, mesh=mesh)
+    trained = Trained(params, manifest.get("num_data"), sizes, manifest.get("columns", {}))
+    return cls(guide, trained, **known, natural_steps=steps, mesh=mesh)
 
 
 class Trained(NamedTuple):
     """What a loaded posterior is made of beside its guide, as of a `FitResult`."""
 
     params: dict[str, Any]
+    num_data: int | None
     sizes: dict[str, tuple[int, int]]
+    columns: ColumnNames
 
 
 def _restore(

@@ -141,7 +141,7 @@ def _content(
         "keys": {"random_bits": str(jax.random.key_impl(jax.random.key(0))), "dtype": "uint32"},
         "inputs": describe_inputs(programs),
         "latents": describe_latents(programs),
-        "sizes": {name: list(size) for name, size in programs.runner.sizes.items()},
+        "sizes": {name: list(size) for name, size in programs.runner.seen.sizes.items()},
         "importance": None,
         "novelty": reference and describe_novelty(reference),
     }

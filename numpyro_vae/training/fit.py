@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -18,6 +18,7 @@ from numpyro.infer.svi import SVIState
 from numpyro_vae.data.arguments import require_count, require_key
 from numpyro_vae.data.arrays import ArrayData, count_rows, is_in_memory
 from numpyro_vae.data.devices import Devices
+from numpyro_vae.data.labels import ColumnNames, column_names, in_order
 from numpyro_vae.data.sparse import as_rows
 from numpyro_vae.data.stores import is_stored
 from numpyro_vae.model.data_sets import DataSets
@@ -51,6 +52,7 @@ from numpyro_vae.training.options import (
     warn_of_another_model,
 )
 from numpyro_vae.training.progress import Progress
+from numpyro_vae.training.result import FitResult
 from numpyro_vae.training.simulations import Simulations, SimulationSource
 from numpyro_vae.training.sources import ArraySource, IterableSource, Source, WholeSource
 from numpyro_vae.training.step import Trainer, trainer_of
@@ -58,35 +60,6 @@ from numpyro_vae.training.step import Trainer, trainer_of
 __all__ = ["FitResult", "fit"]
 
 Score = Callable[[SVIState], dict[str, float]]
-
-
-class FitResult(NamedTuple):
-    """What a fit returns: what ``svi.run`` does, the history, and what `Posterior` needs to know.
-
-    Attributes:
-        params: the trained parameters of model and guide, with the networks' other state among
-            them, so that they work wherever NumPyro takes ``params``.
-        state: the SVI state they come from.
-        losses: the negative ELBO per datum, in nats, of every step; NaN where one was skipped.
-        history: arrays with an entry for each epoch: ``loss``, the mean over its steps, and
-            ``validation_loss`` if there are validation data.
-        stop_reason: why training stopped.
-        static_kwargs: the SVI's keyword arguments that are the same in every call.
-        batch_axes: the datum axis of each argument, as it was given.
-        num_data: how many rows of data there were; None if the model took them whole.
-        sizes: of a guide of data sets, by plate the least and the largest number of rows in memory
-            that it was trained on.
-    """
-
-    params: dict[str, Any]
-    state: SVIState
-    losses: np.ndarray
-    history: dict[str, np.ndarray]
-    stop_reason: StopReason = StopReason.EPOCHS_DONE
-    static_kwargs: dict[str, Any] = {}  # noqa: RUF012 - never written to
-    batch_axes: Any = 0
-    num_data: int | None = None
-    sizes: dict[str, tuple[int, int]] = {}  # noqa: RUF012 - never written to
 
 
 def fit(
@@ -193,7 +166,9 @@ def fit(
         warn_of_another_model(svi, source.first())
         if isinstance(source, SimulationSource):
             source.require_frozen()
-        score = _validator(trainer, source, devices, validation, batch_axes, validation_key)
+        columns = column_names(getattr(data, "like", data), batch_axes)
+        given = (validation, batch_axes, columns, validation_key)
+        score = _validator(trainer, source, devices, *given)
         settled = settled_epoch(svi.loss, state, source.num_steps, num_epochs)
         progress = Progress(state, None if patience is None else EarlyStopping(patience, settled))
     folder: Any = nullcontext()
@@ -226,6 +201,7 @@ def fit(
         batch_axes=batch_axes,
         num_data=None if source.data.is_whole else source.first().num_data,
         sizes=_sizes(svi, source),
+        columns=columns,
     )
 
 
@@ -357,12 +333,14 @@ def _validator(
     devices: Devices,
     validation: Any,
     batch_axes: Any,
+    columns: ColumnNames,
     rng_key: Array,
 ) -> Score:
     """Return a function from a state to its validation loss per datum, if there are such data."""
     if validation is None:
         return lambda state: {}
-    data = devices.together(partial(_read_validation, trainer, source, validation, batch_axes))
+    read = partial(_read_validation, trainer, source, validation, batch_axes, columns)
+    data = devices.together(read)
     batches, real = zip(*source.batches(data), strict=True)
     rows = batches[0].every(data.num_data)
     given = (trainer.reader, data, trainer.svi.static_kwargs, rows)
@@ -378,10 +356,11 @@ def _validator(
 
 
 def _read_validation(
-    trainer: Trainer, source: Source, validation: Any, batch_axes: Any
+    trainer: Trainer, source: Source, validation: Any, batch_axes: Any, columns: ColumnNames
 ) -> ArrayData:
     args, _ = source.data.whole()
     validation = in_form(validation, trainer.svi.model, by_position=bool(args))
+    validation = in_order(validation, batch_axes, columns, "validation data")
     data = trainer.read(validation, batch_axes, "validation")
     if data.layout != source.data.layout:
         found, expected = ([*x.layout.names] for x in (data, source.data))

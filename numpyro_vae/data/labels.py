@@ -1,0 +1,133 @@
+"""The labels that data of pandas, xarray, Arrow and Parquet bring with them, by axis."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import jax
+import numpy as np
+
+from numpyro_vae.data.arrays import Data, as_arguments, datum_axes, is_in_memory
+from numpyro_vae.data.columns import Columns
+
+# By the place of an array among a model's arguments, its names along each axis, or None.
+ColumnNames = dict[str, list[list[str] | None]]
+
+
+def axis_labels(leaf: Any) -> list[Any]:
+    """Return the pandas index of each axis, or None where it has none, or one of several levels."""
+    if hasattr(leaf, "iloc"):  # of pandas
+        found = list(leaf.axes)
+    elif hasattr(leaf, "indexes") and hasattr(leaf, "dims"):  # of xarray
+        found = [leaf.indexes.get(dim) for dim in leaf.dims]
+    else:
+        return [None] * len(np.shape(leaf))
+    return [None if index is None or index.nlevels > 1 else index for index in found]
+
+
+def column_names(data: Data, batch_axes: Any) -> ColumnNames:
+    """Return the names of columns, of those arrays that have some; none of batches.
+
+    Names are labels that are text, each of them once, along axes that are not of rows: numbers and
+    dates say where something is, not what it is.
+
+    Args:
+        data: see `ArrayData.read`.
+        batch_axes: likewise.
+
+    Example:
+        >>> import pandas as pd
+        >>> column_names(pd.DataFrame({"a": [1.0], "b": [2.0]}), 0)
+        {'[0][0]': [None, ['a', 'b']]}
+    """
+    if not is_in_memory(data):
+        return {}
+    leaves, found = jax.tree.leaves_with_path(as_arguments(data)), {}
+    for (path, leaf), axis in zip(leaves, datum_axes(batch_axes, data), strict=True):
+        names = _names(leaf)
+        of_rows = axis or 0
+        names = [None if place == of_rows % len(names) else x for place, x in enumerate(names)]
+        if any(names):
+            found[jax.tree_util.keystr(path)] = names
+    return found
+
+
+def in_order(data: Data, batch_axes: Any, known: ColumnNames, title: str = "data") -> Data:
+    """Return data whose columns are in the order of those that are known, by their names.
+
+    Columns without names, or of names that are not known, stay in their places; of the latter one
+    is warned.
+
+    Args:
+        data: see `ArrayData.read`.
+        batch_axes: likewise.
+        known: what `column_names` found of other data.
+        title: what the data are called.
+    """
+    if not known:
+        return data
+    own = column_names(data, batch_axes)
+    args, kwargs = jax.tree.map_with_path(
+        lambda path, leaf: _in_order(
+            leaf, *(x.get(jax.tree_util.keystr(path), []) for x in (own, known)), title
+        ),
+        as_arguments(data),
+    )
+    if isinstance(data, dict):
+        return kwargs
+    return args if isinstance(data, tuple) else args[0]
+
+
+def _in_order(
+    leaf: Any, own: list[list[str] | None], known: list[list[str] | None], title: str
+) -> Any:
+    for axis, (mine, names) in enumerate(zip(own, known, strict=False)):
+        if not mine or not names or mine == names:
+            continue
+        if {*mine} == {*names}:
+            leaf = _take(leaf, axis, names)
+            continue
+        others, lacking = (sorted({*x} - {*y}) for x, y in ((mine, names), (names, mine)))
+        warnings.warn(
+            f"Among the {title} are the columns {_few(others)}, where those that were trained on "
+            f"have {_few(lacking)}. They are taken by their places.",
+            stacklevel=2,
+        )
+    return leaf
+
+
+def _few(names: list[str]) -> str:
+    """Write names, the first of them if they are many."""
+    return f"{names[:5]}" if len(names) <= 5 else f"{names[:5]} and {len(names) - 5} others"
+
+
+def _names(leaf: Any) -> list[list[str] | None]:
+    """Return the labels along each axis that are text; None along others."""
+    names = _arrow_names(leaf)
+    if names is not None:
+        return [None, list(names)]
+    labels = [None if index is None else list(index) for index in axis_labels(leaf)]
+    return [x if x and _are_names(x) else None for x in labels]
+
+
+def _are_names(labels: list[Any]) -> bool:
+    return all(isinstance(x, str) for x in labels) and len({*labels}) == len(labels)
+
+
+def _arrow_names(leaf: Any) -> list[str] | None:
+    """Return the names of the columns of a table that is no frame; None of anything else."""
+    if isinstance(leaf, Columns):
+        return leaf.names if leaf.ndim == 2 else None
+    return getattr(leaf, "column_names", None)  # of a pyarrow.Table
+
+
+def _take(leaf: Any, axis: int, names: list[str]) -> Any:
+    """Return an array with those columns, in that order."""
+    if isinstance(leaf, Columns):
+        return Columns(leaf.source, names)
+    if hasattr(leaf, "column_names"):
+        return leaf.select(names)
+    index = axis_labels(leaf)[axis].get_indexer(names)
+    chosen = (*[slice(None)] * axis, index)
+    return leaf.iloc[chosen] if hasattr(leaf, "iloc") else leaf[chosen]
