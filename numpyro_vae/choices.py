@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
+from numbers import Real
 from typing import Any
 
 import jax.numpy as jnp
@@ -91,8 +92,13 @@ def optimizers(optimizer: Any) -> Callable[[int], Any]:
         optimizer: such a function, or an optimizer.
 
     Raises:
-        TypeError: if it makes an optimizer of a learning rate.
+        TypeError: if it makes an optimizer of a learning rate, or is such a rate.
     """
+    if isinstance(optimizer, Real | str):
+        raise TypeError(
+            f"optimizer is {optimizer!r}, expected an optimizer or a function from a number of "
+            "steps to one. Pass optax.adam(1e-3), for instance."
+        )
     if not callable(optimizer):
         return lambda num_steps: optimizer
     takes_rate = "learning_rate" in inspect.signature(optimizer).parameters

@@ -14,7 +14,7 @@ from flax import nnx
 from numpyro.contrib.funsor import config_enumerate
 from numpyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO
 
-from numpyro_vae import AutoAmortizedNormal, Posterior, fit
+from numpyro_vae import AutoAmortizedNormal, Posterior, amortize, data_sets, fit
 
 KEY = jax.random.key(0)
 X = np.random.default_rng(0).normal(size=(30, 2)).astype(np.float32)
@@ -226,3 +226,36 @@ def test_one_site_may_be_named_alone(posterior):
     assert set(posterior.to_datatree(KEY, X, 2, var_names="mu")["posterior"].data_vars) == {"mu"}
     with pytest.raises(ValueError, match=r"no sites \['nu'\] here"):
         posterior.sample(KEY, X, 2, var_names="nu")
+
+
+def test_a_learning_rate_is_no_optimizer():
+    with pytest.raises(TypeError, match=r"optimizer is 0\.001.*Pass optax\.adam"):
+        amortize(model, KEY, X, optimizer=1e-3)
+
+
+def test_the_folder_of_a_posterior_stands_before_its_model():
+    with pytest.raises(TypeError, match=r"path is 'model'.*Posterior\.load\(path, model\)"):
+        Posterior.load(model, "folder")
+
+
+def test_an_encoder_reads_no_complex_values():
+    def spectrum(c):
+        with numpyro.plate("data", len(c)):
+            z = numpyro.sample("z", dist.Normal(0.0, 1.0))
+            numpyro.sample("x", dist.Normal(z, 1.0), obs=abs(c))
+
+    data = np.exp(1j * X[:, 0]).astype(np.complex64)
+    guide = AutoAmortizedNormal(spectrum, inputs=lambda c: c)
+    with pytest.raises(TypeError, match=r"complex values.*x\.real, x\.imag"):
+        train(spectrum, data, guide)
+    train(spectrum, data)  # which the model may have
+
+
+def test_one_data_set_is_no_array_of_many():
+    def of_one(x):
+        with numpyro.plate("rows", len(x)):
+            numpyro.sample("x", dist.Normal(0.0, 1.0), obs=x)
+
+    with pytest.raises(TypeError, match="unsized") as raised:
+        data_sets(of_one)(X[:, 0])
+    assert any("Data of one data set are x[None]" in x for x in raised.value.__notes__)

@@ -194,6 +194,11 @@ class Standardize(nnx.Module):
         axis: int | tuple[int, ...] = 0,
         where: Bool[Array, "batch ..."] | None = None,
     ):
+        if jnp.iscomplexobj(example):
+            raise TypeError(
+                "The encoder is given complex values, and reads real ones. Say what it reads with "
+                "inputs=, such as lambda x: jnp.concatenate([x.real, x.imag], -1)."
+            )
         example = jnp.asarray(example, jnp.result_type(float))
         where = jnp.ones(example.shape, bool) if where is None else where
         where = where | ~where.any(axis, keepdims=True)  # of no values, what fills them counts

@@ -223,6 +223,14 @@ class DataSets:
                 "value does, and all data sets run at once. Take lengths from the shapes of "
                 "arrays, and say with sizes= how many rows each data set has."
             ) from error
+        except TypeError as error:
+            numbers = [x for x, axis in zip(leaves, axes, strict=True) if axis is not None]
+            if any(np.ndim(x) == 1 for x in numbers):
+                error.add_note(
+                    "data_sets gives the model one data set, which is a number where an array has "
+                    "one axis. Data of one data set are x[None]."
+                )
+            raise
         found[0].check_lengths()
         _check_range(lengths, found[0].plates)
         return found[0]

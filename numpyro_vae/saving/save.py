@@ -106,7 +106,8 @@ def load_posterior[P](  # noqa: D417 - a method
     Raises:
         FileNotFoundError: if there is no such folder.
         SavedPosteriorError: if it is not as it was saved, or of a later version.
-        TypeError: if something is to be passed again and is not, or does not exist.
+        TypeError: if something is to be passed again and is not, or does not exist; or if the path
+            is none.
         ValueError: if the model, or an option that is passed again, is another than it was: naming
             what differs.
 
@@ -127,6 +128,11 @@ def load_posterior[P](  # noqa: D417 - a method
         >>> posterior.sample(jax.random.key(1), x[:3], 10)["z"].shape
         (10, 3)
     """
+    if callable(path):
+        raise TypeError(
+            f"path is {getattr(path, '__name__', path)!r}, which can be called, expected a folder. "
+            "Pass it before the model: Posterior.load(path, model)."
+        )
     path, given = Path(path).absolute(), dict(options)
     if encoder is not None:
         given["encoder"] = encoder
