@@ -45,9 +45,7 @@ def column_names(data: Data, batch_axes: Any) -> ColumnNames:
         return {}
     leaves, found = jax.tree.leaves_with_path(as_arguments(data)), {}
     for (path, leaf), axis in zip(leaves, datum_axes(batch_axes, data), strict=True):
-        names = _names(leaf)
-        of_rows = axis or 0
-        names = [None if place == of_rows % len(names) else x for place, x in enumerate(names)]
+        names = _names(leaf, of_rows=axis or 0)
         if any(names):
             found[jax.tree_util.keystr(path)] = names
     return found
@@ -102,17 +100,20 @@ def _few(names: list[str]) -> str:
     return f"{names[:5]}" if len(names) <= 5 else f"{names[:5]} and {len(names) - 5} others"
 
 
-def _names(leaf: Any) -> list[list[str] | None]:
-    """Return the labels along each axis that are text; None along others."""
+def _names(leaf: Any, of_rows: int) -> list[list[str] | None]:
+    """Return the labels along each axis that are names; None along others, as that of rows."""
     names = _arrow_names(leaf)
-    if names is not None:
-        return [None, list(names)]
-    labels = [None if index is None else list(index) for index in axis_labels(leaf)]
-    return [x if x and _are_names(x) else None for x in labels]
+    labels = axis_labels(leaf) if names is None else [None, names]
+    return [
+        list(index) if place != of_rows % len(labels) and _are_names(index) else None
+        for place, index in enumerate(labels)
+    ]
 
 
-def _are_names(labels: list[Any]) -> bool:
-    return all(isinstance(x, str) for x in labels) and len({*labels}) == len(labels)
+def _are_names(labels: Any) -> bool:
+    if labels is None or not all(isinstance(x, str) for x in labels):
+        return False
+    return 0 < len(labels) == len({*labels})
 
 
 def _arrow_names(leaf: Any) -> list[str] | None:
