@@ -23,8 +23,11 @@ QUANTILES = (0.5, 0.9, 0.99)
 
 
 def describe_inputs(programs: Programs) -> Json:
-    """Return by name the shape and type of each array of rows."""
-    return told_shapes(programs.inputs.shapes(export.symbolic_shape(ROWS)[0]))
+    """Return by name the shape and type of each array of rows, and along each axis its names."""
+    found = told_shapes(programs.inputs.shapes(export.symbolic_shape(ROWS)[0]))
+    for name, columns in programs.inputs.columns(programs.runner.seen.columns).items():
+        found[name]["columns"] = columns
+    return found
 
 
 def told_shapes(tree: Any) -> Json:

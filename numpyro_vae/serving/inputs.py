@@ -12,6 +12,7 @@ from jaxtyping import Array
 
 from numpyro_vae.data.arrays import Layout
 from numpyro_vae.data.batch import Batch
+from numpyro_vae.data.labels import ColumnNames
 from numpyro_vae.inference.gathering import arguments_by_name
 from numpyro_vae.inference.rows import Rows
 
@@ -55,6 +56,15 @@ class Inputs:
                 shape[axis] = size
             found[name] = jax.ShapeDtypeStruct(tuple(shape), array.dtype)
         return found
+
+    def columns(self, known: ColumnNames) -> dict[str, list[list[str] | None]]:
+        """Return by name the names of columns, of those by the places of arguments."""
+        layout = self.rows.data.layout
+        places = jax.tree.unflatten(layout.treedef, range(len(layout.static)))
+        paths = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(places)]
+        arrays = [path for path, leaf in zip(paths, layout.static, strict=True) if leaf is None]
+        pairs = zip(self.names, arrays, strict=True)
+        return {name: known[path] for name, path in pairs if path in known}
 
     def take(self, indices: Any) -> dict[str, Array]:
         """Return rows by their numbers."""

@@ -103,3 +103,10 @@ def test_amortize_knows_the_columns():
     turned = framed(x[:, [2, 0, 1]], TURNED)
     found, known = (posterior.sample(KEY, one, 3)["z"] for one in (turned, x))
     np.testing.assert_array_equal(found, known)
+
+
+@pytest.mark.slow
+def test_programs_say_in_which_order_columns_come(trained, tmp_path):
+    manifest = trained.export(tmp_path / "served", DATA, artifacts=["encode"])
+    assert manifest["inputs"]["x"]["columns"] == [None, GENES]
+    assert "columns" not in manifest["inputs"]["y"]
