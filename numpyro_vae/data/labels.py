@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from numpyro_vae.data.arrays import Data, as_arguments, datum_axes, is_in_memory
+from numpyro_vae.data.arrays import Data, as_arguments, datum_axes
 from numpyro_vae.data.columns import Columns
 
 # By the place of an array among a model's arguments, its names along each axis, or None.
@@ -27,7 +27,7 @@ def axis_labels(leaf: Any) -> list[Any]:
 
 
 def column_names(data: Data, batch_axes: Any) -> ColumnNames:
-    """Return the names of columns, of those arrays that have some; none of batches.
+    """Return the names of columns, of those arrays that have some; none of other data.
 
     Names are labels that are text, each of them once, along axes that are not of rows: numbers and
     dates say where something is, not what it is.
@@ -41,7 +41,7 @@ def column_names(data: Data, batch_axes: Any) -> ColumnNames:
         >>> column_names(pd.DataFrame({"a": [1.0], "b": [2.0]}), 0)
         {'[0][0]': [None, ['a', 'b']]}
     """
-    if not is_in_memory(data):
+    if not (isinstance(data, tuple | dict) or hasattr(data, "__array__")):
         return {}
     leaves, found = jax.tree.leaves_with_path(as_arguments(data)), {}
     for (path, leaf), axis in zip(leaves, datum_axes(batch_axes, data), strict=True):
