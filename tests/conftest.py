@@ -3,6 +3,7 @@
 Nothing here seeds anything: each test makes its own `rng_key`.
 """
 
+import gc
 import os
 import pathlib
 
@@ -19,6 +20,7 @@ os.environ.setdefault(
     str(pathlib.Path(__file__).parent.parent / ".pytest_cache" / "xla"),
 )
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")  # which no test looks at
 
 # Scripts that tests start in processes of their own, with devices or hosts that are not here.
 collect_ignore = ["training/on_devices.py", "training/on_hosts.py"]
@@ -34,3 +36,9 @@ def pytest_configure(config):
         from jaxtyping import install_import_hook
 
         install_import_hook("numpyro_vae", "beartype.beartype")
+
+
+def pytest_collection_finish():
+    """Look for garbage more rarely: tracing makes many objects, and what is imported stays."""
+    gc.freeze()
+    gc.set_threshold(200_000, 20, 100)
