@@ -1,4 +1,4 @@
-"""The labels that data of pandas, xarray, Arrow and Parquet bring with them, by axis."""
+"""The labels that frames, tables and xarray bring with them, by axis."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ def column_names(data: Data, batch_axes: Any) -> ColumnNames:
 def in_order(data: Data, batch_axes: Any, known: ColumnNames, title: str = "data") -> Data:
     """Return data whose columns are in the order of those that are known, by their names.
 
-    Columns without names, or of names that are not known, stay in their places; of the latter one
-    is warned.
+    Columns without names stay in their places. So do those of other names, with a warning if they
+    are as many, as arrays of other shapes are told of by their shapes.
 
     Args:
         data: see `ArrayData.read`.
@@ -81,7 +81,7 @@ def _in_order(
     leaf: Any, own: list[list[str] | None], known: list[list[str] | None], title: str
 ) -> Any:
     for axis, (mine, names) in enumerate(zip(own, known, strict=False)):
-        if not mine or not names or mine == names:
+        if not mine or not names or mine == names or len(mine) != len(names):
             continue
         if {*mine} == {*names}:
             leaf = _take(leaf, axis, names)
@@ -102,7 +102,7 @@ def _few(names: list[str]) -> str:
 
 def _names(leaf: Any, of_rows: int) -> list[list[str] | None]:
     """Return the labels along each axis that are names; None along others, as that of rows."""
-    names = _arrow_names(leaf)
+    names = _names_of_table(leaf)
     labels = axis_labels(leaf) if names is None else [None, names]
     return [
         list(index) if place != of_rows % len(labels) and _are_names(index) else None
@@ -116,18 +116,19 @@ def _are_names(labels: Any) -> bool:
     return 0 < len(labels) == len({*labels})
 
 
-def _arrow_names(leaf: Any) -> list[str] | None:
-    """Return the names of the columns of a table that is no frame; None of anything else."""
+def _names_of_table(leaf: Any) -> list[str] | None:
+    """Return the names of the columns of a table of Parquet, Arrow or Polars; None of others."""
     if isinstance(leaf, Columns):
         return leaf.names if leaf.ndim == 2 else None
-    return getattr(leaf, "column_names", None)  # of a pyarrow.Table
+    names = getattr(leaf, "column_names", getattr(leaf, "columns", None))
+    return names if isinstance(names, list) else None
 
 
 def _take(leaf: Any, axis: int, names: list[str]) -> Any:
     """Return an array with those columns, in that order."""
     if isinstance(leaf, Columns):
         return Columns(leaf.source, names)
-    if hasattr(leaf, "column_names"):
+    if _names_of_table(leaf) is not None:
         return leaf.select(names)
     index = axis_labels(leaf)[axis].get_indexer(names)
     chosen = (*[slice(None)] * axis, index)
