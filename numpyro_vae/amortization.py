@@ -17,6 +17,7 @@ from numpyro_vae.data.stores import in_memory
 from numpyro_vae.guides.base import AmortizedGuide
 from numpyro_vae.inference.natural import able, why_unable
 from numpyro_vae.inference.rows import Rows
+from numpyro_vae.model.signatures import in_form
 from numpyro_vae.numpyro_internals import HANDLERS
 from numpyro_vae.phases import Phases, Split
 from numpyro_vae.posterior import Posterior
@@ -100,6 +101,7 @@ def amortize(
     make_optimizer = None if optimizer is None else optimizers(optimizer)
     columns = column_names(data, batch_axes)
     if validation is not None:
+        validation = in_form(validation, model, by_position=not isinstance(data, dict))
         validation = in_memory(in_order(validation, batch_axes, columns, "validation data"))
     data = in_memory(data)
     if not is_in_memory(data):

@@ -105,6 +105,12 @@ def test_amortize_knows_the_columns():
     turned = framed(x[:, [2, 0, 1]], TURNED)
     found, known = (posterior.sample(KEY, one, 3)["z"] for one in (turned, x))
     np.testing.assert_array_equal(found, known)
+    validations = {"x": framed(x[:9, [2, 0, 1]], TURNED)}, (framed(x[:9], GENES),)
+    found, known = (
+        amortize(of_rows, KEY, (framed(x, GENES),), validation=rows, **options).sample(KEY, x, 3)
+        for rows in validations
+    )
+    np.testing.assert_array_equal(found["z"], known["z"])
 
 
 @pytest.mark.slow
