@@ -95,6 +95,7 @@ ORDER = {
         "finite",
         "freezing",
         "simulating",
+        "ahead",
         "step",
         "guarded",
         "taking",

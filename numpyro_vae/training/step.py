@@ -43,6 +43,7 @@ from numpyro_vae.numpyro_internals import (
     with_param_transforms,
 )
 from numpyro_vae.objectives.base import AbstractObjective
+from numpyro_vae.training.ahead import scan_steps
 from numpyro_vae.training.finite import all_finite, stays_finite
 from numpyro_vae.training.freezing import Freeze, frozen_names, keep, parts_of
 from numpyro_vae.training.simulating import Simulation, draw_batch
@@ -270,10 +271,8 @@ class Trainer:
         batch: Callable[[Array], Batch],
         order: Array,
     ) -> Any:
-        def step(state: SVIState, which: Array) -> Step:
-            return self._step_compiled(transforms, state, batch(which))
-
-        new, losses = jax.lax.scan(step, state, order)
+        step = self.jaxpr_of_step(state, jax.eval_shape(batch, order[0]))
+        new, losses = scan_steps(step, transforms, state, batch, order)
         return new, losses, jnp.isfinite(losses).all() & stays_finite(state, new)
 
     def loop(
