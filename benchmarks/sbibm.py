@@ -49,6 +49,11 @@ def simulate(task: Task, count: int, seed: int) -> np.ndarray:
     return np.asarray(trace["x"]["value"], np.float32)
 
 
+def steps_of(budget: int) -> int:
+    """Return how many steps to train: 40 times the root of the budget, or some 40 epochs."""
+    return round(max(40 * math.sqrt(budget), 0.38 * budget))
+
+
 def train(task: Task, budget: int, num_steps: int, seed: int = 0) -> Posterior:
     """Learn from a budget of simulations, the same in all epochs.
 
@@ -171,7 +176,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--num-simulations", type=int, default=10_000)
-    parser.add_argument("--num-steps", type=int, help="by default 40 times the root of the budget")
+    parser.add_argument("--num-steps", type=int, help="by default by the budget; see steps_of")
     parser.add_argument("--num-observations", type=int, default=10)
     parser.add_argument("--num-samples", type=int, default=10_000, help="draws of each posterior")
     parser.add_argument("--seed", type=int, default=0, help="of training")
@@ -182,7 +187,7 @@ def main() -> None:
     if options.smoke:
         options.tasks, options.num_simulations, options.num_steps = ["two_moons"], 256, 2
         options.num_observations, options.num_samples = 1, 50
-    options.num_steps = options.num_steps or round(40 * math.sqrt(options.num_simulations))
+    options.num_steps = options.num_steps or steps_of(options.num_simulations)
     print(f"{options.num_simulations} simulations, {options.num_steps} steps")
     for name in options.tasks:
         run(name, options)

@@ -12,6 +12,7 @@ from numpyro.contrib.control_flow import scan
 from numpyro.infer import Predictive
 
 from numpyro_vae import Posterior, fit
+from numpyro_vae.model.redraw import explain_undrawn, redraw, undrawn
 from numpyro_vae.repair import run as repair_run
 
 KEY = jax.random.key(0)
@@ -179,3 +180,21 @@ def test_a_forecast_that_takes_the_observations_away_is_said():
     ahead = Posterior(svi.guide, result, static_kwargs={"future": 2})
     with pytest.warns(UserWarning, match=r"'x' is observed, of shape \(3,\).*of shape \(5,\)"):
         assert ahead.predict(KEY, x, 4)["x"].shape == (4, 5, 5)
+
+
+def test_totals_that_are_floats_are_to_be_integers():
+    def counts(total):
+        with numpyro.plate("data", len(total)):
+            z = numpyro.sample("z", dist.Normal(0.0, 1.0))
+            numpyro.sample("x", dist.Binomial(total, logits=z), obs=total)
+
+    def told(total):
+        trace = handlers.trace(handlers.seed(redraw(counts), KEY)).get_trace(total)
+        reasons.append(explain_undrawn(undrawn(trace)) if undrawn(trace) else "")
+
+    reasons = []
+    jax.eval_shape(told, jnp.array([3.0, 2.0]))
+    jax.eval_shape(told, jnp.array([3, 2]))
+    assert "'x': Indexer must have integer" in reasons[0]
+    assert "total_count as integers, as with .astype(int)" in reasons[0]
+    assert not reasons[1]

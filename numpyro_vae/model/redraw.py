@@ -136,7 +136,8 @@ def explain_undrawn(reasons: dict[str, str]) -> str:
     told = "; ".join(f"{name!r}: {reason}" for name, reason in reasons.items())
     return (
         f"The observed sites {list(reasons)} cannot be drawn in compiled code ({told}). Give a "
-        "distribution of counts total_count_max=, such as Multinomial(total_count, probs, "
-        "total_count_max=100), and another one a method sample() that works under jax.jit; in a "
-        "scan, give it arguments of the shape of the plate."
+        "distribution of counts its total_count as integers, as with .astype(int), and "
+        "total_count_max=, such as Multinomial(total_count, probs, total_count_max=100), and "
+        "another one a method sample() that works under jax.jit; in a scan, give it arguments of "
+        "the shape of the plate."
     )
