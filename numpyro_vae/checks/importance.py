@@ -266,6 +266,9 @@ def meanings(dataset: xr.Dataset) -> tuple[str, ...]:
     )
 
 
+ByRow = Float[Array | np.ndarray, "batch"]
+
+
 class Sums(NamedTuple):
     """Running sums of the log weights of each row, enough for all that is reported.
 
@@ -273,22 +276,22 @@ class Sums(NamedTuple):
     of an image is in the thousands and what matters of it in the hundredths.
     """
 
-    reference: Float[Array, "batch"]
-    count: Float[Array, "batch"]
-    mean: Float[Array, "batch"]
-    squares: Float[Array, "batch"]  # of deviations from the mean
-    weighted_mean: Float[Array, "batch"]
-    log_sum: Float[Array, "batch"]  # of the weights
-    log_sum_squares: Float[Array, "batch"]
-    lowest: Float[Array, "batch"]
-    num_bad: Float[Array, "batch"]
-    largest: Float[Array, "batch tail"]
+    reference: ByRow
+    count: ByRow
+    mean: ByRow
+    squares: ByRow  # of deviations from the mean
+    weighted_mean: ByRow
+    log_sum: ByRow  # of the weights
+    log_sum_squares: ByRow
+    lowest: ByRow
+    num_bad: ByRow
+    largest: Float[Array | np.ndarray, "batch tail"]
 
     @classmethod
     def start(cls, num_rows: int, tail: int) -> Sums:
         """Return the sums of no draws, with room for ``tail`` of the largest log weights."""
-        zeros, low = jnp.zeros(num_rows), jnp.full(num_rows, -jnp.inf)
-        largest = jnp.full((num_rows, tail), -jnp.inf)
+        zeros = np.zeros(num_rows, jnp.result_type(float))  # NumPy's need not be compiled
+        low, largest = (np.full_like(zeros, -np.inf, shape=x) for x in (num_rows, (num_rows, tail)))
         return cls(zeros, zeros, zeros, zeros, zeros, low, low, -low, zeros, largest)
 
     def add(self, log_weights: Float[Array, "num_samples batch"]) -> Sums:
@@ -327,8 +330,7 @@ def _accumulate(
 def _sums_of_all(subject: Subject, num_samples: int) -> Sums:
     """Return the sums of all draws of every row, which are added up chunk by chunk."""
     runner, rows = subject.runner, subject.rows
-    start = Sums.start(rows.num_chosen, tail_length(num_samples) + 1)
-    sums = jax.tree.map(np.asarray, start)
+    sums = Sums.start(rows.num_chosen, tail_length(num_samples) + 1)
     at_once = min(CHUNK, runner.draws_at_once(rows))
     for number, done in enumerate(range(0, num_samples, at_once)):
         size, key = min(at_once, num_samples - done), jax.random.fold_in(subject.rng_key, number)

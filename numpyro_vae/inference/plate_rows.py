@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from numpyro_vae.data.arrays import ArrayData
 from numpyro_vae.guides.abstract import AbstractGuide
@@ -51,7 +52,7 @@ def declares_rows(
     Compiled functions read the model for the same shapes, so that it is run no more often.
     """
     args, kwargs = data.layout.whole(
-        jax.eval_shape(data.layout.take, data.arrays, jnp.arange(number))
+        jax.eval_shape(data.layout.take, data.arrays, np.arange(number))
     )
     try:
         with HANDLERS:

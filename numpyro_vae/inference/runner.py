@@ -9,7 +9,6 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
@@ -107,7 +106,7 @@ class Runner:
         self.seen.require_sizes(self.guide.model, rows.data, self.static_kwargs)
         if not rows.data.is_whole:
             with HANDLERS:
-                first = partial(rows.batch, jnp.arange(1))
+                first = partial(rows.batch, np.arange(1))
                 whole = self.guide.needs_all_rows(self.params, first, self.static_kwargs)
             rows = replace(read(None), by_row=rows.data) if whole else rows
         require_rows(self.guide, self.natural_steps)
