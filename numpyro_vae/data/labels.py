@@ -54,8 +54,7 @@ def column_names(data: Data, batch_axes: Any) -> ColumnNames:
 def in_order(data: Data, batch_axes: Any, known: ColumnNames, title: str = "data") -> Data:
     """Return data whose columns are in the order of those that are known, by their names.
 
-    Columns without names stay in their places. So do those of other names, with a warning if they
-    are as many, as arrays of other shapes are told of by their shapes.
+    Columns without names stay in their places. So do those of other names, with a warning.
 
     Args:
         data: see `ArrayData.read`.
@@ -81,15 +80,19 @@ def _in_order(
     leaf: Any, own: list[list[str] | None], known: list[list[str] | None], title: str
 ) -> Any:
     for axis, (mine, names) in enumerate(zip(own, known, strict=False)):
-        if not mine or not names or mine == names or len(mine) != len(names):
+        if not mine or not names or mine == names:
             continue
         if {*mine} == {*names}:
             leaf = _take(leaf, axis, names)
             continue
-        others, lacking = (sorted({*x} - {*y}) for x, y in ((mine, names), (names, mine)))
+        pairs = {"has": (mine, names), "lacks": (names, mine)}
+        told = (
+            f"{verb} {_few(sorted({*x} - {*y}))}" for verb, (x, y) in pairs.items() if {*x} - {*y}
+        )
         warnings.warn(
-            f"Among the {title} are the columns {_few(others)}, where those that were trained on "
-            f"have {_few(lacking)}. They are taken by their places.",
+            f"The {title} do not have the columns that were trained on: an argument "
+            f"{' and '.join(told)}. Columns are taken by their places. Select those that were "
+            f"trained on, {_few(names)}.",
             stacklevel=2,
         )
     return leaf

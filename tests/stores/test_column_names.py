@@ -71,10 +71,13 @@ def test_names_outlive_the_process(trained, tmp_path):
 
 def test_other_columns_are_warned_of_and_numbers_and_dates_are_no_names(trained):
     with pytest.warns(
-        UserWarning, match=r"columns \['d'\], where .* have \['a'\].*by their places"
+        UserWarning, match=r"has \['d'\] and lacks \['a'\].*by their places.*\['a', 'b', 'c'\]"
     ):
         trained.encode({**DATA, "x": framed(DATA["x"], ["d", "b", "c"])})
-    with pytest.raises(ValueError, match=r"'x' has shape \(12, 2\), where it had \(12, 3\)"):
+    with (
+        pytest.warns(UserWarning, match=r"has \['d'\] and lacks \['a', 'c'\]"),
+        pytest.raises(ValueError, match=r"'x' has shape \(12, 2\), where it had \(12, 3\)"),
+    ):
         trained.encode({**DATA, "x": framed(DATA["x"][:, :2], ["d", "b"])})
     days = pd.date_range("2024-01-01", periods=3)
     for labels in (range(3), days[::-1], ["b", "b", "a"]):
