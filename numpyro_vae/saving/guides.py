@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from numpyro_vae.guides.base import AmortizedGuide
+from numpyro_vae.model.data_sets import DataSets
 from numpyro_vae.saving.codec import CannotStoreError, Json, pack, told, unpack
 from numpyro_vae.saving.registry import GUIDES, name_of
 
@@ -30,10 +31,12 @@ def describe_guide(guide: AmortizedGuide) -> Json:
 
 
 def _options(guide: AmortizedGuide) -> dict[str, Any]:
-    """Return the arguments of the constructor, but for the model."""
+    """Return the arguments of the constructor, but for the model, and what it brings with it."""
+    model = guide.model
+    of_model = (model.encoder, model.inputs) if isinstance(model, DataSets) else ()
     found = {
-        "encoder": guide.encoder,
-        "inputs": guide.inputs,
+        "encoder": None if guide.encoder in of_model else guide.encoder,
+        "inputs": None if guide.inputs in of_model else guide.inputs,
         "plate": guide.plate_name,
         "segments": guide.segments,
         "condition_on": guide.condition_on,

@@ -21,6 +21,7 @@ from numpyro_vae import (
     AutoAmortizedFlow,
     AutoAmortizedNormal,
     Posterior,
+    data_sets,
 )
 from numpyro_vae.families import DiagonalNormal
 from numpyro_vae.saving.manifest import read_folder
@@ -144,6 +145,20 @@ def test_what_is_to_be_passed_again_is_named(path, tmp_path):
     with pytest.raises(TypeError, match=r"static keyword arguments .*noise= \(an object of type"):
         load(tmp_path / "saved")
     load(tmp_path / "saved", static_kwargs={"noise": jnp.ones(3)})
+
+
+def test_what_a_model_of_data_sets_brings_is_not_to_be_passed_again(tmp_path):
+    def one_set(y):
+        mu = numpyro.sample("mu", dist.Normal(0.0, 1.0))
+        with numpyro.plate("row", len(y)):
+            numpyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+
+    y = np.random.default_rng(0).normal(size=(6, 4)).astype(np.float32)
+    posterior = initial(AutoAmortizedNormal(data_sets(one_set)), y)
+    posterior.save(tmp_path / "saved")
+    loaded = Posterior.load(tmp_path / "saved", data_sets(one_set))
+    found, known = (p.sample(jax.random.key(1), y, 3)["mu"] for p in (loaded, posterior))
+    np.testing.assert_array_equal(found, known)
 
 
 def test_a_family_of_ones_own_is_passed_again(tmp_path):
