@@ -358,7 +358,7 @@ def test_divergences_of_latents_of_groups_are_numpyros(trained, data):
     packed = encoding.pack(values)
     with handlers.seed(rng_seed=0), handlers.substitute(data=values), handlers.trace() as trace:
         guide.model(**arguments)
-    found = row_divergences(encoding, packed, trace)
+    found = row_divergences(encoding, packed, trace).by_site
     loc, scale = (
         {s.name: x for s, x in encoding.unpack(encoding.marginal(part, packed))}
         for part in (lambda fn: fn.mean, lambda fn: fn.variance**0.5)

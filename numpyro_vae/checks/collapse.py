@@ -33,6 +33,7 @@ __all__ = ["Collapse"]
 
 COLLAPSED = 0.01  # nats of mean divergence from the prior below which a dimension has collapsed
 NUM_SAMPLES = 32  # enough for a mean; most divergences are known in closed form
+CORRELATION = "total_correlation"
 MAX_PAIRED = 1024  # rows whose guides are compared with one another
 
 
@@ -43,7 +44,9 @@ class Collapse(RowwiseCheck):
     ``kl_<site>`` is the divergence from the prior by row and dimension; ``activity_<site>`` the
     share of a dimension's variance that is between rows, ``Var_x E_q[z]`` of that and
     ``E_x Var_q[z]`` together, of unconstrained values, above 0.01 for an active unit (Burda et al.,
-    2016, take the numerator, as their prior has variance one). The mean divergence is the mutual
+    2016, take the numerator, as their prior has variance one). Of a guide that draws latents
+    jointly, ``total_correlation`` is what those of its divergence leave out, by row: how far its
+    latents are from independent ones (Watanabe, 1960). The mean divergence is the mutual
     information of data and latents plus the divergence of the aggregate posterior from the prior
     (Hoffman and Johnson, *ELBO surgery*, 2016): ``mutual_information``, which with :math:`M` rows
     cannot exceed :math:`\log M`, and ``aggregate_divergence``.
@@ -53,13 +56,14 @@ class Collapse(RowwiseCheck):
 
     def of_rows(self, subject: Subject) -> xr.Dataset:
         """Return how far each row's guide is from the prior."""
-        divergences = _run(subject, diverge)
-        return xr.Dataset(
-            {
-                f"kl_{name}": ([subject.plate, *subject.dims_of(name, kl.shape[1:])], kl)
-                for name, kl in divergences.items()
-            }
-        )
+        by_site, correlation = _run(subject, diverge)
+        found = {
+            f"kl_{name}": ([subject.plate, *subject.dims_of(name, kl.shape[1:])], kl)
+            for name, kl in by_site.items()
+        }
+        if correlation is not None:
+            found[CORRELATION] = ([subject.plate], correlation)
+        return xr.Dataset(found)
 
     def of_all(self, subject: Subject, dataset: xr.Dataset) -> xr.Dataset:
         """Return how far the rows' guides are from one another."""
@@ -68,7 +72,7 @@ class Collapse(RowwiseCheck):
             dims = subject.dims_of(name, between.shape)
             found[f"activity_{name}"] = (dims, between / (between + within))
         information = _mutual_information(subject)
-        total = sum(np.nansum(kl, dtype=float) for kl in _divergences(dataset))
+        total = sum(np.nansum(part, dtype=float) for part in _divergences(dataset))
         found["mutual_information"] = information
         found["aggregate_divergence"] = float(total / subject.rows.num_chosen - information)
         return xr.Dataset(found)
@@ -128,10 +132,10 @@ def count_collapsed(dataset: xr.Dataset) -> dict[str, tuple[int, int]]:
 
 
 def _divergences(dataset: xr.Dataset) -> Iterator[np.ndarray]:
-    """Yield the divergences of all sites, in slices of rows."""
-    for key, kl in dataset.data_vars.items():
-        if str(key).startswith("kl_"):
-            yield from slices_of(kl)
+    """Yield all that adds up to the divergence of the latents together, in slices of rows."""
+    for key, part in dataset.data_vars.items():
+        if str(key).startswith("kl_") or key == CORRELATION:
+            yield from slices_of(part)
 
 
 def _run(subject: Subject, quantity: Any) -> Any:

@@ -69,12 +69,33 @@ class AbstractEncoding(ABC):
 
     @property
     @abstractmethod
+    def is_factorized(self) -> bool:
+        """Whether latents are drawn one by one, given those that are drawn before."""
+
+    @property
+    @abstractmethod
     def reads_globals(self) -> bool:
         """Whether it depends on the values of global sites."""
 
     @abstractmethod
     def log_prob(self, packed: Float[Array, "*lead batch size"]) -> Float[Array, "*lead batch"]:
         """Return the log-density of each datum's packed latents; what is masked does not count."""
+
+    @abstractmethod
+    def log_prob_of(
+        self, name: str, packed: Float[Array, "*lead batch size"]
+    ) -> Float[Array, "*lead batch"]:
+        """Return the log-density of each datum's latents of one site, whatever its others are.
+
+        That is of the sites that it is drawn with, given those that are drawn before.
+
+        Args:
+            name: of the site.
+            packed: the latents of all sites.
+
+        Raises:
+            ValueError: if it is not known in closed form.
+        """
 
     @abstractmethod
     def marginal(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, ClassVar
 
 import jax
@@ -129,6 +130,11 @@ class Encoding(AbstractEncoding):
             return self.sample(row_keys, num_samples)
 
     @property
+    def is_factorized(self) -> bool:
+        """Whether the family is."""
+        return self.family.is_factorized
+
+    @property
     def reads_globals(self) -> bool:
         """Whether a head reads global sites."""
         local = {site.name for site in self.sites}
@@ -155,6 +161,29 @@ class Encoding(AbstractEncoding):
             values |= {site.name: unpacked for site, unpacked in block.unpack(part)}
             start += block.num_values
         return total
+
+    def log_prob_of(
+        self, name: str, packed: Float[Array, "*lead batch size"]
+    ) -> Float[Array, "*lead batch"]:
+        """Return the log-density of each datum's latents of one site; see `AbstractEncoding`."""
+        return self._over_rows(partial(self._log_prob_of_site, name), packed)
+
+    def _log_prob_of_site(self, name: str, features: dict, mask: Any, packed: Array) -> Array:
+        values, start = dict(self.given), 0
+        for block_name, block in self.blocks.items():
+            stop, sizes = start + block.num_values, {x.name: x.datum_size for x in block.sites}
+            part = packed[..., start:stop]
+            if name in sizes:
+                mine = block.pack(
+                    {x: jnp.full(size(self.run.plate), x == name) for x, size in sizes.items()}
+                )
+                counts = mine if mask is None else mine & mask[start:stop]
+                whole = len(sizes) == 1 and not self._is_masked(block)
+                given = block.raw(features[block_name], values), part, None if whole else counts
+                return block.log_prob(*given, self.family.is_factorized)
+            values |= {site.name: unpacked for site, unpacked in block.unpack(part)}
+            start = stop
+        raise KeyError(name)
 
     def _is_masked(self, block: Block) -> bool:
         """Whether the model masks latents of a block."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -74,6 +74,11 @@ class TracedEncoding(AbstractEncoding):
     ) -> Float[Array, "num_samples batch size"]:
         """Draw as `sample` does, as it is not known what draws are functions of."""
         return self.sample(row_keys, num_samples)
+
+    @property
+    def is_factorized(self) -> bool:
+        """Return False: how they are drawn is the guide's own."""
+        return False
 
     @property
     def reads_globals(self) -> bool:
@@ -151,6 +156,15 @@ class TracedEncoding(AbstractEncoding):
         self, fn: Callable[[Any], Array], packed: Float[Array, "batch size"] | None = None
     ) -> Float[Array, "batch size"]:
         """Raise ValueError: what is not a Normal is known by its draws and their densities."""
+        self._raise_unknown()
+
+    def log_prob_of(
+        self, name: str, packed: Float[Array, "*lead batch size"]
+    ) -> Float[Array, "*lead batch"]:
+        """Raise ValueError, as `marginal` does."""
+        self._raise_unknown()
+
+    def _raise_unknown(self) -> NoReturn:
         raise ValueError(
             f"The guide's distributions of the sites {[site.name for site in self.local]} in plate "
             f"{self.run.plate.name!r} are no Normals of their unconstrained values, whose location "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpyro.distributions as dist
@@ -18,9 +18,23 @@ from numpyro_vae.model.trace import is_real, mask_of
 from numpyro_vae.scales.log_scale_normal import LogScaleNormal
 
 
+class Divergences(NamedTuple):
+    """How far guides are from their priors.
+
+    Attributes:
+        by_site: of each local site ``(batch, *datum_shape)``, or ``(batch,)`` as a whole. NaN where
+            the model masks a single value, which is then no latent of the datum.
+        correlation: what these leave out of the divergence of all sites together, as the guide
+            draws latents jointly; None if it draws each by itself, or all count as one.
+    """
+
+    by_site: dict[str, Float[Array, "batch ..."]]
+    correlation: Float[Array, "batch"] | None
+
+
 def row_divergences(
     encoding: AbstractEncoding, packed: Float[Array, "batch size"], trace: dict[str, Any]
-) -> dict[str, Float[Array, "batch ..."]]:
+) -> Divergences:
     """Estimate the divergence of each datum's guide from its prior, by latent dimension.
 
     Guide and prior are taken as they are given the other latents of the draw. Where the guide's
@@ -33,24 +47,23 @@ def row_divergences(
         encoding: what the guide says of the batch.
         packed: a draw from it.
         trace: of the model with this draw.
-
-    Returns:
-        By local site ``(batch, *datum_shape)``, or ``(batch,)`` for sites as a whole. NaN where
-        the model masks a single value, which is then no latent of the datum.
     """
     if not encoding.has_marginals(packed):
         log_q = encoding.log_prob(packed)
         log_p = sum(
             _log_prior(site, draw, trace, encoding) for site, draw in encoding.unpack(packed)
         )
-        return {"_".join(site.name for site in encoding.sites): log_q - log_p}
+        return Divergences({"_".join(x.name for x in encoding.sites): log_q - log_p}, None)
     loc = encoding.marginal(lambda fn: fn.mean, packed)
     log_scale = encoding.marginal(_log_scale, packed)
     parts = zip(*map(encoding.unpack, (loc, log_scale, packed)), strict=True)
-    return {
-        site.name: _of_site(site, LogScaleNormal(loc, log_scale), draw, trace, encoding)
-        for (site, loc), (_, log_scale), (_, draw) in parts
-    }
+    found, apart = {}, jnp.zeros(len(packed))
+    for (site, loc), (_, log_scale), (_, draw) in parts:
+        q = LogScaleNormal(loc, log_scale)
+        found[site.name], log_q = _of_site(site, q, draw, packed, trace, encoding)
+        apart += log_q
+    correlation = None if encoding.is_factorized else encoding.log_prob(packed) - apart
+    return Divergences(found, correlation)
 
 
 def _log_scale(fn: Any) -> Array:
@@ -58,19 +71,24 @@ def _log_scale(fn: Any) -> Array:
 
 
 def _of_site(
-    site: Site, q: LogScaleNormal, draw: Array, trace: dict[str, Any], encoding: AbstractEncoding
-) -> Float[Array, "batch ..."]:
+    site: Site,
+    q: LogScaleNormal,
+    draw: Array,
+    packed: Array,
+    trace: dict[str, Any],
+    encoding: AbstractEncoding,
+) -> tuple[Float[Array, "batch ..."], Float[Array, "batch"]]:
+    """Return the divergence of a site, and the log density of the guide that it is made of."""
     prior, axis = trace[site.name]["fn"], site.axis(encoding.run.plate)
     found = _by_dimension(q, draw, prior)
     if found is None:
-        log_q = q.log_prob(draw)
-        mask = mask_of(prior)
-        if mask is not None:
-            log_q = jnp.where(_spread(mask, log_q), log_q, 0.0)
-        rows = jnp.moveaxis(log_q, axis, 0)
-        log_q = rows.reshape(rows.shape[0], -1).sum(-1)
-        return log_q - _log_prior(site, draw, trace, encoding)
-    return jnp.moveaxis(found, axis, 0)
+        log_q = encoding.log_prob_of(site.name, packed)
+        return log_q - _log_prior(site, draw, trace, encoding), log_q
+    log_q, mask = q.log_prob(draw), mask_of(prior)
+    if mask is not None:
+        log_q = jnp.where(_spread(mask, log_q), log_q, 0.0)
+    rows = jnp.moveaxis(log_q, axis, 0)
+    return jnp.moveaxis(found, axis, 0), rows.reshape(rows.shape[0], -1).sum(-1)
 
 
 def _log_prior(

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.scipy.special import logsumexp
 from jaxtyping import Array
 
-from numpyro_vae.inference.divergences import row_divergences
+from numpyro_vae.inference.divergences import Divergences, row_divergences
 from numpyro_vae.inference.encoded import DrawKeys, EncodedBatch
 from numpyro_vae.model.densities import predicted_rows
 from numpyro_vae.model.redraw import drawn_value
@@ -277,10 +277,12 @@ def likelihood(batch: EncodedBatch, rng_key: Array, globals_: dict, *, num_sampl
     return {"log_evidence": batch.over_draws(one, globals_)}
 
 
-def diverge(batch: EncodedBatch, rng_key: Array, globals_: dict, *, num_samples: int) -> dict:
+def diverge(
+    batch: EncodedBatch, rng_key: Array, globals_: dict, *, num_samples: int
+) -> Divergences:
     """Return the KL divergence from the prior by site and dimension, averaged over draws."""
 
-    def one(packed: Array, globals_: dict, keys: DrawKeys) -> dict:
+    def one(packed: Array, globals_: dict, keys: DrawKeys) -> Divergences:
         trace = batch.trace(batch.complete(packed, globals_, keys), keys.of_batch)
         return row_divergences(batch.encoding.condition(globals_), packed, trace)
 
