@@ -94,3 +94,26 @@ def test_no_number_of_steps_is_too_large():
     """Rows stop by themselves."""
     many, most = (posterior(natural_steps=number).encode(X)["z"] for number in (100, 2**40))
     np.testing.assert_array_equal(many.loc, most.loc)
+
+
+def test_rows_that_are_chosen_in_any_order_have_their_own_places():
+    rows = posterior()._runner.read(X).choose([7, 2, 5])
+    np.testing.assert_array_equal(rows.places(np.array([2, 5, 7])), [1, 2, 0])
+
+
+def test_deterministic_sites_of_rows_are_predicted():
+    """Which of them are of their row alone is found out on a few rows, each with its own steps."""
+
+    def model(x):
+        with numpyro.plate("data", len(x)):
+            z = numpyro.sample("z", dist.Normal(0.0, 1.0))
+            numpyro.deterministic("above", z + 1)
+            numpyro.sample("x", dist.Normal(z, NOISE), obs=x)
+
+    guide = AutoAmortizedNormal(model, SMALL)
+    svi = SVI(model, guide, optax.adam(1e-3), Trace_ELBO())
+    params = svi.get_params(svi.init(KEY(0), X))
+    found = Posterior(guide, params, natural_steps=8)
+    np.testing.assert_allclose(
+        found.predict(KEY(1), X, 50)["above"], 1 + found.sample(KEY(1), X, 50)["z"], atol=1e-6
+    )

@@ -67,7 +67,7 @@ def _mixed(runner: Runner, rows: Rows, derived: Derived) -> list[str]:
     run = partial(runner.per_batch, quantities.predict, num_samples=1, row_axis=1, derived=axes)
     both, first, last = (
         run(rows.choose(pair), key, globals_, batch_size=2)["posterior"]
-        for pair in ([0, 1], [0, 2], [2, 1])
+        for pair in ([0, 2], [0, 1], [1, 2])
     )
 
     def differ(name: str) -> bool:

@@ -180,10 +180,11 @@ class Rows:
         return places if self.picked is None else self.picked[places]
 
     def places(self, numbers: np.ndarray) -> np.ndarray:
-        """Return the places of rows among the chosen ones, which are in order."""
+        """Return the places of rows among the chosen ones."""
         if self.picked is None:
             return numbers
-        return np.searchsorted(self.picked, numbers).clip(0, len(self.picked) - 1)
+        order = np.argsort(self.picked, kind="stable")
+        return order[np.searchsorted(self.picked, numbers, sorter=order).clip(0, len(order) - 1)]
 
     @cached_property
     def fingerprint(self) -> Fingerprint:
