@@ -167,3 +167,27 @@ def test_none_is_an_argument(data, axes):
     tree = Posterior(svi.guide, result).to_datatree(KEY, data, 3)
     assert tree.posterior["z"].shape == (1, 3, 30)
     assert "constant_data" not in tree.children
+
+
+@pytest.mark.parametrize("replicates", [3, 2])
+def test_an_argument_in_another_order_than_its_site_has_not_its_dimensions(replicates):
+    def model(y):
+        with numpyro.plate("place", len(y), dim=-1):
+            z = numpyro.sample("z", dist.Normal(0.0, 1.0))
+            with (
+                numpyro.plate("period", y.shape[1], dim=-2),
+                numpyro.plate("replicate", y.shape[2], dim=-3),
+            ):
+                numpyro.sample("y", dist.Normal(z, 1.0), obs=y.transpose(2, 1, 0))
+
+    y = np.random.default_rng(0).normal(size=(8, 3, replicates)).astype(np.float32)
+    svi = make_svi(model, plate="place")
+    posterior = Posterior(svi.guide, svi.get_params(svi.init(KEY, y)))
+    coords = {"period": ["a", "b", "c"]}
+    tree = posterior.to_datatree(
+        KEY, y, 5, groups=("observed_data", "constant_data"), coords=coords
+    )
+    observed, given = tree["observed_data"]["y"], tree["constant_data"]["y"]
+    assert given.dims == ("place", "y_dim_0", "y_dim_1")
+    np.testing.assert_array_equal(given, y)
+    np.testing.assert_array_equal(observed.transpose("place", "period", "replicate"), y)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -99,6 +99,28 @@ def check_names(sites: ModelSites) -> None:
             )
 
 
+def argument_dims(sites: ModelSites, name: str, dims: list[str], shape: Sequence[int]) -> list[str]:
+    """Return the dimensions of an argument of a model that has the name of a site.
+
+    It may be laid out in another way than what the site observes: only where each size says which
+    dimension it is, an argument has those of the site, and else that of the rows.
+
+    Args:
+        sites: those of the model.
+        name: of the argument.
+        dims: of an array of the site, rows in front.
+        shape: of the argument, rows in front.
+    """
+    site = sites.sites.get(name)
+    if site is None:
+        return dims
+    plates = {plate: sites.plates[plate].dim for plate in site.plates}
+    places = (plates[dim] if dim in plates else -int(dim.rpartition("_")[2]) for dim in dims[1:])
+    sizes = [site.batch_shape[place] for place in places]
+    told = len({*sizes}) == len(sizes) and [*shape[1:]][: len(sizes)] == sizes
+    return dims if told else dims[:1]
+
+
 def build_datatree(
     groups: Mapping[str, Mapping[str, np.ndarray]],
     dims: Mapping[str, list[str]],
@@ -131,9 +153,12 @@ def build_datatree(
             continue
         sampled = group in SAMPLED
         values = {name: value[None] if sampled else value for name, value in variables.items()}
+        own = {name: dims[name] for name in values}
+        if group == "constant_data":
+            own = {x: argument_dims(sites, x, own[x], np.shape(values[x])) for x in values}
         # A log-likelihood has no event, so that its variable has fewer dimensions than its site.
         known = {
-            tree_name(name): [*map(tree_name, dims[name])][: np.ndim(variables[name]) - sampled]
+            tree_name(name): [*map(tree_name, own[name])][: np.ndim(variables[name]) - sampled]
             for name in values
         }
         values = {tree_name(name): value for name, value in values.items()}

@@ -10,7 +10,7 @@ import numpy as np
 
 from numpyro_vae.data.arrays import as_arguments, datum_axes
 from numpyro_vae.data.labels import axis_labels
-from numpyro_vae.inference.datatree import tree_name
+from numpyro_vae.inference.datatree import argument_dims, tree_name
 from numpyro_vae.inference.gathering import arguments_by_name, rows_first, site_dims
 
 if TYPE_CHECKING:
@@ -86,7 +86,12 @@ def with_labels(
             continue
         site = gathering.observes.get(name, name)
         plates = (plate, *runner.guide.segments)
-        _, *dims = rows_first(named, [site], plates)[site]
+        dims = rows_first(named, [site], plates)[site]
+        if not is_observed:
+            shape = list(np.shape(leaf.value))
+            shape.insert(0, shape.pop(leaf.axis))
+            dims = argument_dims(runner.guide.sites, site, dims, shape)
+        dims = dims[1:]
         dims += [f"{site}_dim_{place}" for place in range(len(indexes) - len(dims))]
         for dim, index in zip(dims, indexes, strict=False):
             if index is not None:
