@@ -83,7 +83,8 @@ def attempt(
     * ``importance``: draws of the guide and of the prior, Pareto-smoothed and resampled; where few
       of them count, draws around those that do;
     * ``refine``: the same from the row's own variational parameters;
-    * ``nuts``: chains started at what was drawn before, in its scale.
+    * ``nuts``: chains started at what was drawn before, in its scale; where they do not agree, as
+      in modes of their own, draws around those of all chains, weighed as above.
 
     Args:
         method: one of these.
@@ -214,11 +215,14 @@ def resample(
 def _by_nuts(
     runner: Runner, rng_key: Array, rows: Rows, held: Held, number: int, before: Attempt
 ) -> Attempt:
-    """Run the chains of rows until they agree and their draws suffice, or are too many."""
+    """Run the chains of rows until they agree and their draws suffice, or are too many.
+
+    Chains that do not agree may each be right of a mode of its own: weights say how much each is.
+    """
     near = pooled(before.draws)
     frame = Frame.around(near, before.columns["ess"])
     chains = start_chains(near, frame, before.draws.shape[1])
-    first, *later = jax.random.split(rng_key, 1 + sum(ROUNDS))
+    first, *later, last = jax.random.split(rng_key, 2 + sum(ROUNDS))
     chains, _ = advance(runner, rows, first, held, frame, chains, adapt=True)
     left, kept = np.arange(len(near)), []
     made = before.at(left)
@@ -234,6 +238,41 @@ def _by_nuts(
             break
         left, rows = left[on], rows.choose(rows.chosen[on])
         frame, chains, kept = jax.tree.map(itemgetter(on), (frame, chains, kept))
+    else:
+        draws, found = np.concatenate(kept, axis=3), made.at(left)
+        made.put(left, _around_chains(runner, last, rows, held, number, draws, found))
+    return made
+
+
+def _around_chains(
+    runner: Runner,
+    rng_key: Array,
+    rows: Rows,
+    held: Held,
+    number: int,
+    draws: Float[np.ndarray, "rows held chains draws size"],
+    made: Attempt,
+) -> Attempt:
+    """Weigh draws of the guide, and around those of chains, of the width that each chain has.
+
+    Where few of them count, draws around those that do follow: they may be in modes without chains.
+    Rows that do not pass then stay what chains have made of them.
+    """
+    within = draws - draws.mean(3, keepdims=True)
+    centers, widths = (spread(x.reshape(len(x), -1, x.shape[-1]), CENTERS) for x in (draws, within))
+    left = np.arange(len(draws))
+    for key in jax.random.split(rng_key, STAGES):
+        kernels = Kernels.around(centers, np.full(len(left), CENTERS), widths[left])
+        part = rows.choose(rows.chosen[left])
+        found = runner.per_batch(adapt, part, key, held, by_row=kernels, with_guide=True)
+        weighed = _weighed(found, key, number)
+        weighed.columns["rhat"] = made.columns["rhat"][left]
+        passed = weighed.columns["passed"].astype(bool) & found["whole"]
+        made.put(left[passed], weighed.at(passed))
+        left = left[~passed]
+        if not left.size:
+            break
+        centers = spread(pooled(weighed.draws[~passed]), CENTERS)
     return made
 
 

@@ -69,11 +69,21 @@ class Kernels(NamedTuple):
 
     @classmethod
     def around(
-        cls, draws: Float[np.ndarray, "batch number size"], ess: Float[np.ndarray, "batch"]
+        cls,
+        draws: Float[np.ndarray, "batch number size"],
+        ess: Float[np.ndarray, "batch"],
+        within: Float[np.ndarray, "batch number size"] | None = None,
     ) -> Kernels:
-        """Return kernels around draws, of the bandwidth of Silverman's rule."""
+        """Return kernels around draws, of the bandwidth of Silverman's rule.
+
+        Args:
+            draws: the centers.
+            ess: how many of them count.
+            within: the draws less the mean of the mode that each is in, if there are several:
+                kernels are as wide as modes are, and not as far as these are apart.
+        """
         _, number, size = draws.shape
-        _, scale_tril = location_and_scale(draws, ess, 1e-6)
+        _, scale_tril = location_and_scale(draws if within is None else within, ess, 1e-6)
         bandwidth = (4 / (number * (size + 2))) ** (1 / (size + 4))
         return cls(draws, (bandwidth * scale_tril).astype(draws.dtype))
 
@@ -125,16 +135,25 @@ def propose(batch: EncodedBatch, rng_key: Array, held: Held, *, refined: bool) -
     if refined:
         batch, converged = refine(batch, refine_key, held)
 
-    def guide(key: Array, held: Held, number: int) -> tuple[Array, LogDensity]:
-        given = {name: jnp.broadcast_to(x, (number, *x.shape)) for name, x in held.items()}
-        return batch.draw(key, number, given), batch.encoding.condition(held).log_prob
-
-    whole = jnp.full(converged.shape, batch.encoding.mask is None)
-    return _weigh(batch, guide, key, held) | {"converged": converged, "whole": whole}
+    return _weigh(batch, partial(_of_guide, batch), key, held) | {"converged": converged}
 
 
-def adapt(batch: EncodedBatch, kernels: Kernels, rng_key: Array, held: Held) -> dict[str, Array]:
+def _of_guide(batch: EncodedBatch, key: Array, held: Held, number: int) -> tuple[Array, LogDensity]:
+    given = {name: jnp.broadcast_to(x, (number, *x.shape)) for name, x in held.items()}
+    return batch.draw(key, number, given), batch.encoding.condition(held).log_prob
+
+
+def adapt(
+    batch: EncodedBatch, kernels: Kernels, rng_key: Array, held: Held, *, with_guide: bool = False
+) -> dict[str, Array]:
     """Draw from kernels around draws that were resampled before, and weigh; see `propose`.
+
+    Args:
+        batch: the batch.
+        kernels: of each datum.
+        rng_key: the random key.
+        held: values of the global sites, a leading axis of them.
+        with_guide: whether half of the draws are of the guide, which may know of other modes.
 
     Reference:
         Cappé, Guillin, Marin and Robert, *Population Monte Carlo*, Journal of Computational and
@@ -145,7 +164,18 @@ def adapt(batch: EncodedBatch, kernels: Kernels, rng_key: Array, held: Held) -> 
     def around(key: Array, held: Held, number: int) -> tuple[Array, LogDensity]:
         return kernels.sample(key, number), kernels.log_prob()
 
-    return _weigh(batch, around, rng_key, held)
+    def both(key: Array, held: Held, number: int) -> tuple[Array, LogDensity]:
+        keys, half = jax.random.split(key), number // 2
+        near, log_near = around(keys[0], held, number - half)
+        drawn, log_drawn = _of_guide(batch, keys[1], held, half)
+        shares = np.log([1 - half / number, half / number])
+
+        def log_prob(packed: Array) -> Array:
+            return jnp.logaddexp(shares[0] + log_near(packed), shares[1] + log_drawn(packed))
+
+        return jnp.concatenate([near, drawn]), log_prob
+
+    return _weigh(batch, both if with_guide else around, rng_key, held)
 
 
 def _weigh(batch: EncodedBatch, proposal: Proposal, rng_key: Array, held: Held) -> dict[str, Array]:
@@ -178,7 +208,11 @@ def _weigh(batch: EncodedBatch, proposal: Proposal, rng_key: Array, held: Held) 
         return draws, batch.over_draws(weigh, draws)
 
     draws, log_weights = jax.lax.map(given, (jax.random.split(rng_key, size), held))
-    return {"draws": jnp.moveaxis(draws, 2, 0), "log_weights": jnp.moveaxis(log_weights, 2, 0)}
+    return {
+        "draws": jnp.moveaxis(draws, 2, 0),
+        "log_weights": jnp.moveaxis(log_weights, 2, 0),
+        "whole": jnp.full(len(batch.indices), batch.encoding.mask is None),
+    }
 
 
 def _is_improper(batch: EncodedBatch) -> bool:
