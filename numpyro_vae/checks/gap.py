@@ -33,7 +33,7 @@ NUM_GLOBALS = 64  # draws of the global sites among which particles choose
 TOLERANCE = 0.1  # nats on average, below which a gap is nothing to act on
 ADVICE = {
     "amortization": "pass natural_steps=8 to Posterior, or train on Simulations",
-    "approximation": "use a richer family: AutoAmortizedMultivariateNormal, AutoAmortizedFlow",
+    "approximation": "use a richer family than the guide has, up to AutoAmortizedFlow",
 }
 
 

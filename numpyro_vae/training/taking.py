@@ -141,7 +141,7 @@ def require_batch_size(batch_size: int, num_data: int) -> None:
     if not 1 <= batch_size <= num_data:
         raise ValueError(
             f"batch_size is {batch_size}, expected a number from 1 to the {num_data} rows of the "
-            "data."
+            "data, or of Simulations(like=...), whose rows may be repeated as by np.resize."
         )
 
 
