@@ -9,7 +9,7 @@ import optax
 import pytest
 from numpyro.infer import SVI, Trace_ELBO
 
-from numpyro_vae import Posterior, fit
+from numpyro_vae import AutoAmortizedNormal, Posterior, fit
 from numpyro_vae.choices import choose_guide
 from numpyro_vae.model.covariates import WithCovariates
 from numpyro_vae.saving.codec import pack, unpack
@@ -115,3 +115,13 @@ def test_a_model_that_reads_the_values_of_its_arguments_has_none():
         shifted(x, shift)
 
     assert choose_guide(checked, (X, SHIFT)).inputs is None
+
+
+def test_what_inputs_makes_of_no_observations_is_told():
+    guide = AutoAmortizedNormal(shifted, inputs=lambda x, shift: jnp.log(x))
+    svi = SVI(shifted, guide, optax.adam(1e-3), Trace_ELBO())
+    posterior = Posterior(guide, svi.get_params(svi.init(jax.random.key(0), np.exp(X), SHIFT)))
+    with pytest.raises(TypeError) as error:
+        posterior.predict(jax.random.key(1), (None, SHIFT), 5)
+    notes = " ".join(error.value.__notes__)  # JAX has one too
+    assert "inputs= was called with data that have no observations" in notes

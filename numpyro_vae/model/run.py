@@ -25,6 +25,11 @@ from numpyro_vae.numpyro_internals import declare_plate
 
 Groups = Mapping[str, Callable[..., Any]]
 
+UNOBSERVED = (
+    "inputs= was called with data that have no observations. Let it return what the encoder reads "
+    "of such data; or leave it out of the guide, whose latents are then drawn from the prior."
+)
+
 
 @dataclass(frozen=True)
 class Run:
@@ -168,7 +173,12 @@ class Run:
             ValueError: if nothing is observed, or ``read`` returns another number of rows.
         """
         if read is not None:
-            found = call_with(read, self.reader.model, self.args, self.kwargs)
+            try:
+                found = call_with(read, self.reader.model, self.args, self.kwargs)
+            except Exception as error:  # of any kind, as the user's own code raises it
+                if not any(self.whole.sites.observed(self.plate.name)):
+                    error.add_note(UNOBSERVED)
+                raise
             found = jax.tree.map(self._select_rows, found, is_leaf=_is_segments)
             return (self.inputs(None), found) if isinstance(read, WithCovariates) else found
         rows = {
