@@ -40,8 +40,10 @@ def with_row_labels(
     Raises:
         ValueError: if arrays have other labels than one another.
     """
-    if plate in (coords or {}):
-        return dict(coords or {})
+    # xarray takes a tuple for dimensions and values.
+    coords = {dim: list(x) if isinstance(x, tuple) else x for dim, x in (coords or {}).items()}
+    if plate in coords:
+        return coords
     found: Coords = {}
     paths = jax.tree.leaves_with_path(data)
     for (path, leaf), axis in zip(paths, datum_axes(batch_axes, data), strict=True):
@@ -55,7 +57,7 @@ def with_row_labels(
                 "before it, and rows go together by their places. Align them, as with .loc, or "
                 f"drop the labels, or name the rows with coords={{{plate!r}: ...}}."
             )
-    return {**found, **(coords or {})}
+    return {**found, **coords}
 
 
 def with_labels(

@@ -19,7 +19,11 @@ from numpyro_vae import (
 
 KEY = jax.random.key(0)
 X = np.random.default_rng(0).normal(size=(8, 3)).astype(np.float32)
-COORDS = {"item": ["a", "b", "c"], "u_dim_0": ["p", "q"], "person": [f"no. {n}" for n in range(8)]}
+COORDS = {
+    "item": ("a", "b", "c"),
+    "u_dim_0": ["p", "q"],
+    "person": tuple(f"no. {number}" for number in range(8)),
+}
 
 
 def model(x):

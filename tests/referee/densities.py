@@ -17,6 +17,7 @@ from reference import (
     is_enumerated,
     is_latent,
     is_local,
+    scale_of_enumerated,
     shared_scale,
     total,
 )
@@ -85,15 +86,19 @@ def _log_weights(subject: Subject) -> np.ndarray:
 
 
 def summed(subject: Subject, values: dict[str, Any], scale: np.ndarray) -> np.ndarray:
-    """Return a row's log-density over the scale, summed over the values of discrete latents."""
+    """Return a row's log-density over the scale, summed over the values of discrete latents.
+
+    Where the model scales what is summed over, the sum has the factor, as in TraceEnum_ELBO.
+    """
+    power = scale_of_enumerated(subject.trace, NUM_DATA)
     discrete = [name for name in subject.local if is_enumerated(subject.trace[name])]
     found = []
     for combination in product(range(2), repeat=len(discrete)):
         chosen = zip(discrete, combination, strict=True)
         given = {name: jnp.full_like(values[name], value) for name, value in chosen}
         scored = subject.score({**values, **given}, subject.encoded)
-        found.append(rows_of(scored.log_p, scored.trace) / scale)
-    return np.logaddexp.reduce(found)
+        found.append(rows_of(scored.log_p, scored.trace) / power)
+    return np.logaddexp.reduce(found) * power / scale
 
 
 def rows_of(log_probs: dict[str, Array], trace: dict) -> np.ndarray:

@@ -74,15 +74,26 @@ def rows_in_front(value: Any, site: dict, event_dim: int) -> Any:
 
 
 def shared_scale(trace: dict, num_data: int) -> np.ndarray | None:
-    """Return the factor of each row's latents, or None if they have several."""
-    factors = []
+    """Return the factor of each row's latents that a guide draws, or None if they have several."""
+    return _factor(trace, num_data, enumerated=False)
+
+
+def scale_of_enumerated(trace: dict, num_data: int) -> np.ndarray | None:
+    """Return the factor of each row's latents that are summed over, or None if they have several."""
+    return _factor(trace, num_data, enumerated=True)
+
+
+def _factor(trace: dict, num_data: int, *, enumerated: bool) -> np.ndarray | None:
+    factors = [np.ones((num_data, 0))]
     for site in trace.values():
-        if is_latent(site) and is_local(site):
+        if is_latent(site) and is_local(site) and is_enumerated(site) == enumerated:
             scale = jnp.broadcast_to(
                 1.0 if site["scale"] is None else site["scale"], site["fn"].batch_shape
             )
             factors.append(np.asarray(rows_in_front(scale, site, 0)).reshape(num_data, -1))
     by_row = np.concatenate(factors, axis=1)
+    if not by_row.size:
+        return np.ones(num_data)
     return by_row[:, 0] if np.ptp(by_row, axis=1).max() == 0 else None
 
 
