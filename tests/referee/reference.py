@@ -79,7 +79,7 @@ def shared_scale(trace: dict, num_data: int) -> np.ndarray | None:
 
 
 def scale_of_enumerated(trace: dict, num_data: int) -> np.ndarray | None:
-    """Return the factor of each row's latents that are summed over, or None if they have several."""
+    """Return the factor of each row's latents that are summed over; None if there are several."""
     return _factor(trace, num_data, enumerated=True)
 
 
