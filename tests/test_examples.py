@@ -167,7 +167,27 @@ def test_serve_digits(runs):
     assert (runs["serve_digits"].folder / "served_digits" / "manifest.json").is_file()
 
 
-PICTURED = ("compare_guides", "compare_radon", "digits_vae", "parameterizations", "serve_digits")
+@pytest.mark.slow
+def test_radon_states(runs):
+    printed = runs["radon_states"].finish()
+    folder = runs["radon_states"].folder
+    assert re.search(r"repaired  level  median \d\.\d+", printed)
+    assert re.search(r"mu\[AZ\] +\d", printed)
+    assert_is_a_picture(folder / "radon_states.png")
+    with az.from_netcdf(folder / "radon_states.nc") as tree:
+        assert {"posterior", "checks", "repair"} <= set(tree.children)
+        assert list(tree.posterior["data_sets"].values) == ["AZ", "IN"]
+        assert tree.posterior["level_decentered"].sizes["draw"] == 200
+
+
+PICTURED = (
+    "compare_guides",
+    "compare_radon",
+    "digits_vae",
+    "parameterizations",
+    "radon_states",
+    "serve_digits",
+)
 
 # What each of the others prints that it could not print had it failed.
 PRINTED = {
