@@ -20,6 +20,9 @@ KILL_ARGS ?=
 # Most of a test is compiling, which uses one core; a file's tests share what they have trained.
 # In their order, which begins with the long ones; by number of tests, long ones would be the last.
 WORKERS ?= -n 2 --dist loadfile --no-loadscope-reorder
+# The hashes of names decide in which order NumPyro's Trace_ELBO adds up sites; with other ones each
+# run would compile these programs anew, and find none of them in the cache of the run before.
+PYTEST_ENV := PYTHONHASHSEED=0
 
 .PHONY: help demo test test-slow referee kill lint format bench bench-smoke docs test-lowest clean
 .DELETE_ON_ERROR:
@@ -42,10 +45,10 @@ demo: $(VENV)/.installed-examples
 	@$(BIN)/python examples/digits_vae.py $(DEMO_ARGS)
 
 test: $(VENV)/.installed-tests
-	@$(BIN)/python -m pytest -q $(WORKERS) --durations=10 $(TEST_ARGS)
+	@$(PYTEST_ENV) $(BIN)/python -m pytest -q $(WORKERS) --durations=10 $(TEST_ARGS)
 
 test-slow: $(VENV)/.installed-tests
-	@$(BIN)/python -m pytest -q $(WORKERS) --durations=10 -m slow $(TEST_ARGS)
+	@$(PYTEST_ENV) $(BIN)/python -m pytest -q $(WORKERS) --durations=10 -m slow $(TEST_ARGS)
 
 referee: $(VENV)/.installed-tests
 	@$(BIN)/python tests/referee/run.py $(REFEREE_ARGS)
@@ -74,7 +77,7 @@ docs: $(VENV)/.installed-docs
 	@echo "Built docs/_build/html/index.html"
 
 test-lowest: $(LOWEST)/.installed
-	@$(LOWEST)/bin/python -m pytest -q $(WORKERS) --durations=10 $(TEST_ARGS)
+	@$(PYTEST_ENV) $(LOWEST)/bin/python -m pytest -q $(WORKERS) --durations=10 $(TEST_ARGS)
 
 clean:
 	rm -rf $(VENV) $(LOWEST) build dist docs/_build .pytest_cache .ruff_cache
