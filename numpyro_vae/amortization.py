@@ -10,7 +10,7 @@ from jaxtyping import Array
 from numpyro.infer.elbo import ELBO
 
 from numpyro_vae.choices import choose_guide, choose_loss, choose_optimizers, optimizers
-from numpyro_vae.data.arguments import require_count
+from numpyro_vae.data.arguments import require_count, require_key
 from numpyro_vae.data.arrays import is_in_memory
 from numpyro_vae.data.labels import column_names, in_order
 from numpyro_vae.data.stores import in_memory
@@ -92,6 +92,7 @@ def amortize(
         >>> posterior.sample(jax.random.key(1), x, 10)["z"].shape
         (10, 100)
     """
+    require_key(rng_key)
     num_steps = require_count("num_steps", num_steps)
     num_simulation_steps = require_count("num_simulation_steps", num_simulation_steps, least=0)
     if natural_steps is not None:
@@ -118,6 +119,11 @@ def amortize(
             f"guide is {guide!r}, expected an amortized guide such as AutoAmortizedNormal(model)."
         )
     rows = Rows.read(guide, static, data, batch_axes)
+    if plate not in (None, guide.plate.name):
+        raise ValueError(
+            f"plate={plate!r}, and the guide is of plate {guide.plate.name!r}. Leave plate= out, "
+            f"or pass a guide of that plate, as AutoAmortizedNormal(model, plate={plate!r})."
+        )
     make_optimizer = make_optimizer or choose_optimizers(guide, rows)
     loss = loss or choose_loss(guide)
     steps_of_rows = _steps(guide, rows, static, natural_steps)

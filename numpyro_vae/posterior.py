@@ -391,9 +391,9 @@ class Posterior:
             ``log_likelihood``, marginal over the local sites, a value for each draw of the global
             ones; ``sample_stats`` with the importance weights of the posterior's draws, or, of a
             guide that draws all rows jointly, ``log_p`` and ``log_q`` of each draw;
-            ``observed_data``; and ``constant_data``, the model's other data. A guide without a
-            density, of points, has neither log-likelihood nor weights. The slash in the name of
-            a site in a ``numpyro.handlers.scope`` becomes a point.
+            ``observed_data``; and ``constant_data``, the model's other data with rows. A guide
+            without a density, of points, has neither log-likelihood nor weights. The slash in the
+            name of a site in a ``numpyro.handlers.scope`` becomes a point.
         """
         given = (self._runner, rng_key, data, num_samples, num_particles)
         return make_datatree(*given, marginal, groups, var_names, coords, store=store)

@@ -201,6 +201,11 @@ def test_models_that_take_their_data_whole():
         (X, {"num_simulation_steps": -5}, "num_simulation_steps is -5"),
         (X[:0], {}, "data is empty"),
         (X * np.nan, {}, "NaN or infinite"),
+        (
+            X,
+            {"plate": "rows", "guide": AutoAmortizedNormal(model)},
+            r"plate='rows', and the guide is of plate 'data'.*AutoAmortizedNormal\(model, plate=",
+        ),
     ],
 )
 def test_bad_input(data, options, message):

@@ -233,6 +233,11 @@ def test_a_learning_rate_is_no_optimizer():
         amortize(model, KEY, X, optimizer=1e-3)
 
 
+def test_a_number_is_no_key():
+    with pytest.raises(TypeError, match=r"rng_key is the int 0, .*Pass jax\.random\.key\(0\)"):
+        amortize(model, 0, X)
+
+
 def test_the_folder_of_a_posterior_stands_before_its_model():
     with pytest.raises(TypeError, match=r"path is 'model'.*Posterior\.load\(path, model\)"):
         Posterior.load(model, "folder")

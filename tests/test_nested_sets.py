@@ -386,6 +386,8 @@ def test_collapse_counts_the_latents_of_groups(trained, data):
     assert sizes == {"mu": 1, "tau": 1, "theta": 4, "width": 4}
     assert "of 4 dimensions of site 'theta'" in str(report)
     tree = report.add_to(posterior.to_datatree(key, padded(data, 0.0), num_samples=2))
+    for name, size in padded(data, 0.0)["sizes"].items():  # which tell what of it is padding
+        np.testing.assert_array_equal(tree.constant_data[f"sizes.{name}"], size)
     for name in ("theta", "width"):
         drawn, found = tree["posterior"][name], tree["checks"][f"kl_{name}"]
         assert found.dims == drawn.dims[2:]

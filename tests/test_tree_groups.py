@@ -134,18 +134,18 @@ def test_arguments_without_names_of_their_own_are_constant_data():
 
 
 def test_a_mask_that_happens_to_equal_the_data_is_no_data():
-    def model(x, mask):
+    def model(x, given):
         with numpyro.plate("data", len(x)):
-            z = numpyro.sample("z", dist.Normal(0.0, 1.0).mask(mask))
+            z = numpyro.sample("z", dist.Normal(0.0, 1.0).mask(given["mask"]))
             numpyro.sample("x", dist.Bernoulli(logits=z), obs=x)
 
     x = np.arange(6, dtype=np.int32) % 2
-    svi, data = make_svi(model), (x, x == 1)
+    svi, data = make_svi(model), (x, {"mask": x == 1})
     result = fit(svi, KEY, data, num_epochs=1, progress_bar=False)
     groups = ("constant_data", "observed_data")
     tree = Posterior(svi.guide, result).to_datatree(KEY, data, 5, groups=groups)
     assert list(tree.observed_data.data_vars) == ["x"]
-    np.testing.assert_array_equal(tree.constant_data["mask"], x == 1)
+    np.testing.assert_array_equal(tree.constant_data["given.mask"], x == 1)
 
 
 @pytest.mark.slow

@@ -241,14 +241,19 @@ def observed_arguments(runner: Runner, rows: Rows) -> dict[str, str]:
 
 
 def batched_arguments(model: Callable[..., Any], data: Any) -> Variables:
-    """Return the model's batched arguments by name, rows in front."""
-    bound = arguments_by_name(model, *data.whole())
-    axes = arguments_by_name(model, *data.layout.whole(data.layout.axes))
-    return {
-        name: np.moveaxis(np.asarray(value), axes[name], 0)
-        for name, value in bound.items()
-        if isinstance(value, jax.Array) and isinstance(axes.get(name), int)
-    }
+    """Return the arrays with rows among the model's arguments by name, rows in front.
+
+    One within an argument, such as a dict, is named by its place in it too: ``sizes.group``.
+    """
+    pairs = zip(data.arrays, data.layout.axes, strict=True)
+    with_rows = [None if axis is None else np.moveaxis(np.asarray(x), axis, 0) for x, axis in pairs]
+    found = {}
+    for name, argument in arguments_by_name(model, *data.layout.whole(with_rows)).items():
+        for path, value in jax.tree.leaves_with_path(argument):
+            if isinstance(value, np.ndarray):
+                place = jax.tree_util.keystr(path, simple=True, separator=".")
+                found[f"{name}.{place}" if path else name] = value
+    return found
 
 
 def arguments_by_name(
