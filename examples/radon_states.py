@@ -75,18 +75,18 @@ def read(path: Path, names: Sequence[str]) -> Data:
     with np.load(path) as file:
         county, floor, activity = (file[name] for name in ("county", "floor", "activity"))
         state_of_county = file["state_of_county"]
-    found = imagine(len(names))
+    floors, radons = np.zeros((2, len(names), COUNTIES, HOUSES), np.float32)
+    sizes = {"county": np.zeros(len(names), int), "house": np.zeros((len(names), COUNTIES), int)}
     for state, name in enumerate(names):
         numbers = np.intersect1d(np.flatnonzero(state_of_county == name), county)
-        found.sizes["county"][state] = len(numbers)
+        sizes["county"][state] = len(numbers)
         for place, number in enumerate(numbers):
             houses = rng.permutation(np.flatnonzero(county == number))[:HOUSES]
-            found.sizes["house"][state, place] = len(houses)
-            found.floor[state, place, : len(houses)] = floor[houses]
+            sizes["house"][state, place] = len(houses)
+            floors[state, place, : len(houses)] = floor[houses]
             # In tenths of a picocurie a litre; less than one tenth counts as one.
-            radon = np.log(np.maximum(activity[houses], 1) / 10)
-            found.log_radon[state, place, : len(houses)] = radon
-    return found
+            radons[state, place, : len(houses)] = np.log(np.maximum(activity[houses], 1) / 10)
+    return Data(floors, radons, sizes)
 
 
 def imagine(count: int, seed: int = 0) -> Data:
