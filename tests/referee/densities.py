@@ -76,7 +76,10 @@ def weights(subject: Subject) -> None:
         log_p = summed(subject, subject.values(number), scale)
         scored = subject.scored[number]
         log_q = rows_of(scored.log_q, scored.guide_trace) / scale
-        close(found[number], log_p - log_q, f"log weights of draw {number}")
+        expected = log_p - log_q
+        # Of a value that has rounded to its bound NumPyro, which inverts the map, knows nothing.
+        known = ~np.isnan(expected)
+        close(found[number][known], expected[known], f"log weights of draw {number}")
 
 
 def _log_weights(subject: Subject) -> np.ndarray:
